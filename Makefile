@@ -1,0 +1,39 @@
+# One word a job. Everything runs inside .venv, which `make setup` builds from the lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lock clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## build .venv from the lock (first run only)
+
+$(READY): requirements.lock pyproject.toml scripts/setup
+	@scripts/setup $(PYTHON) $(VENV)
+	@touch $@
+
+demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 20']
+	@$(BIN)/relfleet demo $(ARGS)
+
+test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist worksteal)
+
+check: $(READY) ## lint, format, types, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## put the code into its form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: ## renew requirements.lock: every dependency's version and hashes
+	@scripts/lock $(PYTHON)
+
+clean: ## remove what the other targets made
+	@rm -rf $(VENV) dist build relfleet-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
