@@ -1,0 +1,1 @@
+"""What an agent is when nothing is updating."""
