@@ -1,0 +1,305 @@
+"""This module knows what lies where under a device's root, and writes files that survive a power cut."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tempfile
+import zipfile
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent_core import slots
+from agent_core.errors import DiskError, MalformedError
+from agent_core.slots import fsync_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BALLAST_LENGTH = 4 << 20
+PRIVATE_MODE = 0o700
+PUBLIC_MODE = 0o755
+_LAUNCHER_PARTS = ("__init__.py", "slots.py", "launcher.py")
+_LAUNCHER_MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
+
+__all__ = [
+    "Layout",
+    "fsync_dir",
+    "launcher_archive",
+    "read_json",
+    "write_durable",
+    "write_json",
+    "write_launcher",
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names under a device's root (design section 4); nothing is read or made before `make`."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+
+    @property
+    def launcher_file(self) -> Path:
+        return self.root / "launcher" / "launcher.pyz"
+
+    @property
+    def versions(self) -> Path:
+        return self.root / "versions"
+
+    @property
+    def current(self) -> Path:
+        return self.root / slots.CURRENT
+
+    @property
+    def previous(self) -> Path:
+        return self.root / slots.PREVIOUS
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
+    def download(self) -> Path:
+        return self.root / "download"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def slots(self) -> Path:
+        return self.state / "slots"
+
+    @property
+    def tuf(self) -> Path:
+        return self.state / "tuf"
+
+    @property
+    def spool(self) -> Path:
+        return self.state / "spool.db"
+
+    @property
+    def identity(self) -> Path:
+        return self.state / "identity.json"
+
+    @property
+    def key(self) -> Path:
+        return self.state / "agent.key"
+
+    @property
+    def poll(self) -> Path:
+        return self.state / "poll.json"
+
+    @property
+    def trust_root(self) -> Path:
+        return self.state / "root.json"
+
+    @property
+    def ballast(self) -> Path:
+        return self.root / "ballast"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def hold(self) -> Path:
+        return self.root / "hold"
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "agent.toml"
+
+    @property
+    def settings_dir(self) -> Path:
+        return self.root / "agent.d"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "log"
+
+    def version_dir(self, name: str) -> Path:
+        """The directory of the version named `VERSION-DIGEST12`."""
+        return self.versions / name
+
+    def make(self) -> None:
+        """Make what is missing, and wait until it is on the disk. What is there stays as it is.
+
+        The launcher is written only when there is none: a version on trial must not replace the program that
+        would roll it back (`write_launcher` does that on purpose). A disk too full for the ballast is no
+        reason not to start; the ballast comes back with the next call that finds room.
+
+        Raises:
+            DiskError: a directory or file cannot be made.
+        """
+        with _as_disk_error(self.root):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            made = [
+                _make_dir(self.root),
+                _make_dir(self.launcher_file.parent),
+                _make_dir(self.versions),
+                _make_dir(self.staging, PRIVATE_MODE),
+                _make_dir(self.trash, PRIVATE_MODE),
+                _make_dir(self.download, PRIVATE_MODE),
+                _make_dir(self.state, PRIVATE_MODE),
+                _make_dir(self.settings_dir),
+                _make_dir(self.logs),
+            ]
+            _make_dir(self.tuf, PRIVATE_MODE)
+            _make_file(self.slots, slots.SLOTS_LENGTH)
+            _make_file(self.lock, 0)
+            _make_ballast(self.ballast)
+            if any(made):
+                fsync_dir(self.root.parent)
+            fsync_dir(self.state)
+            fsync_dir(self.root)
+        if not self.launcher_file.exists():
+            write_launcher(self)
+
+
+def write_launcher(layout: Layout) -> Path:
+    """Write this code's launcher, one file outside every bundle, unless it is there with the same bytes.
+
+    Returns:
+        The file; run it as `python -I -S -B FILE --root ROOT`.
+
+    Raises:
+        DiskError: it cannot be written; the old one still stands.
+    """
+    archive = launcher_archive()
+    with _as_disk_error(layout.launcher_file):
+        if not layout.launcher_file.exists() or layout.launcher_file.read_bytes() != archive:
+            write_durable(layout.launcher_file, archive, 0o755)
+    return layout.launcher_file
+
+
+def launcher_archive() -> bytes:
+    """The launcher as one stored zip; the same sources give the same bytes everywhere."""
+    sources = Path(slots.__file__).parent
+    members = {f"agent_core/{name}": (sources / name).read_bytes() for name in _LAUNCHER_PARTS}
+    members["__main__.py"] = _LAUNCHER_MAIN
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, source in sorted(members.items()):
+            member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            member.create_system = 3
+            member.external_attr = 0o100644 << 16
+            archive.writestr(member, source)
+    return buffer.getvalue()
+
+
+def write_durable(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) -> None:
+    """Replace a file in one step: after a power cut it has the old bytes or the new, never some of each.
+
+    Args:
+        path: the file; its directory exists.
+        content: all of its bytes.
+        mode: its permissions, whatever the umask.
+
+    Raises:
+        DiskError: it was not replaced; the old file still stands.
+    """
+    path = Path(path)
+    with _as_disk_error(path):
+        # mkstemp makes the file 0600 from the start, so that a key is never readable, not even for a moment.
+        descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fchmod(stream.fileno(), mode)
+                os.fsync(stream.fileno())
+            Path(fresh).rename(path)
+        except BaseException:
+            with suppress(OSError):
+                Path(fresh).unlink()
+            raise
+        fsync_dir(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, mode: int = 0o644) -> None:
+    """Write a value as JSON, durably; keys are sorted."""
+    write_durable(path, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode(), mode)
+
+
+def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
+    """Read what `write_json` wrote.
+
+    Args:
+        path: the file.
+        default: what to return when there is no such file.
+
+    Raises:
+        MalformedError: it holds no JSON.
+        DiskError: it cannot be read.
+    """
+    with _as_disk_error(path):
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            return default
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise MalformedError(f"{path} holds no JSON", why=str(error)) from error
+
+
+def _make_dir(path: Path, mode: int = PUBLIC_MODE) -> bool:
+    """Make a directory with exactly this mode unless it exists; say whether it was made."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    path.chmod(mode)
+    return True
+
+
+def _make_file(path: Path, length: int) -> None:
+    """A private file with all its room taken, now; what it holds already stays."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        held = os.fstat(descriptor).st_size
+        if held == 0:
+            os.fchmod(descriptor, 0o600)
+        if held < length:
+            os.posix_fallocate(descriptor, 0, length)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_ballast(path: Path) -> None:
+    """Room that only a way back may use; `slots` gives it away when the disk is full."""
+    try:
+        _make_file(path, BALLAST_LENGTH)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+
+
+@contextmanager
+def _as_disk_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        then = "free some space" if full else "look at the disk and at the owner of the directory"
+        raise DiskError(
+            f"{path} cannot be read or written",
+            why=str(error),
+            then=then,
+            reason="no-room" if full else None,
+        ) from error
