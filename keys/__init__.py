@@ -1,0 +1,1 @@
+"""Why anyone believes a release."""
