@@ -1,0 +1,186 @@
+"""The gate of a trial: a table of what each fact decides, and properties over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent_core.wire import Reason
+from updater.gate import Step, TrialFacts, judge, observed_s
+
+GOOD = TrialFacts(
+    started_s=1000.0,
+    observe_s=60.0,
+    healthy=True,
+    ready=True,
+    healthy_since_s=1005.0,
+    manifest_verified=True,
+    boots_left=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "now_s", "step", "reason"),
+    [
+        pytest.param({}, 1065.0, Step.COMMIT, Reason.OBSERVED, id="healthy for the whole time is committed"),
+        pytest.param({}, 1064.9, Step.REARM, Reason.IN_TRIAL, id="a moment too early only re-arms"),
+        pytest.param({}, 1005.0, Step.REARM, Reason.IN_TRIAL, id="the first pass re-arms"),
+        pytest.param({"boots_left": 0}, 1065.0, Step.COMMIT, Reason.OBSERVED, id="the last boot may commit"),
+        pytest.param(
+            {"ready": False, "healthy_since_s": None},
+            1001.0,
+            Step.WAIT,
+            Reason.IN_TRIAL,
+            id="a slow start is waited for",
+        ),
+        pytest.param(
+            {"ready": False, "healthy_since_s": None},
+            1e6,
+            Step.WAIT,
+            Reason.IN_TRIAL,
+            id="never ready never re-arms: the dead-man or a check ends it",
+        ),
+        pytest.param(
+            {"ready": False, "failures": ("http: 500",)},
+            1065.0,
+            Step.WAIT,
+            Reason.IN_TRIAL,
+            id="no commit in the middle of a tolerated failure",
+        ),
+        pytest.param(
+            {"manifest_verified": False},
+            1065.0,
+            Step.REARM,
+            Reason.OFFLINE,
+            id="no network at the end delays the commit",
+        ),
+        pytest.param(
+            {"manifest_verified": False},
+            1e9,
+            Step.REARM,
+            Reason.OFFLINE,
+            id="no network for ever is never a rollback",
+        ),
+        pytest.param({"healthy": False}, 1010.0, Step.ROLL_BACK, Reason.UNHEALTHY, id="unhealthy goes back"),
+        pytest.param(
+            {"healthy": False, "manifest_verified": False},
+            1010.0,
+            Step.ROLL_BACK,
+            Reason.UNHEALTHY,
+            id="unhealthy goes back without a network too",
+        ),
+        pytest.param(
+            {"workload_exits": 1},
+            1010.0,
+            Step.ROLL_BACK,
+            Reason.WORKLOAD_EXITED,
+            id="an exit of the workload goes back",
+        ),
+        pytest.param(
+            {"workload_exits": 1, "exits_allowed": 1},
+            1065.0,
+            Step.COMMIT,
+            Reason.OBSERVED,
+            id="a tolerated exit does not",
+        ),
+        pytest.param(
+            {"workload_exits": 1},
+            1065.0,
+            Step.ROLL_BACK,
+            Reason.WORKLOAD_EXITED,
+            id="an exit at the last moment still does",
+        ),
+        pytest.param(
+            {"boots_left": -1}, 1065.0, Step.ROLL_BACK, Reason.BOOTS_USED_UP, id="one boot too many goes back"
+        ),
+        pytest.param(
+            {"healthy_since_s": 900.0},
+            1030.0,
+            Step.REARM,
+            Reason.IN_TRIAL,
+            id="health of an earlier run does not count",
+        ),
+        pytest.param(
+            {"healthy_since_s": 9999.0},
+            1065.0,
+            Step.REARM,
+            Reason.IN_TRIAL,
+            id="health of the future does not count",
+        ),
+    ],
+)
+def test_the_table_of_verdicts(change: dict, now_s: float, step: Step, reason: Reason) -> None:
+    verdict = judge(replace(GOOD, **change), now_s)
+    assert (verdict.step, verdict.reason) == (step, reason)
+    assert verdict.detail
+
+
+def test_a_rollback_names_the_checks_that_failed() -> None:
+    facts = replace(GOOD, healthy=False, failures=("http ready: status 500", "tcp 80: refused"))
+    assert judge(facts, 1010.0).detail.endswith("http ready: status 500; tcp 80: refused")
+
+
+moments = st.floats(min_value=0, max_value=1e9)
+facts_of_any_kind = st.builds(
+    TrialFacts,
+    started_s=moments,
+    observe_s=st.floats(min_value=0.1, max_value=1e6),
+    healthy=st.booleans(),
+    ready=st.booleans(),
+    healthy_since_s=st.none() | moments,
+    manifest_verified=st.booleans(),
+    workload_exits=st.integers(0, 5),
+    exits_allowed=st.integers(0, 5),
+    boots_left=st.integers(-2, 5),
+    failures=st.lists(st.text(max_size=300), max_size=5).map(tuple),
+)
+
+
+@given(facts_of_any_kind, moments)
+def test_a_commit_is_fully_earned(facts: TrialFacts, now_s: float) -> None:
+    if judge(facts, now_s).step is Step.COMMIT:
+        assert facts.healthy
+        assert facts.ready
+        assert facts.manifest_verified
+        assert facts.healthy_since_s is not None
+        assert now_s - facts.healthy_since_s >= facts.observe_s
+        assert now_s - facts.started_s >= facts.observe_s
+
+
+@given(facts_of_any_kind, moments)
+def test_only_local_faults_roll_back(facts: TrialFacts, now_s: float) -> None:
+    local = not facts.healthy or facts.workload_exits > facts.exits_allowed or facts.boots_left < 0
+    assert (judge(facts, now_s).step is Step.ROLL_BACK) == local
+
+
+@given(facts_of_any_kind, moments)
+def test_the_network_never_turns_a_verdict_into_a_rollback(facts: TrialFacts, now_s: float) -> None:
+    online = judge(replace(facts, manifest_verified=True), now_s)
+    offline = judge(replace(facts, manifest_verified=False), now_s)
+    assert (online.step is Step.ROLL_BACK) == (offline.step is Step.ROLL_BACK)
+
+
+@given(facts_of_any_kind, moments)
+def test_only_a_version_whose_checks_pass_puts_off_its_dead_man(facts: TrialFacts, now_s: float) -> None:
+    if judge(facts, now_s).step is Step.REARM:
+        assert facts.healthy
+        assert facts.ready
+
+
+@given(facts_of_any_kind, moments, st.floats(min_value=0, max_value=1e6))
+def test_a_commit_stays_a_commit_as_time_goes_on(facts: TrialFacts, now_s: float, later_s: float) -> None:
+    if judge(facts, now_s).step is Step.COMMIT:
+        assert judge(facts, now_s + later_s).step is Step.COMMIT
+
+
+@given(facts_of_any_kind, moments)
+def test_the_observed_time_is_never_negative_nor_longer_than_the_run(facts: TrialFacts, now_s: float) -> None:
+    assert 0 <= observed_s(facts, now_s) <= max(0.0, now_s - facts.started_s)
+
+
+@given(facts_of_any_kind, moments)
+def test_the_detail_stays_short_enough_for_a_report(facts: TrialFacts, now_s: float) -> None:
+    assert len(judge(facts, now_s).detail) <= 500

@@ -1,0 +1,174 @@
+"""How people on the host and the resident agent talk: one request file, one status file, one lock.
+
+The resident agent is the one writer of the record while it runs. A command therefore leaves a request and a
+signal; only where no agent runs does it take the lock and do the deed itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agent_core import clock, slots
+from agent_core import layout as durable
+from agent_core.errors import RelfleetError
+from agent_core.wire import Getter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from agent_core.layout import Layout
+    from updater.device import Device
+
+ROLLBACK, RETRY = "rollback", "retry"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for: `rollback` (to the version before) or `retry` (forget what failed)."""
+
+    verb: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"verb": self.verb}
+
+
+def carry_out(device: Device, request: Request) -> slots.Record:
+    """Do what was asked; the record as it is afterwards.
+
+    Raises:
+        slots.IllegalTransitionError: the record does not allow it; nothing was changed.
+        OSError: the record cannot be written.
+    """
+    seen = device.seen()
+    if request.verb == ROLLBACK:
+        return slots.go_back(device.layout.root, seen.directive.retry_epoch if seen else 0)
+    return slots.unskip(device.layout.root)
+
+
+# --- the request file -----------------------------------------------------------------------------------
+
+
+def _request_file(layout: Layout) -> Path:
+    return layout.state / "request.json"
+
+
+def leave_request(layout: Layout, request: Request) -> None:
+    durable.write_json(_request_file(layout), request.to_json())
+
+
+def read_request(layout: Layout) -> Request | None:
+    """The request that waits; one that makes no sense is taken away."""
+    with suppress(RelfleetError):
+        body = durable.read_json(_request_file(layout))
+        if body is None:
+            return None
+        verb = Getter(body, "request").text("verb")
+        if verb in (ROLLBACK, RETRY):
+            return Request(verb)
+    forget_request(layout)
+    return None
+
+
+def forget_request(layout: Layout) -> None:
+    _request_file(layout).unlink(missing_ok=True)
+    slots.fsync_dir(layout.state)
+
+
+# --- who runs -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def alone(layout: Layout) -> Iterator[bool]:
+    """Hold the launcher's lock for a moment; False when a launcher, and so an agent, has it."""
+    handle = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def wake(layout: Layout) -> bool:
+    """Tell the resident agent to look at once; False when none is known."""
+    if not is_running(layout):
+        return False
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(read_status(layout)["pid"], signal.SIGUSR1)
+        return True
+    return False
+
+
+def is_running(layout: Layout) -> bool:
+    """Whether the resident agent of this root runs now."""
+    pid = read_status(layout).get("pid")
+    return isinstance(pid, int) and _is_agent(pid, layout)
+
+
+def _is_agent(pid: int, layout: Layout) -> bool:
+    """Whether this process is the agent of this root: a number may be another program's by now."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as stream:  # noqa: PTH123 - not a file on a disk
+            words = stream.read().split(b"\0")
+    except OSError:
+        return False
+    return b"run" in words and os.fsencode(str(layout.root)) in words
+
+
+# --- the status file ------------------------------------------------------------------------------------
+
+
+def show(layout: Layout, name: str, workload_pid: int | None, **what: str) -> None:
+    """Keep what `agent status` prints beside the record; not fsynced, it is only news."""
+    status = read_status(layout)
+    if status.get("pid") != os.getpid():
+        status = {}
+    status |= {"pid": os.getpid(), "version": name, "workload_pid": workload_pid, **what}
+    status["at"] = clock.iso(clock.now())
+    fresh = layout.state / "status.json.new"
+    with suppress(OSError):
+        fresh.write_text(json.dumps(status))
+        fresh.replace(layout.state / "status.json")
+
+
+def read_status(layout: Layout) -> dict[str, Any]:
+    """The resident agent's last news; empty when there is none."""
+    with suppress(RelfleetError):
+        status = durable.read_json(layout.state / "status.json", {})
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
+# --- backoff across restarts ----------------------------------------------------------------------------
+
+
+def remember_backoff(layout: Layout, failures: int, wait_s: float) -> None:
+    """Keep the backoff, so that a restart does not end it; nothing is written while all is well."""
+    file = layout.state / "backoff.json"
+    if failures == 0:
+        file.unlink(missing_ok=True)
+        return
+    with suppress(RelfleetError):
+        until_s = int(clock.now().timestamp() + wait_s)
+        durable.write_json(file, {"failures": failures, "until_s": until_s, "wait_s": wait_s})
+
+
+def recall_backoff(layout: Layout) -> tuple[int, float]:
+    """Failures in a row so far, and the seconds still to wait; a clock that jumped never makes it longer."""
+    with suppress(RelfleetError):
+        body = durable.read_json(layout.state / "backoff.json")
+        if body is not None:
+            get = Getter(body, "backoff")
+            left_s = get.integer("until_s") - clock.now().timestamp()
+            return get.integer("failures"), min(max(0.0, left_s), get.number("wait_s"))
+    return 0, 0.0

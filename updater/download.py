@@ -1,0 +1,345 @@
+"""Resumable downloads of large targets into one part file, which is trusted only once its digest is right.
+
+The part file's size is the number of bytes received: room is reserved without growing it. A prefix left by an
+earlier attempt is hashed again before anything is added to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Protocol
+
+from agent_core import clock
+from agent_core.errors import DiskError, TrustError, UnreachableError
+from agent_core.wire import Reason
+
+if TYPE_CHECKING:
+    import hashlib
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from updater.transport import Stream, Transport
+
+READ = 1024 * 1024
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
+FALLOC_FL_KEEP_SIZE = 1
+MIN_RATE_BPS = 1024.0
+GRACE_S = 30.0
+
+
+class Progress(Protocol):
+    """Told after every piece how many bytes are there, of how many."""
+
+    def __call__(self, received: int, length: int, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is being fetched, where to, and how patiently."""
+
+    path: str
+    sha256: str
+    length: int
+    part: Path
+    progress: Progress | None
+    rate_limit_bps: float | None
+    min_rate_bps: float
+    grace_s: float
+    deadline_s: float | None
+
+    @property
+    def etag_file(self) -> Path:
+        return self.part.with_name(self.part.name + ".etag")
+
+
+def hashed_path(target_path: str, digest: str) -> str:
+    """Where consistent snapshots publish a target: `/targets/DIRECTORY/DIGEST.NAME`."""
+    directory, slash, name = target_path.rpartition("/")
+    return f"/targets/{directory}{slash}{digest}.{name}"
+
+
+def fetch(
+    transport: Transport,
+    path: str,
+    sha256: str,
+    length: int,
+    into: Path,
+    *,
+    progress: Progress | None = None,
+    rate_limit_bps: float | None = None,
+    min_rate_bps: float = MIN_RATE_BPS,
+    grace_s: float = GRACE_S,
+    deadline_s: float | None = None,
+) -> Path:
+    """Download one target, going on where an earlier attempt ended.
+
+    Args:
+        transport: of the server that has it.
+        path: as `hashed_path` says.
+        sha256: signed digest, hex.
+        length: signed length in bytes.
+        into: the part file, `download/DIGEST.part`; its directory exists.
+        progress: told how far it is.
+        rate_limit_bps: bytes a second at most.
+        min_rate_bps: bytes a second, over the whole transfer, under which it is given up for now.
+        grace_s: seconds before `min_rate_bps` counts.
+        deadline_s: seconds for this attempt.
+
+    Returns:
+        `into`, complete, verified and on the disk.
+
+    Raises:
+        UnreachableError: cut short, away, too slow; what arrived is kept for the next attempt.
+        TrustError: `digest-mismatch`, `length-mismatch`, `bad-answer`; nothing is kept.
+        DiskError: `no-room`, or `disk`.
+    """
+    floor = min_rate_bps if rate_limit_bps is None else min(min_rate_bps, rate_limit_bps / 2)
+    wanted = _Wanted(path, sha256, length, into, progress, rate_limit_bps, floor, grace_s, deadline_s)
+    with _disk_errors(into):
+        resumed = _run(transport, wanted)
+        if resumed is None:
+            return into
+        if resumed:
+            # The prefix may be another attempt's, of another file, or torn by a power cut: the server is
+            # accused only over bytes that all came from it just now. Once, so this cannot loop.
+            _clear(wanted)
+            if _run(transport, wanted) is None:
+                return into
+        _clear(wanted)
+    raise TrustError(
+        f"{path} is not what the release managers signed",
+        why=f"its sha256 is not {sha256}",
+        then="the server, or something between, changed it: it is not tried again unchanged",
+        reason=Reason.DIGEST_MISMATCH,
+    )
+
+
+def fetch_small(transport: Transport, path: str, sha256: str, length: int) -> bytes:
+    """Download a small target into memory, e.g. a bundle's index. Errors as of `fetch`."""
+    answer = transport.get(path, max_length=length)
+    if answer.status != 200:
+        raise _absent(path, answer.status)
+    if len(answer.body) != length:
+        raise _wrong_length(path, len(answer.body), length)
+    if _digest(answer.body) != sha256:
+        raise TrustError(
+            f"{path} is not what the release managers signed",
+            why=f"its sha256 is not {sha256}",
+            reason=Reason.DIGEST_MISMATCH,
+        )
+    return answer.body
+
+
+def _run(transport: Transport, wanted: _Wanted) -> bool | None:
+    """One attempt: None when the file is right, else whether the wrong bytes include an older prefix."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(wanted.part, flags, 0o600)
+    try:
+        digest, had = _rehash(fd, wanted.length)
+        resumed = had > 0
+        if had < wanted.length:
+            _reserve(fd, wanted.length)
+            digest, resumed = _transfer(transport, wanted, fd, digest, had)
+        if digest.hexdigest() != wanted.sha256:
+            return resumed
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    wanted.etag_file.unlink(missing_ok=True)
+    _sync_directory(wanted.part.parent)
+    return None
+
+
+def _transfer(
+    transport: Transport, wanted: _Wanted, fd: int, digest: hashlib._Hash, had: int
+) -> tuple[hashlib._Hash, bool]:
+    """Fetch what is missing; the digest of all bytes, and whether the old prefix is among them."""
+    headers = {}
+    if had:
+        headers["Range"] = f"bytes={had}-"
+        if etag := _read_etag(wanted):
+            headers["If-Range"] = etag
+    with transport.open(wanted.path, headers, deadline_s=wanted.deadline_s) as stream:
+        if stream.status == 206:
+            _check_range(wanted, stream, had)
+        elif stream.status == 200:
+            _check_whole(wanted, stream)
+            if had:
+                os.ftruncate(fd, 0)
+            digest, had = _new_digest(), 0
+        else:
+            # A part that the server does not know how to complete would block every later attempt.
+            _clear(wanted)
+            raise _absent(wanted.path, stream.status)
+        _keep_etag(wanted, stream.headers.get("etag", ""))
+        _receive(wanted, stream, fd, digest, had)
+    return digest, had > 0
+
+
+def _receive(wanted: _Wanted, stream: Stream, fd: int, digest: hashlib._Hash, had: int) -> None:
+    os.lseek(fd, had, os.SEEK_SET)
+    began, total = clock.boot_s(), had
+    for piece in stream.chunks:
+        if total + len(piece) > wanted.length:
+            _clear(wanted)
+            raise _wrong_length(wanted.path, total + len(piece), wanted.length)
+        _write(fd, piece)
+        digest.update(piece)
+        total += len(piece)
+        if wanted.progress:
+            wanted.progress(total, wanted.length)
+        _pace(wanted, total - had, began, done=total == wanted.length)
+    if total < wanted.length:
+        raise _unfinished(wanted, f"it ended after {total} of {wanted.length} bytes")
+
+
+def _pace(wanted: _Wanted, received: int, began: float, *, done: bool) -> None:
+    """Wait when faster than the ceiling, give up when slower than the floor."""
+    elapsed = clock.boot_s() - began
+    if done:
+        return
+    if wanted.deadline_s is not None and elapsed > wanted.deadline_s:
+        raise _unfinished(wanted, f"it was not complete within {wanted.deadline_s:g} s")
+    if elapsed > wanted.grace_s and received < elapsed * wanted.min_rate_bps:
+        raise _unfinished(wanted, f"{received} bytes in {elapsed:.0f} s is too slow")
+    if wanted.rate_limit_bps and (ahead := received / wanted.rate_limit_bps - elapsed) > 0:
+        time.sleep(ahead)
+
+
+def _check_range(wanted: _Wanted, stream: Stream, had: int) -> None:
+    said = stream.headers.get("content-range", "")
+    match = CONTENT_RANGE.fullmatch(said.strip())
+    wrong = match is None or tuple(map(int, match.groups())) != (had, wanted.length - 1, wanted.length)
+    if wrong or stream.length not in (None, wanted.length - had):
+        _clear(wanted)
+        raise TrustError(
+            f"the answer to {wanted.path} is refused",
+            why=f"asked for bytes {had}-{wanted.length - 1}/{wanted.length}, it sent {said[:80]!r}",
+            reason=Reason.BAD_ANSWER,
+        )
+
+
+def _check_whole(wanted: _Wanted, stream: Stream) -> None:
+    if stream.length not in (None, wanted.length):
+        _clear(wanted)
+        raise _wrong_length(wanted.path, stream.length or 0, wanted.length)
+
+
+def _rehash(fd: int, length: int) -> tuple[hashlib._Hash, int]:
+    """Hash what is there; more than `length` cannot be a prefix and is dropped."""
+    if os.fstat(fd).st_size > length:
+        os.ftruncate(fd, 0)
+    digest, had = _new_digest(), 0
+    while piece := os.pread(fd, READ, had):
+        digest.update(piece)
+        had += len(piece)
+    return digest, had
+
+
+def _reserve(fd: int, length: int) -> None:
+    """Take the room for the whole file now, without growing it: its size says how much has arrived.
+
+    `posix_fallocate` would grow it, so the system call is asked directly. A file system that cannot (or a C
+    library that has no such call) only means that a full disk shows later, while writing.
+    """
+    if _fallocate is None:
+        return
+    if _fallocate(fd, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(length)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
+
+
+def _write(fd: int, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _read_etag(wanted: _Wanted) -> str:
+    try:
+        etag = wanted.etag_file.read_text("ascii")
+    except (OSError, ValueError):
+        return ""
+    return etag if STRONG_ETAG.fullmatch(etag) else ""
+
+
+def _keep_etag(wanted: _Wanted, etag: str) -> None:
+    """Only strong ones: a weak one does not promise equal bytes. Losing it costs a rehash, no more."""
+    if STRONG_ETAG.fullmatch(etag):
+        wanted.etag_file.write_text(etag, "ascii")
+    else:
+        wanted.etag_file.unlink(missing_ok=True)
+
+
+def _clear(wanted: _Wanted) -> None:
+    wanted.part.unlink(missing_ok=True)
+    wanted.etag_file.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _disk_errors(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if no_room:
+            # Give the reserved room back; a half that keeps the disk full helps nobody.
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        raise DiskError(
+            f"{part} cannot be written",
+            why=error.strerror or str(error),
+            then="free some room" if no_room else "check the disk and its permissions",
+            reason=Reason.NO_ROOM if no_room else Reason.DISK,
+        ) from error
+
+
+def _new_digest() -> hashlib._Hash:
+    return sha256()
+
+
+def _digest(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+def _absent(path: str, status: int) -> UnreachableError:
+    return UnreachableError(
+        f"the server does not give out {path}",
+        why=f"it answered {status}",
+        then="it may still be publishing; the next poll tries again",
+        reason=Reason.OFFLINE,
+    )
+
+
+def _unfinished(wanted: _Wanted, why: str) -> UnreachableError:
+    return UnreachableError(f"the download of {wanted.path} was not finished", why=why, reason=Reason.OFFLINE)
+
+
+def _wrong_length(path: str, got: int, length: int) -> TrustError:
+    return TrustError(
+        f"{path} is not what the release managers signed",
+        why=f"it has {got} bytes or more instead of {length}",
+        reason=Reason.LENGTH_MISMATCH,
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# On 32 bits glibc's plain name takes short offsets; musl has the plain name only, and it is long there.
+_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)

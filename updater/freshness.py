@@ -1,0 +1,154 @@
+"""What the resident agent remembers of the last verified refresh, and when a 304 may skip the next one.
+
+Standard library only: the poll is one conditional GET, and TUF is loaded when that says something changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent_core import clock, layout
+from agent_core.errors import RelfleetError
+from agent_core.wire import Getter
+
+if TYPE_CHECKING:
+    from updater.transport import Transport
+
+FULL_REFRESH_AFTER = timedelta(hours=6)
+TIMESTAMP_PATH = "/metadata/timestamp.json"
+TIMESTAMP_MAX = 16_384
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What `state/poll.json` keeps of the last full refresh; the empty one means there was none.
+
+    Attributes:
+        etag: the server's, of exactly the timestamp that has `timestamp_sha256`; empty when it gave none.
+        timestamp_sha256: of the verified timestamp as cached.
+        earliest_expiry: the first of the cached roles to expire.
+        refreshed_boot_s: seconds since boot at the last full refresh, in the boot that `boot_id` names.
+        high_water: the highest signed time seen; expiry is held against it when the wall clock is behind.
+    """
+
+    etag: str = ""
+    timestamp_sha256: str = ""
+    earliest_expiry: datetime | None = None
+    refreshed_at: datetime | None = None
+    refreshed_boot_s: float = 0.0
+    boot_id: str = ""
+    high_water: datetime | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "etag": self.etag,
+            "timestamp_sha256": self.timestamp_sha256,
+            "earliest_expiry": _iso(self.earliest_expiry),
+            "refreshed_at": _iso(self.refreshed_at),
+            "refreshed_boot_s": self.refreshed_boot_s,
+            "boot_id": self.boot_id,
+            "high_water": _iso(self.high_water),
+        }
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "poll") -> Memory:
+        get = Getter(body, path)
+        return cls(
+            etag=get.text("etag", ""),
+            timestamp_sha256=get.text("timestamp_sha256", ""),
+            earliest_expiry=_moment(get, "earliest_expiry"),
+            refreshed_at=_moment(get, "refreshed_at"),
+            refreshed_boot_s=get.number("refreshed_boot_s", 0.0),
+            boot_id=get.text("boot_id", ""),
+            high_water=_moment(get, "high_water"),
+        )
+
+
+def recall(path: Path) -> Memory:
+    """Read the memory; what is missing or damaged counts as nothing remembered, so a full refresh follows."""
+    try:
+        return Memory.from_json(layout.read_json(path), path.name)
+    except (RelfleetError, OSError, ValueError):
+        return Memory()
+
+
+def remember(path: Path, memory: Memory) -> None:
+    """Write the memory durably, beside whatever else the file holds."""
+    try:
+        others = layout.read_json(path)
+    except (RelfleetError, OSError, ValueError):
+        others = {}
+    layout.write_json(path, {**(others if isinstance(others, dict) else {}), **memory.to_json()})
+
+
+def trusted_time(memory: Memory, now: datetime) -> datetime:
+    """`max(wall clock, highest signed time seen)`: a clock set back makes nothing old fresh again."""
+    return now if memory.high_water is None else max(now, memory.high_water)
+
+
+def is_fresh(
+    memory: Memory, *, timestamp_sha256: str | None, now: datetime, boot_s: float, boot_id: str
+) -> bool:
+    """Whether a 304 (or the very same bytes) may stand for a full refresh (design section 2).
+
+    Args:
+        memory: of the last full refresh.
+        timestamp_sha256: of the timestamp in the cache now, None when there is none.
+        now: wall clock.
+        boot_s: seconds since boot.
+        boot_id: of this boot; after a reboot the age of the last refresh is not known.
+    """
+    if not memory.timestamp_sha256 or memory.timestamp_sha256 != timestamp_sha256:
+        return False
+    if memory.earliest_expiry is None or memory.earliest_expiry <= trusted_time(memory, now):
+        return False
+    age_s = boot_s - memory.refreshed_boot_s
+    return memory.boot_id == boot_id and 0 <= age_s < FULL_REFRESH_AFTER.total_seconds()
+
+
+def is_unchanged(
+    transport: Transport, memory: Memory, metadata_dir: Path, *, now: datetime, boot_s: float, boot_id: str
+) -> bool:
+    """Ask, with one conditional GET, whether the published timestamp is still the verified one.
+
+    False means that a full refresh is due; nothing is asked when it is due anyway.
+
+    Raises:
+        UnreachableError: the server is away or overloaded.
+        TrustError: the answer is none that an honest server gives.
+    """
+    cached = cached_timestamp_sha256(metadata_dir)
+    if not is_fresh(memory, timestamp_sha256=cached, now=now, boot_s=boot_s, boot_id=boot_id):
+        return False
+    condition = {"If-None-Match": memory.etag} if memory.etag else {}
+    answer = transport.get(TIMESTAMP_PATH, condition, max_length=TIMESTAMP_MAX)
+    return answer.status == 304 or (answer.status == 200 and sha256(answer.body).hexdigest() == cached)
+
+
+def cached_timestamp_sha256(metadata_dir: Path) -> str | None:
+    """Digest of the timestamp in the TUF cache, None when it cannot be read."""
+    try:
+        return sha256((metadata_dir / "timestamp.json").read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def boot_id() -> str:
+    """The kernel's name of this boot; empty where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else clock.iso(moment)
+
+
+def _moment(get: Getter, key: str) -> datetime | None:
+    text = get.optional_text(key)
+    return None if text is None else clock.parse_iso(text)

@@ -1,0 +1,179 @@
+"""Who this agent is: its identity file, its private key, and the counter that makes a signature good once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from agent_core import clock, layout, wire
+from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError
+from agent_core.wire import SCHEMA, Getter, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from agent_core.layout import Layout
+
+COUNTER_DIGITS = 20
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What enrolment settled; the key stands apart, in `state/agent.key`.
+
+    Attributes:
+        server: base address of the release server.
+        cohort: as the server last said, None while no cohort matches.
+        gate: set on this host and never by the server; empty lets every release through.
+    """
+
+    server: str
+    product: str
+    agent_id: str
+    platform: str
+    cohort: str | None = None
+    gate: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "server": self.server,
+            "product": self.product,
+            "agent_id": self.agent_id,
+            "platform": self.platform,
+            "cohort": self.cohort,
+            "gate": self.gate,
+            "labels": dict(self.labels),
+        }
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "identity") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(
+            server=get.text("server"),
+            product=get.text("product", form=wire.NAME),
+            agent_id=get.text("agent_id", form=wire.AGENT_ID),
+            platform=get.text("platform", form=wire.PLATFORM),
+            cohort=get.optional_text("cohort", form=wire.NAME),
+            gate=get.text("gate", ""),
+            labels=get.labels("labels"),
+        )
+
+
+def load(paths: Layout) -> Identity:
+    """Read this host's identity.
+
+    Raises:
+        NotFoundError: it has not been enrolled.
+        MalformedError: the file is damaged.
+    """
+    body = layout.read_json(paths.identity)
+    if body is None:
+        raise NotFoundError(
+            "this host is not enrolled", why=f"there is no {paths.identity}", then="agent enroll --server URL"
+        )
+    return Identity.from_json(body, paths.identity.name)
+
+
+def save(paths: Layout, identity: Identity) -> None:
+    """Write the identity durably."""
+    layout.write_json(paths.identity, identity.to_json(), 0o600)
+
+
+def make_key(paths: Layout) -> str:
+    """Make this host's ed25519 key unless it has one; a repeated enrolment keeps it.
+
+    Returns:
+        The public half, 64 hex digits.
+    """
+    if not paths.key.exists():
+        layout.write_durable(paths.key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
+    return public_key(paths)
+
+
+def public_key(paths: Layout) -> str:
+    """The public half of this host's key, 64 hex digits; errors as of `sign`."""
+    return _private_key(paths).public_key().public_bytes_raw().hex()
+
+
+def sign(paths: Layout, text: bytes) -> bytes:
+    """Sign with this host's key.
+
+    Raises:
+        NotFoundError: there is no key.
+        NotAllowedError: others on this host may read the key, so it proves nothing.
+        MalformedError: the file is damaged.
+    """
+    return _private_key(paths).sign(text)
+
+
+def next_counter(paths: Layout) -> int:
+    """A number greater than every one before it, on the disk before it is used.
+
+    It is at least the wall clock's seconds: a host set back to an old image, or with a damaged counter, would
+    otherwise sign numbers that the server has seen, and never be heard again.
+    """
+    with _disk_errors(paths.state / "counter"):
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(paths.state / "counter", flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            counter = max(_stored(fd) + 1, int(clock.now().timestamp()))
+            os.pwrite(fd, f"{counter:0{COUNTER_DIGITS}d}\n".encode(), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return counter
+
+
+def _stored(fd: int) -> int:
+    content = os.pread(fd, COUNTER_DIGITS + 1, 0)
+    with suppress(ValueError):
+        return min(int(content), 2**53 - 2)
+    return 0
+
+
+def _private_key(paths: Layout) -> Ed25519PrivateKey:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    try:
+        fd = os.open(paths.key, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            "this host has no key", why=f"there is no {paths.key}", then="agent enroll --server URL"
+        ) from error
+    except OSError as error:
+        raise DiskError(f"{paths.key} cannot be read", why=str(error), reason=Reason.DISK) from error
+    with os.fdopen(fd, "rb") as stream:
+        mode = os.fstat(fd).st_mode
+        if mode & 0o077:
+            raise NotAllowedError(
+                f"{paths.key} is not private",
+                why=f"others on this host may use it (mode {mode & 0o777:04o})",
+                then=f"chmod 600 {paths.key}; if others may have read it, remove it and enroll again",
+            )
+        content = stream.read(256)
+    try:
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(content.decode("ascii").strip()))
+    except ValueError:
+        # The cause is not chained: its message could quote the key.
+        raise MalformedError(
+            f"{paths.key} holds no key", why="it is not 64 hex digits", then="remove it and enroll again"
+        ) from None
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written", why=str(error), reason=Reason.DISK) from error

@@ -1,0 +1,151 @@
+"""How a host becomes an agent: its directory, its identity, its first version, its launcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import sys
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from agent_core import layout as durable
+from agent_core import slots
+from agent_core.bundle import host_platforms
+from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
+from agent_core.settings import load_agent
+from agent_core.spool import Spool
+from agent_core.wire import AttemptState, EnrollRequest
+from updater import attempt as attempts
+from updater import identity as identities
+from updater import poll, report, server
+from updater.backoff import wait_s
+from updater.device import Device, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from agent_core.layout import Layout
+    from updater.device import Outcome
+
+    Progress = Callable[[int, int], None]
+
+log = logging.getLogger(__name__)
+
+
+def enroll(
+    layout: Layout,
+    url: str,
+    product: str,
+    token: str,
+    trust: bytes,
+    name: str,
+    labels: Mapping[str, str],
+    gate: str,
+) -> Device:
+    """Make the directory, the key and the identity. Done again, it goes on where it was cut.
+
+    Args:
+        trust: the root metadata this host is to believe, brought by another way than the server.
+
+    Raises:
+        UsageError: this host is enrolled with another server or product.
+        MalformedError: the trust file is no root metadata.
+        NotAllowedError, UnreachableError, TrustError: the server's answer.
+    """
+    _check_trust(trust)
+    layout.make()
+    _check_same(layout, url, product)
+    durable.write_durable(layout.trust_root, trust)
+    settings = load_agent(layout)
+    platform = host_platforms()[0]
+    public_key = identities.make_key(layout)
+    request = EnrollRequest(product, name, public_key, platform, gate, labels)
+    answer = server.enroll(connect(settings.server_url or url, settings), token, request)
+    identity = identities.Identity(
+        server=url,
+        product=product,
+        agent_id=answer.agent_id,
+        platform=platform,
+        cohort=answer.cohort,
+        gate=gate,
+        labels=labels,
+    )
+    identities.save(layout, identity)
+    return Device(layout, settings, identity)
+
+
+def _check_trust(trust: bytes) -> None:
+    try:
+        kind = json.loads(trust)["signed"]["_type"]
+    except (ValueError, KeyError, TypeError):
+        kind = None
+    if kind != "root":
+        raise MalformedError(
+            "the trust file is no root metadata", then="release key export-trust writes the right file"
+        )
+
+
+def _check_same(layout: Layout, url: str, product: str) -> None:
+    try:
+        before = identities.load(layout)
+    except NotFoundError:
+        return
+    if (before.server, before.product) != (url, product):
+        raise UsageError(
+            f"{layout.root} belongs to another agent",
+            why=f"it is enrolled for {before.product} at {before.server}",
+            then="give another --root, or remove that one first",
+        )
+
+
+def first_version(device: Device, progress: Progress | None = None) -> Outcome:
+    """Check once, and make what it stages the good version when nothing is installed yet."""
+    outcome = poll.check(device, progress=progress)
+    if outcome.candidate and slots.read(device.layout.root) is None:
+        activate_first(device, outcome)
+    return outcome
+
+
+def activate_first(device: Device, outcome: Outcome) -> None:
+    """The first version ever is good without a trial: there is nothing to go back to."""
+    record = slots.install_first(device.layout.root, outcome.candidate)
+    if outcome.floor:
+        record = slots.raise_floor(device.layout.root, outcome.floor)
+    attempt = attempts.settled(attempts.load(device.attempt_file), record)
+    if attempt is not None and attempt.state is AttemptState.HEALTHY:
+        with Spool(device.layout.spool) as spool:
+            report.record_transition(device, spool, attempt)
+
+
+def wait_for_first_version(device: Device, progress: Progress | None = None) -> None:
+    """Check again and again, with backoff, until a version is installed; whatever is wrong may mend."""
+    failures = 0
+    while slots.recover(device.layout.root) is None:
+        outcome = first_version(device, progress)
+        if outcome.candidate:
+            return
+        failures = failures + 1 if outcome.failed else 0
+        log.warning("nothing installed yet", extra={"reason": outcome.reason, "why": outcome.detail})
+        delay_s = wait_s(
+            max(failures, 1),
+            base_s=poll.poll_s(device),
+            most_s=device.settings.poll_max_backoff_s,
+            chance=random.random(),  # noqa: S311 - jitter is no secret
+            retry_after_s=outcome.retry_after_s,
+        )
+        time.sleep(max(delay_s, device.settings.poll_min_s))
+
+
+def exec_launcher(layout: Layout, *, supervise: bool) -> NoReturn:
+    """Become the launcher, which starts the good version.
+
+    Raises:
+        RelfleetError: it cannot be started.
+    """
+    argv = [sys.executable, "-I", "-S", "-B", str(layout.launcher_file), "--root", str(layout.root)]
+    try:
+        os.execv(sys.executable, [*argv, "--supervise"] if supervise else argv)  # noqa: S606 - our own file
+    except OSError as error:
+        raise RelfleetError("the launcher cannot be started", why=str(error)) from error

@@ -1,0 +1,318 @@
+"""One poll, top to bottom: look, refresh, decide, download, stage, preflight. The only orchestrator.
+
+The resident agent calls `is_due` and `is_unchanged`, which need the standard library only. When there is
+something to find out it runs `check` in a short-lived process, which loads TUF and cryptography, prints one
+`Outcome`, and ends. Nothing that goes wrong leaves `check`: it becomes an outcome with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agent_core import clock, launcher, slots
+from agent_core.bundle import Index, host_platforms
+from agent_core.errors import RelfleetError, UnreachableError
+from agent_core.spool import Spool
+from agent_core.wire import AttemptState, Directive, Mode, Reason
+from updater import attempt as attempts
+from updater import freshness, report
+from updater.attempt import Attempt
+from updater.decide import Action, Decision, Facts, Offer, decide, wanted
+from updater.device import Outcome, skip_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from updater.catalog import Catalog, Release
+    from updater.device import Device
+
+log = logging.getLogger(__name__)
+
+
+# --- the resident's half --------------------------------------------------------------------------------
+
+
+def is_due(last: Outcome | None, now: datetime) -> bool:
+    """Whether a check is due whatever the server says: never done, not finished, or its time has come."""
+    if last is None or last.failed or last.action is Action.INSTALL:
+        return True
+    return last.again is not None and clock.parse_iso(last.again) <= now
+
+
+def is_unchanged(device: Device) -> bool:
+    """The poll itself: one conditional GET; False when a check has something to find out.
+
+    Raises:
+        UnreachableError, TrustError: as of `freshness.is_unchanged`.
+    """
+    return freshness.is_unchanged(
+        device.transport(),
+        freshness.recall(device.layout.poll),
+        device.layout.tuf,
+        now=clock.now(),
+        boot_s=clock.boot_s(),
+        boot_id=freshness.boot_id(),
+    )
+
+
+# --- the checker's half ---------------------------------------------------------------------------------
+
+
+def check(device: Device, *, progress: Callable[[int, int], None] | None = None) -> Outcome:
+    """Find out what this agent should run, and stage it.
+
+    Args:
+        device: this one; the server may name another cohort for it on the way.
+        progress: told bytes received and in all, for people who watch.
+
+    Returns:
+        What came of it; also kept for the resident agent, `status` and the reports.
+    """
+    device = _report(device)
+    outcome = _guarded(device, progress)
+    try:
+        device.remember_outcome(outcome)
+        _collect(device)
+    except (RelfleetError, OSError) as error:
+        log.warning("the outcome could not be kept", extra={"why": str(error)})
+    _report(device)
+    return outcome
+
+
+def _report(device: Device) -> Device:
+    """Tell the server; that it does not hear us is no reason not to update (case 18)."""
+    try:
+        device, _ = report.send_signed(device)
+    except (RelfleetError, OSError) as error:
+        log.warning("report not sent", extra={"why": str(error)})
+    return device
+
+
+def _guarded(device: Device, progress: Callable[[int, int], None] | None) -> Outcome:
+    verified = False
+    try:
+        from updater.catalog import Catalog
+
+        bootstrap = device.layout.trust_root.read_bytes()
+        with Catalog(device.layout.tuf, device.transport(), device.identity.product, bootstrap) as catalog:
+            now = _refresh(device, catalog)
+            verified = True
+            return _Check(device, catalog, now, progress).run()
+    except RelfleetError as error:
+        return _failed(error.reason, str(error), verified=verified, error=error)
+    except OSError as error:
+        return _failed(Reason.DISK, str(error), verified=verified)
+    except Exception as error:
+        log.exception("check failed")
+        return _failed(Reason.INTERNAL, f"{type(error).__name__}: {error}", verified=verified)
+
+
+def _failed(reason: str, detail: str, *, verified: bool, error: RelfleetError | None = None) -> Outcome:
+    retry_after_s = error.retry_after_s if isinstance(error, UnreachableError) else None
+    return Outcome(
+        action=Action.REFUSE,
+        reason=str(reason),
+        detail=detail[:1000],
+        at=clock.iso(clock.now()),
+        verified=verified,
+        failed=True,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _refresh(device: Device, catalog: Catalog) -> datetime:
+    """Full TUF refresh, remembered; the trusted time from here on."""
+    memory = freshness.recall(device.layout.poll)
+    now = clock.now()
+    verified = catalog.refresh(now, memory.high_water)
+    memory = verified.memory(clock.boot_s(), freshness.boot_id())
+    freshness.remember(device.layout.poll, memory)
+    return freshness.trusted_time(memory, now)
+
+
+@dataclass
+class _Check:
+    """The rest of one check, under the lock of the verified catalog."""
+
+    device: Device
+    catalog: Catalog
+    now: datetime
+    progress: Callable[[int, int], None] | None
+
+    def run(self) -> Outcome:
+        cohort = self.device.identity.cohort
+        if cohort is None:
+            return self._stay(Reason.NO_COHORT, "no cohort on the server matches this agent")
+        directive = self.catalog.directive(cohort)
+        if directive is None:
+            return self._stay(Reason.NO_DIRECTIVE, f"cohort {cohort} has no directive yet")
+        facts, release = self._facts(directive)
+        decision = decide(facts, self.now)
+        outcome = self._outcome(decision, facts)
+        if not decision.installs or release is None:
+            self._note_skip(decision, facts)
+            return outcome
+        return self._install(outcome, release, directive)
+
+    def _facts(self, directive: Directive) -> tuple[Facts, Release | None]:
+        device = self.device
+        record = slots.read(device.layout.root)
+        policy = self.catalog.policy()
+        facts = Facts(
+            agent_id=device.identity.agent_id,
+            product=device.identity.product,
+            gate=device.identity.gate,
+            platforms=tuple(host_platforms()),
+            running=device.running(),
+            directive=directive,
+            directive_seen=device.see(directive, self.now).since,
+            policy=policy,
+            offer=None,
+            hold=device.hold(),
+            floor_seen=record.floor if record else 0,
+            in_trial=record is not None and record.phase != slots.IDLE,
+            launcher=int(os.environ.get("RELFLEET_LAUNCHER", launcher.LAUNCHER)),
+            skip_reason=lambda digest, epoch: skip_reason(record, digest, epoch),
+        )
+        version = wanted(facts).version
+        release = self.catalog.release(version, list(facts.platforms)) if version else None
+        return replace(facts, offer=Offer(release.facts, release.sha256) if release else None), release
+
+    def _outcome(self, decision: Decision, facts: Facts) -> Outcome:
+        return Outcome(
+            action=decision.action,
+            reason=str(decision.reason),
+            detail=decision.detail,
+            at=clock.iso(clock.now()),
+            verified=True,
+            version=wanted(facts).version or "",
+            again=clock.iso(decision.again) if decision.again else None,
+            retry_epoch=facts.directive.retry_epoch,
+            floor=facts.policy.floor_seq,
+        )
+
+    def _stay(self, reason: Reason, detail: str) -> Outcome:
+        return Outcome(Action.STAY, str(reason), detail, clock.iso(clock.now()), verified=True)
+
+    def _note_skip(self, decision: Decision, facts: Facts) -> None:
+        """A rollout counts an agent that skips its release; tell it once."""
+        if decision.reason is not Reason.SKIPPED or facts.offer is None:
+            return
+        version, digest, salt = facts.offer.facts.version, facts.offer.digest, facts.directive.salt
+        last = attempts.load(self.device.attempt_file)
+        if last and last.is_for(version, digest, salt):
+            return
+        with Spool(self.device.layout.spool) as spool:
+            skipped = Attempt(
+                version, digest, salt, AttemptState.SKIPPED, str(decision.reason), decision.detail
+            )
+            report.record_transition(self.device, spool, skipped)
+
+    # --- install ---------------------------------------------------------------------------------------
+
+    def _install(self, outcome: Outcome, release: Release, directive: Directive) -> Outcome:
+        """Download, stage, preflight; each step is a transition that the server will hear of."""
+        digest = release.sha256[:12]
+        last = attempts.load(self.device.attempt_file)
+        again = last is not None and last.is_for(release.facts.version, digest, directive.salt)
+        attempt = Attempt(release.facts.version, digest, directive.salt, AttemptState.DOWNLOADING)
+        with Spool(self.device.layout.spool) as spool:
+            if not again:
+                report.record_transition(self.device, spool, attempt)
+            try:
+                name, index = self._stage(release)
+            except (RelfleetError, OSError) as error:
+                # Said once an attempt: a disk that stays full must not fill the spool as well.
+                retried = isinstance(error, UnreachableError)
+                if not retried and not (again and last and last.state is AttemptState.FAILED):
+                    reason = error.reason if isinstance(error, RelfleetError) else Reason.DISK
+                    failed = attempt.to(AttemptState.FAILED, str(reason), str(error))
+                    report.record_transition(self.device, spool, failed)
+                raise
+            refused = self._preflight(name, release)
+            if refused is not None:
+                # A version that cannot even import is remembered like one that failed its trial.
+                if slots.read(self.device.layout.root) is not None:
+                    slots.refuse(self.device.layout.root, name, refused.reason, directive.retry_epoch)
+                report.record_transition(
+                    self.device, spool, attempt.to(AttemptState.FAILED, refused.reason, refused.detail)
+                )
+                return refused
+            report.record_transition(self.device, spool, attempt.to(AttemptState.STAGED))
+        return replace(outcome, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
+
+    def _stage(self, release: Release) -> tuple[str, Index]:
+        from updater.download import fetch, fetch_small
+        from updater.stage import is_complete, stage, version_name
+
+        device, transport = self.device, self.device.transport()
+        index_bytes = fetch_small(transport, release.index_url, release.index_sha256, release.index_length)
+        name = version_name(release.facts.version, release.sha256)
+        part = device.layout.download / f"{release.sha256}.part"
+        if not is_complete(device.layout.version_dir(name), index_bytes):
+            fetch(
+                transport,
+                release.archive_url,
+                release.sha256,
+                release.length,
+                part,
+                progress=self.progress,
+                rate_limit_bps=device.settings.download_rate_bps or None,
+                deadline_s=device.settings.download_deadline_s,
+            )
+        device.keep_facts(name, release.facts)
+        reserve = device.settings.disk_reserve
+        stage(device.layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
+        part.unlink(missing_ok=True)
+        return name, Index.from_bytes(index_bytes)
+
+    def _preflight(self, name: str, release: Release) -> Outcome | None:
+        """The refusal of a version that does not start, or None when it says what the manifest says."""
+        from updater.stage import preflight
+
+        verdict = preflight(self.device.layout, name, release.facts)
+        if verdict.ok:
+            return None
+        detail = f"{release.facts.version} did not pass its preflight: {verdict.detail}"
+        return Outcome(
+            action=Action.REFUSE,
+            reason=str(verdict.reason or Reason.PREFLIGHT),
+            detail=detail[:1000],
+            at=clock.iso(clock.now()),
+            verified=True,
+            version=release.facts.version,
+        )
+
+
+def _collect(device: Device) -> None:
+    """Clear away what nothing needs; never while a version is on trial (case 7)."""
+    from updater.stage import collect
+
+    record = slots.read(device.layout.root)
+    outcome = device.outcome()
+    staged = outcome is not None and outcome.candidate != ""
+    if record is None or record.phase != slots.IDLE or staged:
+        return
+    for name in collect(device.layout, record):
+        device.facts_file(name).unlink(missing_ok=True)
+    for part in device.layout.download.iterdir():
+        if outcome is not None and not outcome.failed:
+            part.unlink(missing_ok=True)
+
+
+def poll_s(device: Device) -> float:
+    """The period of polls: the directive's, never below what this host is set to."""
+    seen = device.seen()
+    asked = seen.directive.poll_s if seen else 60
+    disabled = seen is not None and seen.directive.mode is Mode.DISABLED
+    return max(device.settings.poll_min_s, asked * (10 if disabled else 1))
+
+
+def report_s(device: Device) -> float:
+    """The period of reports, as the directive says."""
+    seen = device.seen()
+    return max(device.settings.poll_min_s, seen.directive.report_s if seen else 300)

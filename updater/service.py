@@ -1,0 +1,419 @@
+"""The resident agent: polls, runs the workload, judges its own trial, and is the one writer of the record.
+
+It stays small: TUF and cryptography are loaded by the checker, a child that ends. What it decides is decided
+by pure modules (`decide`, `gate`, `attempt`, `backoff`); here every arm is a call.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent_core import clock, slots
+from agent_core.bundle import INDEX_NAME, Index
+from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
+from agent_core.health import Monitor, Subject, parse_checks
+from agent_core.runtime import BoundedLog, Place, Runtime, Workload, arm_deadman, disarm_deadman
+from agent_core.settings import AgentSettings, Live, Watcher, load_agent
+from agent_core.spool import Spool
+from agent_core.telemetry import Figures, setup_logging
+from updater import attempt as attempts
+from updater import control, poll, report
+from updater.backoff import jittered, wait_s
+from updater.decide import Action
+from updater.device import Device, Outcome
+from updater.gate import Step, TrialFacts, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent_core.runtime import Ended, JobResult
+
+log = logging.getLogger(__name__)
+
+CHECK_MARGIN_S = 900.0
+"""What a check may take beside its download: refresh, staging, preflight."""
+REPORT_DEADLINE_S = 120.0
+BACKOFF_BASE_S = 2.0
+
+
+def serve(root: Path) -> int:
+    """Be the agent until told to stop; the exit code for the launcher.
+
+    Raises:
+        RelfleetError: it cannot even start; the launcher counts that as a boot.
+    """
+    device = Device.load(root)
+    _log_to(device.settings)
+    version_dir = Path(__file__).resolve().parents[2]
+    index = Index.from_bytes((version_dir / INDEX_NAME).read_bytes())
+    held = os.open(version_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(held, fcntl.LOCK_SH)  # what runs is never collected
+    try:
+        return Service(device, version_dir, index).run()
+    finally:
+        os.close(held)
+
+
+def _log_to(settings: AgentSettings) -> None:
+    setup_logging(
+        level=settings.log_level,
+        file=Path(settings.log_file) if settings.log_file else None,
+        max_bytes=settings.log_max_bytes,
+        files=settings.log_files,
+    )
+
+
+class Service:
+    """One run of one version as the agent of its host.
+
+    Args:
+        device: enrolled.
+        version_dir: resolved; its name is the version's name in the record.
+        index: of that directory, verified when it was staged.
+    """
+
+    def __init__(self, device: Device, version_dir: Path, index: Index) -> None:
+        self.device = device
+        self.name = version_dir.name
+        self.index = index
+        self.root = device.layout.root
+        self.record = slots.read(self.root) or slots.Record(good=self.name, previous=self.name)
+        self.runtime = Runtime(on_stop=self._on_stop, on_poll=self._on_signal)
+        self.started_s = self.runtime.now_s()
+        self.verified = False
+        self.failures, self._wait_s = control.recall_backoff(device.layout)
+        self.figures = Figures()
+        self._checking = False
+        self._start_workload(version_dir)
+        news = self._settle()
+        self._forced = self.in_trial or news
+        self._polls = self.runtime.repeat("poll", self._poll, first_s=self._first_poll_s(news=news))
+        self._reports = self.runtime.repeat("report", self._heartbeat, first_s=poll.report_s(device))
+        self._live = Live(lambda: load_agent(device.layout), self._apply)
+        self._watcher = Watcher(
+            [device.layout.settings, device.layout.settings_dir],
+            lambda: self.runtime.call_soon(self._live.reload),
+        )
+
+    def run(self) -> int:
+        log.info("agent started", extra={"version": self.name, "phase": self.record.phase})
+        self._show(poll="not yet")
+        if self.in_trial:
+            self.runtime.repeat("trial", self._judge)
+        self._watcher.start()
+        self._heed_request()
+        try:
+            return self.runtime.run()
+        finally:
+            self._watcher.stop()
+
+    @property
+    def in_trial(self) -> bool:
+        return self.record.phase == slots.TRIAL and self.record.candidate == self.name
+
+    # --- workload and health ---------------------------------------------------------------------------
+
+    def _start_workload(self, version_dir: Path) -> None:
+        settings = self.device.settings
+        place = Place(self.root, version_dir, self.index.version)
+        output = BoundedLog(
+            self.device.layout.logs / "workload.log",
+            max_bytes=settings.workload_log_bytes,
+            files=settings.workload_log_files,
+        )
+        self.workload = Workload(
+            self.runtime,
+            place,
+            self.index.entry,
+            output,
+            stop_s=settings.workload_stop_s,
+            max_backoff_s=settings.workload_max_backoff_s,
+            exits_allowed=0 if self.in_trial else None,
+            on_end=self._workload_ended,
+        )
+        checks = parse_checks(list(self.index.health))
+        self.monitor = Monitor(checks, Subject(place, self.workload), self.started_s)
+        self.workload.start()
+        self.runtime.repeat("health", self._step_health)
+
+    def _step_health(self) -> float:
+        self.monitor.step(self.runtime.now_s())
+        return self.device.settings.health_step_s
+
+    def _workload_ended(self, _ended: Ended) -> None:
+        if self.in_trial:
+            self._judge()
+
+    # --- the trial -------------------------------------------------------------------------------------
+
+    def _judge(self) -> float:
+        """One look at the trial of this version; what the gate says is one call."""
+        step_s = min(0.5, self.device.settings.health_step_s)
+        if not self.in_trial or self.runtime.is_stopping:
+            return 3600.0
+        health = self.monitor.verdict()
+        facts = TrialFacts(
+            started_s=self.started_s,
+            observe_s=self.index.observe_s,
+            healthy=health.healthy,
+            ready=health.ready,
+            healthy_since_s=health.healthy_since_s,
+            manifest_verified=self.verified,
+            workload_exits=self.workload.exits,
+            boots_left=self.record.boots_left,
+            failures=tuple(str(failure) for failure in health.failures),
+        )
+        verdict = judge(facts, self.runtime.now_s())
+        self._show(trial=f"{verdict.step}: {verdict.detail}")
+        match verdict.step:
+            case Step.REARM:
+                arm_deadman(self.record.deadman_s)
+            case Step.COMMIT:
+                self._commit(verdict.detail)
+            case Step.ROLL_BACK:
+                self._roll_back(str(verdict.reason), verdict.detail)
+        return step_s
+
+    def _commit(self, detail: str) -> None:
+        disarm_deadman()
+        self.record = slots.commit(self.root, self.name)
+        self.workload.exits_allowed = None
+        log.info("trial committed", extra={"version": self.name, "why": detail})
+        self._show(trial="")
+        outcome = self.device.outcome()
+        if self._settle() and outcome and outcome.version == self.index.version:
+            self._report_now()
+        else:
+            self._look_now()
+
+    def _roll_back(self, reason: str, detail: str) -> None:
+        log.warning("trial rolled back", extra={"version": self.name, "reason": reason, "why": detail})
+        attempt = attempts.load(self.device.attempt_file)
+        if attempt and attempt.name == self.name:
+            # The record keeps the code of the reason; the words for people are kept here, if the disk can.
+            attempts.save(self.device.attempt_file, replace(attempt, detail=detail))
+        self.record = slots.roll_back(self.root, reason)
+        self.runtime.stop(Exit.RESTART)
+
+    def _settle(self) -> bool:
+        """Put into the spool how the attempt in progress stands by the record; whether that is news."""
+        attempt = attempts.settled(attempts.load(self.device.attempt_file), self.record)
+        if attempt is None:
+            return False
+        with Spool(self.device.layout.spool) as spool:
+            report.record_transition(self.device, spool, attempt)
+        return True
+
+    # --- polling ---------------------------------------------------------------------------------------
+
+    def _first_poll_s(self, *, news: bool) -> float:
+        """At once with news or on trial, which must fetch the manifest; else restarted fleets spread out."""
+        if self.in_trial or news:
+            return 0.0
+        spread_s = random.random() * min(poll.poll_s(self.device), 30.0)  # noqa: S311 - jitter is no secret
+        return max(spread_s, self._wait_s)
+
+    def _poll(self) -> float:
+        """One tick: a check when one is due, else the conditional GET; the answer sets the next tick."""
+        if self._checking:
+            return poll.poll_s(self.device)
+        self._checking = True
+        if self._forced or poll.is_due(self.device.outcome(), clock.now()):
+            self._forced = False
+            self._check()
+        else:
+            self._in_thread(lambda: poll.is_unchanged(self.device), self._looked)
+        return 2 * self._check_deadline_s()  # the end of the check, or of the look, wakes the next tick
+
+    def _looked(self, unchanged: bool | None, error: Exception | None) -> None:
+        if error is None and unchanged:
+            self._finished(None)
+        elif error is None:
+            self._check()
+        else:
+            self._finished(_failure(error))
+
+    def _check_deadline_s(self) -> float:
+        return self.device.settings.download_deadline_s + CHECK_MARGIN_S
+
+    def _check(self) -> None:
+        self._job("check", self._checked, self._check_deadline_s())
+
+    def _checked(self, result: JobResult) -> None:
+        try:
+            outcome = Outcome.from_json(result.answer)
+        except MalformedError:
+            detail = f"the checker ended without an answer ({result.problem}): {result.errors[-300:]}"
+            outcome = _failure(RelfleetError(detail, reason="internal"))
+        self.verified = self.verified or outcome.verified
+        self._reload_identity()
+        self._finished(outcome)
+        if outcome.action is Action.INSTALL and outcome.candidate and not self.runtime.is_stopping:
+            self._activate(outcome)
+
+    def _finished(self, outcome: Outcome | None) -> None:
+        """A poll ended; None says that nothing changed. The next is a period away, or a backoff."""
+        self._checking = False
+        if outcome is None or not outcome.failed:
+            self.failures = 0
+            delay_s = jittered(poll.poll_s(self.device), random.random())  # noqa: S311 - jitter is no secret
+        else:
+            self.failures += 1
+            delay_s = self._backoff_s(outcome)
+            log.warning("poll failed", extra={"reason": outcome.reason, "why": outcome.detail})
+        if outcome is not None:
+            self._show(poll=f"{outcome.reason}: {outcome.detail}".strip(": "))
+        if self._forced:
+            delay_s = 0.0
+        control.remember_backoff(self.device.layout, self.failures, delay_s if self.failures else 0.0)
+        self._polls.wake(delay_s)
+
+    def _backoff_s(self, outcome: Outcome) -> float:
+        return wait_s(
+            self.failures,
+            base_s=max(BACKOFF_BASE_S, poll.poll_s(self.device)),
+            most_s=self.device.settings.poll_max_backoff_s,
+            chance=random.random(),  # noqa: S311 - jitter is no secret
+            retry_after_s=outcome.retry_after_s,
+        )
+
+    def _activate(self, outcome: Outcome) -> None:
+        """The staged version goes on trial; the launcher starts it when this process has ended."""
+        try:
+            self.record = slots.begin_trial(
+                self.root,
+                outcome.candidate,
+                outcome.boots,
+                outcome.deadman_s,
+                retry_epoch=outcome.retry_epoch,
+                floor=outcome.floor,
+            )
+        except (slots.IllegalTransitionError, OSError) as error:
+            log.warning("trial not begun", extra={"candidate": outcome.candidate, "why": str(error)})
+            return
+        log.info("trial begun", extra={"candidate": outcome.candidate, "good": self.record.good})
+        self.runtime.stop(Exit.RESTART)
+
+    # --- reports ---------------------------------------------------------------------------------------
+
+    def _heartbeat(self) -> float:
+        """Tell the server that we live; a signed report when there is news or the session is over."""
+        period_s = jittered(poll.report_s(self.device), random.random())  # noqa: S311 - jitter is no secret
+        session = report.session(self.device)
+        with Spool(self.device.layout.spool) as spool:
+            news = bool(spool.pending(1))
+        if news or session is None:
+            self._report_now()
+        else:
+            figures = self._take_figures()
+            self._in_thread(
+                lambda: report.send_heartbeat(self.device, session, figures), self._heartbeat_sent
+            )
+        return period_s
+
+    def _heartbeat_sent(self, sent: Any, error: Exception | None) -> None:
+        if error is None:
+            self.device = replace(self.device, identity=sent[0].identity)
+        elif isinstance(error, RelfleetError) and error.reason not in ("offline", "overloaded"):
+            self.device.session_file.unlink(missing_ok=True)
+            self._report_now()
+
+    def _report_now(self) -> None:
+        figures = json.dumps(self._take_figures()).encode()
+        self._job("report", lambda _result: self._reload_identity(), REPORT_DEADLINE_S, stdin=figures)
+
+    def _take_figures(self) -> dict[str, float]:
+        return self.figures.take(
+            self.runtime.now_s(),
+            workload_pid=self.workload.pid,
+            started_s=self.workload.started_s,
+            restarts=self.workload.restarts,
+        )
+
+    def _reload_identity(self) -> None:
+        self.device = replace(self.device, identity=Device.load(self.root).identity)
+
+    # --- the operator ----------------------------------------------------------------------------------
+
+    def _on_signal(self) -> None:
+        self._heed_request()
+        self._look_now()
+
+    def _look_now(self) -> None:
+        self._forced = True
+        self._polls.wake()
+
+    def _heed_request(self) -> None:
+        """Do what `agent rollback` or `agent retry` asked for; the request is gone when it is done."""
+        request = control.read_request(self.device.layout)
+        if request is None:
+            return
+        log.info("operator asks", extra={"verb": request.verb})
+        try:
+            self.record = control.carry_out(self.device, request)
+        except (slots.IllegalTransitionError, OSError) as error:
+            log.warning("request refused", extra={"verb": request.verb, "why": str(error)})
+        control.forget_request(self.device.layout)
+        if self.record.phase == slots.IDLE and self.record.good != self.name:
+            self.runtime.stop(Exit.RESTART)
+
+    def _on_stop(self) -> None:
+        """Asked to stop by a person or a shutdown: that is no failure of the version on trial (case 9)."""
+        if self.in_trial:
+            try:
+                self.record = slots.refund(self.root)
+            except (slots.IllegalTransitionError, OSError) as error:
+                log.warning("boot not given back", extra={"why": str(error)})
+
+    def _apply(self, settings: AgentSettings) -> None:
+        self.device = replace(self.device, settings=settings)
+        self.workload.max_backoff_s = settings.workload_max_backoff_s
+        _log_to(settings)
+        self._polls.wake()
+
+    # --- helpers ---------------------------------------------------------------------------------------
+
+    def _show(self, **what: str) -> None:
+        """Keep what `agent status` shows; a disk that refuses costs a status, nothing more."""
+        control.show(self.device.layout, self.name, self.workload.pid, settings=self._live.problem, **what)
+        self.runtime.status("; ".join(text for text in what.values() if text) or self.name)
+
+    def _job(
+        self, verb: str, done: Callable[[JobResult], None], deadline_s: float, stdin: bytes = b""
+    ) -> None:
+        agent = str(Path(__file__).resolve().parents[2] / "agent.py")
+        argv = [sys.executable, "-I", "-B", agent, verb, "--root", str(self.root)]
+        self.runtime.run_job(argv, done, deadline_s=deadline_s, name=verb, stdin=stdin)
+
+    def _in_thread(self, call: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """Run what waits for the network beside the loop; `done` runs in the loop."""
+
+        def work() -> None:
+            try:
+                answer, error = call(), None
+            except Exception as raised:  # noqa: BLE001 - it is handed to the loop, which decides
+                answer, error = None, raised
+            self.runtime.call_soon(lambda: done(answer, error))
+
+        threading.Thread(target=work, daemon=True, name="network").start()
+
+
+def _failure(error: Exception) -> Outcome:
+    """The outcome of a poll that could not be done."""
+    return Outcome(
+        action=Action.REFUSE,
+        reason=str(error.reason if isinstance(error, RelfleetError) else "internal"),
+        detail=str(error)[:1000],
+        at=clock.iso(clock.now()),
+        failed=True,
+        retry_after_s=error.retry_after_s if isinstance(error, UnreachableError) else None,
+    )

@@ -1,0 +1,438 @@
+"""This module turns a downloaded bundle into a complete version directory, tries it, and clears up.
+
+A directory stands under `versions/` only when all of it is on the disk: it is unpacked in `staging/`,
+fsynced, and renamed. Whatever is thrown away is renamed into `trash/` first, so a half-deleted version is
+never met. Callers hold the agent's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import stat
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import IO, TYPE_CHECKING
+
+from agent_core.bundle import INDEX_NAME, Index, unpack
+from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
+from agent_core.slots import fsync_dir, kept
+from agent_core.wire import Getter, Reason, ReleaseFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from agent_core.layout import Layout
+    from agent_core.slots import Record
+
+log = logging.getLogger(__name__)
+
+RESERVE = 32 * 2**20
+"""Bytes left free on the disk after a bundle is unpacked: an updater does not take a host's last block."""
+
+PREFLIGHT_S = 60.0
+MOST_OUTPUT = 64 * 1024
+RENAME_NOREPLACE = 1
+AT_FDCWD = -100
+
+
+def version_name(version: str, archive_sha256: str) -> str:
+    """The directory's name under `versions/`: one version built twice stands twice."""
+    return f"{version}-{archive_sha256[:12]}"
+
+
+# --- staging ----------------------------------------------------------------------------------------------
+
+
+def stage(
+    layout: Layout,
+    archive: Path,
+    index_bytes: bytes,
+    facts: ReleaseFacts,
+    archive_sha256: str,
+    *,
+    reserve: int = RESERVE,
+) -> str:
+    """Make the bundle a complete, durable, read-only version directory. Idempotent.
+
+    Args:
+        layout: of this host; its directories exist.
+        archive: the downloaded file.
+        index_bytes: as downloaded; believed only when they are what `facts` names.
+        facts: what the release keys signed of this bundle.
+        archive_sha256: the signed digest of the archive.
+        reserve: bytes that must stay free afterwards.
+
+    Returns:
+        The directory's name under `versions/`.
+
+    Raises:
+        TrustError: index or archive are not what was signed.
+        DiskError: `no-room` before anything is written, or `disk`.
+    """
+    index = believe(index_bytes, facts)
+    name = version_name(facts.version, archive_sha256)
+    final, fresh = layout.versions / name, layout.staging / name
+    with _disk_errors(f"{name} could not be staged"):
+        if not is_complete(final, index_bytes):
+            if in_use(final):
+                raise DiskError(f"{name} is damaged, and in use", then="restart the agent")
+            discard(layout, final)
+            discard(layout, fresh)
+            _check_room(layout.staging, index, reserve)
+            try:
+                _unpack(archive, index, fresh, archive_sha256)
+                _write_index(fresh, index_bytes)
+                _rename_new(fresh, final)
+            except BaseException:
+                with _logged(name):
+                    discard(layout, fresh)
+                raise
+        # Also when it stood there already: an earlier call may have been killed right after the rename.
+        _seal(final)
+        fsync_dir(layout.staging)
+        fsync_dir(layout.versions)
+    return name
+
+
+def believe(index_bytes: bytes, facts: ReleaseFacts) -> Index:
+    """Read an index that has the signed digest and says the same as the signed facts.
+
+    Raises:
+        TrustError: `digest-mismatch`, `bad-index`, or the `wrong-…` of what differs.
+    """
+    if len(index_bytes) != facts.index_length or sha256(index_bytes).hexdigest() != facts.index_sha256:
+        raise TrustError("the index is not the one that was signed", reason=Reason.DIGEST_MISMATCH)
+    index = Index.from_bytes(index_bytes)
+    said = {
+        Reason.WRONG_PRODUCT: (index.product, facts.product),
+        Reason.WRONG_PLATFORM: (index.platform, facts.platform),
+        Reason.BAD_INDEX: (
+            (index.version, index.unpacked, len(index.files), index.min_launcher),
+            (facts.version, facts.unpacked, facts.files, facts.min_launcher),
+        ),
+    }
+    for reason, (inside, signed) in said.items():
+        if inside != signed:
+            why = f"it says {inside}, the release {signed}"
+            raise TrustError("the index does not fit its release", why=why, reason=reason)
+    return index
+
+
+def is_complete(directory: Path, index_bytes: bytes) -> bool:
+    """Whether exactly this bundle stands there; its index is the last thing written before the rename."""
+    try:
+        return (directory / INDEX_NAME).read_bytes() == index_bytes
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def hold(directory: Path) -> int:
+    """Keep a version from being collected for as long as this process lives, or until the handle is closed.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
+
+
+def in_use(directory: Path) -> bool:
+    """Whether some process holds the directory by `flock`, as every running version `hold`s its own."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _check_room(directory: Path, index: Index, reserve: int) -> None:
+    found = os.statvfs(directory)
+    block = found.f_frsize or found.f_bsize or 4096
+    need, free = index.room(block) + reserve, found.f_bavail * block
+    if free < need:
+        why = f"{need} bytes are needed, {free} are free: {need - free} are missing"
+        raise DiskError("the disk has no room for the bundle", why=why, reason=Reason.NO_ROOM)
+    nodes = len(index.files) + len(index.directories) + 2
+    if found.f_files and found.f_favail < nodes:
+        why = f"{nodes} files are needed, {found.f_favail} are free: {nodes - found.f_favail} are missing"
+        raise DiskError("the disk has no room for the bundle's files", why=why, reason=Reason.NO_ROOM)
+
+
+def _unpack(archive: Path, index: Index, fresh: Path, archive_sha256: str) -> None:
+    if unpack(archive, index, fresh) != archive_sha256:
+        raise TrustError("the archive is not the one that was signed", reason=Reason.DIGEST_MISMATCH)
+
+
+def _write_index(directory: Path, index_bytes: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(directory / INDEX_NAME, flags, 0o444), "wb") as file:
+        file.write(index_bytes)
+        file.flush()
+        os.fchmod(file.fileno(), 0o444)
+        os.fsync(file.fileno())
+    fsync_dir(directory)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename, but never over something; a file system that cannot promise that is asked first."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is not None:
+        names = os.fsencode(source), os.fsencode(target)
+        if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code), str(target))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)  # noqa: PTH104 - beside its atomic twin above
+
+
+def _seal(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(handle, 0o555)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = Reason.NO_ROOM if full else Reason.DISK
+        raise DiskError(what, why=str(error), reason=reason) from error
+
+
+# --- preflight --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the new version said of itself before it was trusted with anything; a refusal is a value."""
+
+    ok: bool
+    reason: Reason | None = None
+    detail: str = ""
+
+
+def interpreter(directory: Path) -> str:
+    """The Python that runs the version in `directory`: its own, or the one that runs this."""
+    own = directory / "python" / "bin" / "python3"
+    return str(own) if own.exists() else sys.executable
+
+
+def preflight(layout: Layout, name: str, facts: ReleaseFacts, *, limit_s: float = PREFLIGHT_S) -> Preflight:
+    """Let the staged version import itself and read today's state in a process of its own.
+
+    Args:
+        layout: of this host.
+        name: the directory under `versions/`; the version runs where it will stay.
+        facts: the signed ones; a program that reports another version would be updated for ever.
+        limit_s: seconds after which it counts as hanging; all its processes are killed then.
+    """
+    directory = layout.versions / name
+    argv = [interpreter(directory), "-I", "-B", str(directory / "agent.py")]
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_PREFLIGHT}
+    try:
+        process = subprocess.Popen(
+            [*argv, "preflight", "--root", str(layout.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=layout.root,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it could not be started: {error}")
+    said, complained, ended = _watch(process, limit_s)
+    if not ended:
+        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it was not done after {limit_s:g} s")
+    if process.returncode != 0:
+        told = "; ".join(_lines(complained or said)[-3:])
+        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"exit {process.returncode}: {told}")
+    return _judge("".join(_lines(said)[-1:]), facts)
+
+
+_NOT_FOR_PREFLIGHT = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RELFLEET_BOOT"})
+
+
+def _judge(line: str, facts: ReleaseFacts) -> Preflight:
+    try:
+        get = Getter(json.loads(line), "preflight")
+        version, product = get.text("version"), get.text("product")
+        if not get.boolean("ok"):
+            return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=get.text("detail", ""))
+    except (MalformedError, ValueError, RecursionError) as error:
+        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"its answer cannot be read: {error}")
+    if (version, product) != (facts.version, facts.product):
+        detail = f"it says {product} {version}, the manifest {facts.product} {facts.version}"
+        return Preflight(ok=False, reason=Reason.PREFLIGHT_VERSION, detail=detail)
+    return Preflight(ok=True)
+
+
+def _lines(output: bytes) -> list[str]:
+    lines = output.decode("utf-8", "replace").splitlines()
+    return [line.strip()[:1000] for line in lines if line.strip()]
+
+
+def _watch(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, bytes, bool]:
+    """Collect a bounded tail of both outputs until the process ends; then end all it started.
+
+    Returns:
+        stdout, stderr, and whether it ended by itself in time. Grandchildren that keep the pipes open do
+        not count, and the leader is reaped only after its group was killed: until then the group's number
+        cannot belong to anyone else.
+    """
+    assert process.stdout is not None
+    assert process.stderr is not None
+    end = time.monotonic() + limit_s  # a host that sleeps meanwhile does not use up the time
+    ended = False
+    tails: dict[IO[bytes], bytes] = {}
+    with selectors.DefaultSelector() as selector:
+        for pipe in (process.stdout, process.stderr):
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe, selectors.EVENT_READ)
+            tails[pipe] = b""
+        try:
+            while not ended and time.monotonic() < end:
+                ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+                _drain(selector, tails, 0 if ended else 0.02)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for pipe in tails:
+        pipe.close()
+    return tails[process.stdout], tails[process.stderr], ended
+
+
+def _drain(selector: selectors.BaseSelector, tails: dict[IO[bytes], bytes], wait_s: float) -> None:
+    """Read what is there now; a pipe at its end is let go, and then only time passes."""
+    if not selector.get_map():
+        time.sleep(wait_s)
+        return
+    for key, _ in selector.select(wait_s):
+        pipe = key.fileobj
+        assert not isinstance(pipe, int)
+        with suppress(BlockingIOError):
+            chunk = os.read(pipe.fileno(), MOST_OUTPUT)
+            tails[pipe] = (tails[pipe] + chunk)[-MOST_OUTPUT:]  # type: ignore[index]
+            if not chunk:
+                selector.unregister(pipe)
+
+
+# --- throwing away ----------------------------------------------------------------------------------------
+
+
+def discard(layout: Layout, path: Path) -> None:
+    """Take `path` out of sight by one rename into the trash, then delete it; nothing there is fine."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        path.chmod(0o755)  # a directory that its owner may not write cannot be renamed elsewhere
+    gone = f"{path.name}.{secrets.token_hex(4)}"
+    path.rename(layout.trash / gone)
+    fsync_dir(path.parent)
+    trash = os.open(layout.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _delete(gone, trash)
+    finally:
+        os.close(trash)
+
+
+def collect(layout: Layout, record: Record | None) -> tuple[str, ...]:
+    """Delete every version that nothing needs, what an older staging left, and the trash.
+
+    Good, previous and candidate stay, so does what the two links show and what a process holds by `flock`.
+    Without a record, or when the good version is not there, no version is touched: it may be the last one.
+    What cannot be deleted is logged and met again next time. No link is followed.
+
+    Returns:
+        The names of the versions that are gone.
+    """
+    collected = []
+    for name in _surplus(layout, record):
+        with _logged(name):
+            discard(layout, layout.versions / name)
+            collected.append(name)
+    for name in _names(layout.staging):
+        with _logged(name):
+            discard(layout, layout.staging / name)
+    for name in _names(layout.trash):
+        with _logged(name):
+            handle = os.open(layout.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _delete(name, handle)
+            finally:
+                os.close(handle)
+    return tuple(collected)
+
+
+def _surplus(layout: Layout, record: Record | None) -> list[str]:
+    names = _names(layout.versions)
+    if record is None or record.good not in names:
+        return []
+    keep = set(kept(record))
+    for link in (layout.current, layout.previous):
+        with suppress(OSError):
+            keep.add(os.path.basename(os.readlink(link)))  # noqa: PTH115, PTH119 - text, not a place
+    return [name for name in names if name not in keep and not in_use(layout.versions / name)]
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208 - names, not places
+    except OSError:
+        return []
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RelfleetError) as error:
+        log.warning("could not be deleted", extra={"entry": name, "error": str(error)})
+
+
+def _delete(name: str, above: int) -> None:
+    """Remove an entry and all below it, by directory handles: a link is removed and never followed."""
+    status = os.stat(name, dir_fd=above, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        os.unlink(name, dir_fd=above)
+        return
+    handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        os.fchmod(handle, 0o700)
+        for inside in os.listdir(handle):  # noqa: PTH208 - of a handle, not of a place
+            _delete(inside, handle)
+    finally:
+        os.close(handle)
+    os.rmdir(name, dir_fd=above)
