@@ -120,7 +120,8 @@ def _become(root: str, name: str, mode: str, alarm_s: int = 0) -> OSError:
     place = os.path.join(os.path.realpath(root), "versions", name)
     own = os.path.join(place, "python", "bin", "python3")
     python = own if os.path.exists(own) else sys.executable
-    words = [python, "-I", "-B", os.path.join(place, "agent.py"), "run", "--root", os.path.realpath(root)]
+    program = os.path.join(place, "agent.py")
+    words = [python, "-I", "-S", "-B", program, "run", "--root", os.path.realpath(root)]
     environment = {**os.environ, "RELFLEET_BOOT": mode, "RELFLEET_LAUNCHER": str(LAUNCHER)}
     # The alarm outlives exec, and so does an ignored or blocked SIGALRM, which would disarm it.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

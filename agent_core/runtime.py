@@ -301,6 +301,155 @@ def _said_already(words: bytes) -> int:
     return reading
 
 
+class Helper:
+    """A child that answers requests, one line of JSON each, for as long as they come, then ends by itself.
+
+    What is heavy to load is loaded once for requests that come close together, and is gone when nothing
+    happens. One request is under way at a time; the others wait.
+
+    Args:
+        argv: reads a line from standard input, writes a line to standard output, and so on; it ends when its
+            input does, or when it has been idle for long enough.
+    """
+
+    def __init__(self, runtime: Runtime, argv: Sequence[str], name: str) -> None:
+        self._runtime = runtime
+        self._argv = tuple(argv)
+        self.name = name
+        self._child: subprocess.Popen[bytes] | None = None
+        self._waiting: deque[_Request] = deque()
+        self._asked: _Request | None = None
+        self._timer: Timer | None = None
+        self._output = bytearray()
+        self._errors = bytearray()
+        self._cause = ""
+
+    @property
+    def is_busy(self) -> bool:
+        return self._asked is not None or bool(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._child is not None
+
+    def ask(self, request: str, on_done: Callable[[JobResult], None], *, deadline_s: float) -> None:
+        """Send one line; `on_done` is called in the loop, exactly once, however it ends."""
+        self._waiting.append(_Request(request, on_done, deadline_s))
+        self._next()
+
+    def stop(self) -> None:
+        """End the child; a request that is under way is answered with the problem `stopped`."""
+        self._end("stopped")
+
+    def reap(self) -> None:
+        """Notice that the child ended; called by the loop."""
+        if self._child is None or self._child.poll() is None:
+            return
+        child, self._child = self._child, None
+        signal_group(child, signal.SIGKILL)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        self._runtime.drain(child.stdout.fileno(), self._take_output)
+        self._runtime.drain(child.stderr.fileno(), self._take_errors)
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._runtime.disown(self)
+        asked = self._asked
+        if asked is not None and child.returncode == 0 and not asked.again and not self._cause:
+            # It had gone idle just when we asked: ask its successor.
+            asked.again = True
+            self._asked = None
+            self._waiting.appendleft(asked)
+        elif asked is not None:
+            self._answer(JobResult(child.returncode, None, self._cause or "exit", self._said()))
+        self._cause = ""
+        self._next()
+
+    def _next(self) -> None:
+        if self._asked is not None or not self._waiting:
+            return
+        if self._runtime.is_stopping:
+            stopped = self._waiting.popleft()
+            self._runtime.call_soon(lambda: stopped.on_done(JobResult(None, None, "stopped")))
+            return
+        self._asked = asked = self._waiting.popleft()
+        try:
+            child = self._child or self._start()
+            assert child.stdin is not None
+            child.stdin.write(asked.text.encode() + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            return  # it has just ended; `reap` goes on
+        except OSError as error:
+            result = JobResult(None, None, "cannot-start", str(error))
+            self._runtime.call_soon(lambda: self._answer(result))
+            return
+        self._timer = self._runtime.call_later(asked.deadline_s, lambda: self._end("deadline"))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        child = spawn(self._argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        assert child.stdout is not None
+        assert child.stderr is not None
+        self._child = child
+        self._output.clear()
+        self._errors.clear()
+        self._runtime.read_from(child.stdout.fileno(), self._take_output)
+        self._runtime.read_from(child.stderr.fileno(), self._take_errors)
+        self._runtime.adopt(self)
+        return child
+
+    def _take_output(self, chunk: bytes) -> None:
+        self._output += chunk
+        line, newline, rest = self._output.partition(b"\n")
+        if newline:
+            self._output = bytearray(rest)
+            answer: Any = None
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(line)
+            known = isinstance(answer, dict)
+            self._answer(JobResult(0, answer if known else None, "" if known else "not-json", self._said()))
+            self._next()
+        elif len(self._output) > JOB_OUTPUT:
+            self._output.clear()
+            self._end("too-long")
+
+    def _take_errors(self, chunk: bytes) -> None:
+        self._errors += chunk
+        del self._errors[:-JOB_ERRORS]
+
+    def _said(self) -> str:
+        return self._errors.decode(errors="replace").strip()
+
+    def _answer(self, result: JobResult) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.on_done(result)
+
+    def _end(self, cause: str) -> None:
+        child = self._child
+        if child is None:
+            return
+        self._cause = self._cause or cause
+        signal_group(child, signal.SIGTERM)
+        self._runtime.call_later(2.0, lambda: signal_group(child, signal.SIGKILL))
+
+
+@dataclass
+class _Request:
+    """One line for a helper; `again` once it was sent to a child that had just gone idle."""
+
+    text: str
+    on_done: Callable[[JobResult], None]
+    deadline_s: float
+    again: bool = False
+
+
 # --- the workload ---------------------------------------------------------------------------------------
 
 
@@ -607,7 +756,7 @@ class Runtime:
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._signals: deque[int] = deque()
-        self._children: list[Job | Workload] = []
+        self._children: list[Job | Helper | Workload] = []
         self._selector = selectors.DefaultSelector()
         self._code: int | None = None
         self._told = False
@@ -761,13 +910,13 @@ class Runtime:
 
     # --- children and their output ---------------------------------------------------------------------
 
-    def adopt(self, child: Job | Workload) -> None:
+    def adopt(self, child: Job | Helper | Workload) -> None:
         """Watch a child until `disown`; while the agent stops, a new one is stopped at once."""
         self._children.append(child)
         if self._code is not None:
             child.stop()
 
-    def disown(self, child: Job | Workload) -> None:
+    def disown(self, child: Job | Helper | Workload) -> None:
         self._children.remove(child)
 
     def read_from(self, fd: int, take: Callable[[bytes], None]) -> None:

@@ -19,6 +19,9 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import updater.without_urllib3  # noqa: F401 - before tuf
+
+# isort: split
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from tuf.api import exceptions as tuf_errors

@@ -1,16 +1,13 @@
-"""The `agent` command: what the operator types on a host, and what the agent runs of itself."""
+"""The `agent` command: what the operator types on a host."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from agent_core import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import click
 
 WHERE = "updater.commands:"
 
@@ -28,27 +25,7 @@ COMMANDS = {
     "config": (WHERE + "config", "Check or show the settings."),
 }
 
-# What the agent runs of itself; the JSON they print is for it, not for people.
-INTERNAL = {
-    "check": "updater.internal:check",
-    "report": "updater.internal:report_now",
-    "preflight": "updater.internal:preflight",
-}
-
-
-class _Agent(console.LazyGroup):
-    """The command group, with the internal commands that no help shows."""
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in INTERNAL and cmd_name not in self.commands:
-            self.lazy[cmd_name] = console.Lazy(INTERNAL[cmd_name], "")
-            command = super().get_command(ctx, cmd_name)
-            del self.lazy[cmd_name]
-            return command
-        return super().get_command(ctx, cmd_name)
-
-
-cli = _Agent(
+cli = console.LazyGroup(
     "agent",
     lazy=COMMANDS,
     help="Keeps one host up to date by itself: pulls signed releases, tries them, goes back when they fail.",
@@ -60,7 +37,3 @@ cli.add_command(console.completion)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (see `docs/cli.md`)."""
     return console.run(cli, "agent", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -124,10 +124,6 @@ def _pair(label: str) -> tuple[str, str]:
 )
 def run(root: Path, supervise: bool) -> int:
     """Run the agent; installs the first version if there is none."""
-    if os.environ.get("RELFLEET_BOOT"):
-        from updater.service import serve
-
-        return serve(root)
     install.wait_for_first_version(Device.load(root), progress=_bar())
     return install.exec_launcher(Layout(root), supervise=supervise)
 

@@ -53,11 +53,11 @@ class Offer:
     """The release the directive leads to, as top-level targets describe it here."""
 
     facts: ReleaseFacts
-    sha256: str
 
     @property
     def digest(self) -> str:
-        return self.sha256[:12]
+        """What names the bundle here: of its index, which names every file, the version and the checks."""
+        return self.facts.index_sha256[:12]
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,18 @@ log = logging.getLogger(__name__)
 # --- the resident's half --------------------------------------------------------------------------------
 
 
-def is_due(last: Outcome | None, now: datetime) -> bool:
-    """Whether a check is due whatever the server says: never done, not finished, or its time has come."""
-    if last is None or last.failed or last.action is Action.INSTALL:
+def is_due(last: Outcome | None, good: str, now: datetime) -> bool:
+    """Whether a check is due whatever the server says: never done, not finished, or its time has come.
+
+    Args:
+        last: what the last check came to.
+        good: the version that the record calls good; what was to be installed may be that by now.
+        now: wall clock.
+    """
+    if last is None or last.failed:
         return True
+    if last.action is Action.INSTALL:
+        return last.candidate != good
     return last.again is not None and clock.parse_iso(last.again) <= now
 
 
@@ -72,14 +80,17 @@ def check(device: Device, *, progress: Callable[[int, int], None] | None = None)
     Returns:
         What came of it; also kept for the resident agent, `status` and the reports.
     """
-    device = _report(device)
+    if device.identity.cohort is None or report.has_news(device):
+        device = _report(device)
+    before = device.outcome()
     outcome = _guarded(device, progress)
     try:
         device.remember_outcome(outcome)
         _collect(device)
     except (RelfleetError, OSError) as error:
         log.warning("the outcome could not be kept", extra={"why": str(error)})
-    _report(device)
+    if before is None or before.reason != outcome.reason or report.has_news(device):
+        _report(device)
     return outcome
 
 
@@ -180,7 +191,7 @@ class _Check:
         )
         version = wanted(facts).version
         release = self.catalog.release(version, list(facts.platforms)) if version else None
-        return replace(facts, offer=Offer(release.facts, release.sha256) if release else None), release
+        return replace(facts, offer=Offer(release.facts) if release else None), release
 
     def _outcome(self, decision: Decision, facts: Facts) -> Outcome:
         return Outcome(
@@ -216,13 +227,14 @@ class _Check:
 
     def _install(self, outcome: Outcome, release: Release, directive: Directive) -> Outcome:
         """Download, stage, preflight; each step is a transition that the server will hear of."""
-        digest = release.sha256[:12]
+        digest = release.facts.index_sha256[:12]
         last = attempts.load(self.device.attempt_file)
         again = last is not None and last.is_for(release.facts.version, digest, directive.salt)
         attempt = Attempt(release.facts.version, digest, directive.salt, AttemptState.DOWNLOADING)
         with Spool(self.device.layout.spool) as spool:
             if not again:
                 report.record_transition(self.device, spool, attempt)
+                _report(self.device)  # a download may take hours
             try:
                 name, index = self._stage(release)
             except (RelfleetError, OSError) as error:
@@ -251,7 +263,7 @@ class _Check:
 
         device, transport = self.device, self.device.transport()
         index_bytes = fetch_small(transport, release.index_url, release.index_sha256, release.index_length)
-        name = version_name(release.facts.version, release.sha256)
+        name = version_name(release.facts)
         part = device.layout.download / f"{release.sha256}.part"
         if not is_complete(device.layout.version_dir(name), index_bytes):
             fetch(

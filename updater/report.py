@@ -94,6 +94,12 @@ def learn(device: Device, answer: ReportAnswer) -> Device:
     return replace(device, identity=identity)
 
 
+def has_news(device: Device) -> bool:
+    """Whether the server has something to hear that only a signed report may carry, or may answer."""
+    with Spool(device.layout.spool) as spool:
+        return bool(spool.pending(1)) or session(device) is None
+
+
 def session(device: Device) -> str | None:
     """The session token while it lasts; None when a signed report has to buy one."""
     try:

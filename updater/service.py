@@ -6,7 +6,6 @@ by pure modules (`decide`, `gate`, `attempt`, `backoff`); here every arm is a ca
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -21,12 +20,12 @@ from agent_core import clock, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
 from agent_core.health import Monitor, Subject, parse_checks
-from agent_core.runtime import BoundedLog, Place, Runtime, Workload, arm_deadman, disarm_deadman
+from agent_core.runtime import BoundedLog, Helper, Place, Runtime, Workload, arm_deadman, disarm_deadman
 from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from updater import attempt as attempts
-from updater import control, poll, report
+from updater import control, poll, report, stage
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
 from updater.device import Device, Outcome
@@ -43,6 +42,9 @@ CHECK_MARGIN_S = 900.0
 """What a check may take beside its download: refresh, staging, preflight."""
 REPORT_DEADLINE_S = 120.0
 BACKOFF_BASE_S = 2.0
+IDLE_HEALTH_S = 10.0
+NEXT_BOOT_S = 60.0
+"""When the launcher could not start the candidate and ran the good version: how soon it tries again."""
 
 
 def serve(root: Path) -> int:
@@ -55,8 +57,7 @@ def serve(root: Path) -> int:
     _log_to(device.settings)
     version_dir = Path(__file__).resolve().parents[2]
     index = Index.from_bytes((version_dir / INDEX_NAME).read_bytes())
-    held = os.open(version_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(held, fcntl.LOCK_SH)  # what runs is never collected
+    held = stage.hold(version_dir)  # what runs is never collected
     try:
         return Service(device, version_dir, index).run()
     finally:
@@ -93,6 +94,7 @@ class Service:
         self.failures, self._wait_s = control.recall_backoff(device.layout)
         self.figures = Figures()
         self._checking = False
+        self._checker = Helper(self.runtime, self._argv("checker"), "checker")
         self._start_workload(version_dir)
         news = self._settle()
         self._forced = self.in_trial or news
@@ -109,6 +111,8 @@ class Service:
         self._show(poll="not yet")
         if self.in_trial:
             self.runtime.repeat("trial", self._judge)
+        elif self.record.phase != slots.IDLE:
+            self.runtime.call_later(NEXT_BOOT_S, lambda: self.runtime.stop(Exit.RESTART))
         self._watcher.start()
         self._heed_request()
         try:
@@ -146,8 +150,9 @@ class Service:
         self.runtime.repeat("health", self._step_health)
 
     def _step_health(self) -> float:
+        """Often on trial; a committed version is looked at for the reports only."""
         self.monitor.step(self.runtime.now_s())
-        return self.device.settings.health_step_s
+        return self.device.settings.health_step_s if self.in_trial else IDLE_HEALTH_S
 
     def _workload_ended(self, _ended: Ended) -> None:
         if self.in_trial:
@@ -227,7 +232,7 @@ class Service:
         if self._checking:
             return poll.poll_s(self.device)
         self._checking = True
-        if self._forced or poll.is_due(self.device.outcome(), clock.now()):
+        if self._forced or poll.is_due(self.device.outcome(), self.record.good, clock.now()):
             self._forced = False
             self._check()
         else:
@@ -246,13 +251,14 @@ class Service:
         return self.device.settings.download_deadline_s + CHECK_MARGIN_S
 
     def _check(self) -> None:
-        self._job("check", self._checked, self._check_deadline_s())
+        self._checker.ask("check", self._checked, deadline_s=self._check_deadline_s())
 
     def _checked(self, result: JobResult) -> None:
         try:
             outcome = Outcome.from_json(result.answer)
         except MalformedError:
-            detail = f"the checker ended without an answer ({result.problem}): {result.errors[-300:]}"
+            problem = (result.answer or {}).get("problem") or result.problem
+            detail = f"the checker gave no outcome ({problem}): {result.errors[-300:]}"
             outcome = _failure(RelfleetError(detail, reason="internal"))
         self.verified = self.verified or outcome.verified
         self._reload_identity()
@@ -328,16 +334,29 @@ class Service:
             self._report_now()
 
     def _report_now(self) -> None:
-        figures = json.dumps(self._take_figures()).encode()
-        self._job("report", lambda _result: self._reload_identity(), REPORT_DEADLINE_S, stdin=figures)
+        """Report under the host's key; beside a check that may take hours, in a process of its own."""
+        figures = json.dumps(self._take_figures())
+        if self._checker.is_busy:
+            self.runtime.run_job(
+                self._argv("report"), self._reported, deadline_s=REPORT_DEADLINE_S, stdin=figures.encode()
+            )
+        else:
+            self._checker.ask(f"report {figures}", self._reported, deadline_s=REPORT_DEADLINE_S)
+
+    def _reported(self, result: JobResult) -> None:
+        if result.answer is None or "problem" in result.answer:
+            why = (result.answer or {}).get("problem") or result.errors[-300:] or result.problem
+            log.warning("report not sent", extra={"why": why})
+        self._reload_identity()
 
     def _take_figures(self) -> dict[str, float]:
-        return self.figures.take(
+        figures = self.figures.take(
             self.runtime.now_s(),
             workload_pid=self.workload.pid,
             started_s=self.workload.started_s,
             restarts=self.workload.restarts,
         )
+        return figures | {"healthy": float(self.monitor.verdict().ready)}
 
     def _reload_identity(self) -> None:
         self.device = replace(self.device, identity=Device.load(self.root).identity)
@@ -387,12 +406,10 @@ class Service:
         control.show(self.device.layout, self.name, self.workload.pid, settings=self._live.problem, **what)
         self.runtime.status("; ".join(text for text in what.values() if text) or self.name)
 
-    def _job(
-        self, verb: str, done: Callable[[JobResult], None], deadline_s: float, stdin: bytes = b""
-    ) -> None:
+    def _argv(self, verb: str) -> list[str]:
+        """A process of this very version, whatever the links show."""
         agent = str(Path(__file__).resolve().parents[2] / "agent.py")
-        argv = [sys.executable, "-I", "-B", agent, verb, "--root", str(self.root)]
-        self.runtime.run_job(argv, done, deadline_s=deadline_s, name=verb, stdin=stdin)
+        return [sys.executable, "-I", "-S", "-B", agent, verb, "--root", str(self.root)]
 
     def _in_thread(self, call: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
         """Run what waits for the network beside the loop; `done` runs in the loop."""

@@ -48,9 +48,12 @@ RENAME_NOREPLACE = 1
 AT_FDCWD = -100
 
 
-def version_name(version: str, archive_sha256: str) -> str:
-    """The directory's name under `versions/`: one version built twice stands twice."""
-    return f"{version}-{archive_sha256[:12]}"
+def version_name(facts: ReleaseFacts) -> str:
+    """The directory's name under `versions/`: one version built twice stands twice.
+
+    The digest is the index's: two bundles may hold the same files and still be judged by other checks.
+    """
+    return f"{facts.version}-{facts.index_sha256[:12]}"
 
 
 # --- staging ----------------------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ def stage(
         DiskError: `no-room` before anything is written, or `disk`.
     """
     index = believe(index_bytes, facts)
-    name = version_name(facts.version, archive_sha256)
+    name = version_name(facts)
     final, fresh = layout.versions / name, layout.staging / name
     with _disk_errors(f"{name} could not be staged"):
         if not is_complete(final, index_bytes):
@@ -256,7 +259,7 @@ def preflight(layout: Layout, name: str, facts: ReleaseFacts, *, limit_s: float 
         limit_s: seconds after which it counts as hanging; all its processes are killed then.
     """
     directory = layout.versions / name
-    argv = [interpreter(directory), "-I", "-B", str(directory / "agent.py")]
+    argv = [interpreter(directory), "-I", "-S", "-B", str(directory / "agent.py")]
     environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_PREFLIGHT}
     try:
         process = subprocess.Popen(

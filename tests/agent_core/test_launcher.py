@@ -240,9 +240,9 @@ print(json.dumps([os.path.abspath(__file__), sys.argv[1:], flags.isolated, flags
 
 
 def test_a_version_with_an_interpreter_of_its_own_is_run_by_it(device):
-    device.interpreter(A, '#!/bin/sh\necho "own $1 $2 $4"\n')
+    device.interpreter(A, '#!/bin/sh\necho "own $1 $2 $3 $5"\n')
     assert device.run() == 0
-    assert device.out == ["own -I -B run"]
+    assert device.out == ["own -I -S -B run"]
 
 
 def test_a_boot_is_recorded_before_the_candidate_runs(device):

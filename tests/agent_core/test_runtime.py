@@ -18,6 +18,7 @@ import pytest
 
 from agent_core.runtime import (
     BoundedLog,
+    Helper,
     JobResult,
     Notifier,
     Place,
@@ -316,6 +317,103 @@ def test_stopping_the_agent_stops_its_jobs(runtime: Runtime) -> None:
     runtime.call_later(0.1, lambda: runtime.stop(75))
     assert run(runtime) == 75
     assert [result.problem for result in results] == ["stopped"]
+
+
+# --- the workload ---------------------------------------------------------------------------------------
+
+
+# --- helpers --------------------------------------------------------------------------------------------
+
+ECHO = """
+import json, os, select, sys
+while select.select([sys.stdin], [], [], {idle})[0]:
+    line = sys.stdin.readline().strip()
+    if not line:
+        break
+    {extra}
+    print(json.dumps({{"said": line, "pid": os.getpid()}}), flush=True)
+"""
+
+
+def helper(runtime: Runtime, extra: str = "pass", idle: float = 30.0) -> Helper:
+    return Helper(runtime, [sys.executable, "-c", ECHO.format(extra=extra, idle=idle)], "echo")
+
+
+def asked(runtime: Runtime, made: Helper, *requests: str, deadline_s: float = 10.0) -> list[JobResult]:
+    """Ask one after the other, and stop the loop with the last answer."""
+    results: list[JobResult] = []
+
+    def done(result: JobResult) -> None:
+        results.append(result)
+        if len(results) == len(requests):
+            runtime.stop()
+
+    for request in requests:
+        made.ask(request, done, deadline_s=deadline_s)
+    run(runtime)
+    return results
+
+
+def test_a_helper_answers_many_requests_in_order_and_is_loaded_once(runtime: Runtime) -> None:
+    results = asked(runtime, helper(runtime), "one", "two", "three")
+    assert [result.answer["said"] for result in results] == ["one", "two", "three"]
+    assert len({result.answer["pid"] for result in results}) == 1
+
+
+def test_a_helper_that_went_idle_is_started_again_for_the_next_request(runtime: Runtime) -> None:
+    made = helper(runtime, idle=0.05)
+    pids: list[int] = []
+
+    def again() -> None:
+        made.ask("two", lambda result: (pids.append(result.answer["pid"]), runtime.stop()), deadline_s=10)
+
+    def first(result: JobResult) -> None:
+        pids.append(result.answer["pid"])
+        when(runtime, lambda: not made.is_alive, again)
+
+    made.ask("one", first, deadline_s=10)
+    run(runtime)
+    assert len(set(pids)) == 2
+
+
+def test_a_request_that_meets_a_helper_just_ending_is_asked_again(runtime: Runtime, tmp_path: Path) -> None:
+    once = tmp_path / "once"
+    extra = f"import pathlib; p = pathlib.Path({str(once)!r}); p.exists() or (p.touch(), sys.exit(0))"
+    [result] = asked(runtime, helper(runtime, extra), "one")
+    assert result.answer["said"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ("sys.exit(3)", "exit"),
+        ("os.kill(os.getpid(), 9)", "exit"),
+        ("print('no json', flush=True); continue", "not-json"),
+        ("import time; time.sleep(60)", "deadline"),
+        ("sys.stdout.write('x' * 3_000_000); sys.stdout.flush(); continue", "too-long"),
+    ],
+    ids=["it fails", "it is killed", "no JSON", "too late", "no end"],
+)
+def test_a_helper_that_goes_wrong_says_how(runtime: Runtime, extra: str, problem: str) -> None:
+    [result] = asked(runtime, helper(runtime, extra), "one", deadline_s=1.0)
+    assert result.problem == problem
+    assert result.answer is None
+
+
+def test_a_helper_that_cannot_be_started_still_answers(runtime: Runtime) -> None:
+    [result] = asked(runtime, Helper(runtime, ["/no/such/program"], "none"), "one")
+    assert result.problem == "exit"
+    assert "cannot be started" in result.errors
+
+
+def test_stopping_the_agent_answers_what_a_helper_was_asked(runtime: Runtime) -> None:
+    made = helper(runtime, "import time; time.sleep(60)")
+    problems: list[str] = []
+    for request in ("one", "two"):
+        made.ask(request, lambda result: problems.append(result.problem), deadline_s=30)
+    when(runtime, lambda: made.is_alive, runtime.stop)
+    run(runtime)
+    assert "stopped" in problems
 
 
 # --- the workload ---------------------------------------------------------------------------------------

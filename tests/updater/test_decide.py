@@ -21,12 +21,12 @@ def release(**changes):
         version="1.1.0",
         seq=2,
         platform="linux-x86_64",
-        index_sha256="a" * 64,
+        index_sha256="b" * 64,
         index_length=100,
         unpacked=1000,
         files=3,
     )
-    return Offer(replace(facts, **changes), "b" * 64)
+    return Offer(replace(facts, **changes))
 
 
 def directive(**changes):

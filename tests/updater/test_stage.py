@@ -50,7 +50,7 @@ class Downloaded:
             unpacked=index.unpacked,
             files=len(index.files),
         )
-        self.name = f"1.1.0-{self.sha256[:12]}"
+        self.name = f"1.1.0-{self.facts.index_sha256[:12]}"
 
     def stage(self, layout, **options):
         return stage.stage(layout, self.archive, self.index_bytes, self.facts, self.sha256, **options)
