@@ -1,0 +1,829 @@
+"""Agents as the server knows them: enrolment, reports that prove who sent them, attempts, and `why`."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import and_, func, literal, or_, select, update
+
+from agent_core.directive import assign, bucket
+from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
+from agent_core.wire import (
+    AttemptState,
+    Directive,
+    EnrollAnswer,
+    EnrollRequest,
+    Phase,
+    Reason,
+    Report,
+    ReportAnswer,
+    Transition,
+    signed_text,
+)
+from release_server import audit, auth, cohorts, releases
+from release_server.models import (
+    Agent,
+    AgentEvent,
+    Attempt,
+    Bundle,
+    Cohort,
+    CohortSpec,
+    Release,
+    Rollout,
+    RolloutCounter,
+    RolloutStatus,
+)
+from release_server.rollout import State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.orm import Session
+
+SESSION = timedelta(hours=1)
+RENEW = timedelta(minutes=15)
+"""A session this near its end is followed by a new one, so that agents rarely meet an ended one."""
+GRACE = timedelta(seconds=30)
+COALESCE = timedelta(seconds=5)
+"""Heartbeats that say nothing new are written down at most so often."""
+HISTORY = 50
+UNPROVEN = frozenset(
+    {"unknown-agent", str(Reason.BAD_SIGNATURE), str(Reason.REPLAYED), "session-over", "not-signed-in"}
+)
+"""Reasons that say who sent a report is not proven: the API answers 401."""
+
+
+# --- enrolment -------------------------------------------------------------------------------------------
+
+
+def enroll(session: Session, now: datetime, token: str, request: EnrollRequest) -> EnrollAnswer:
+    """Take a host into the fleet; the same public key again gets the same answer and costs no further use.
+
+    Args:
+        token: text of an enroller token; one of its uses is taken in this transaction.
+
+    Raises:
+        NotAllowedError: the token is unknown, revoked, expired, used up, or not for this product; or the
+            agent of this key has been retired.
+        NotFoundError: no such product.
+        ConflictError: the key belongs to an agent of another product.
+    """
+    known = session.scalar(select(Agent).where(Agent.public_key == request.public_key))
+    try:
+        person = auth.check_token(session, token, now)
+    except NotAllowedError as error:
+        # The answer to a one-time enrolment may have been lost: asking again must not strand a host.
+        if error.reason == "token-used-up" and known is not None:
+            return _same_again(known, request)
+        raise
+    _check_scope(person, request)
+    if known is not None:
+        return _same_again(known, request)
+    product = releases.find_product(session, request.product)
+    auth.use_up(session, person, now)
+    agent = Agent(
+        id=_free_name(session, request),
+        product=product,
+        public_key=request.public_key,
+        platform=request.platform,
+        gate=request.gate,
+        labels=dict(request.labels),
+        operator_labels={},
+        figures={},
+        enrolled_at=now,
+        seen_at=now,
+    )
+    session.add(agent)
+    session.flush()
+    cohorts.place(session, agent)
+    session.flush()
+    audit.record(session, now, person.name, "agent.enroll", agent.id, product=product.name)
+    return EnrollAnswer(agent.id, _cohort_name(session, agent))
+
+
+def _check_scope(person: auth.Person, request: EnrollRequest) -> None:
+    if not person.may("enroller"):
+        raise NotAllowedError(
+            f"{person.name} may not enrol agents", why=f"the token has the role {person.role}", reason="scope"
+        )
+    if person.product not in (None, request.product):
+        raise NotAllowedError(
+            f"the token does not enrol agents of {request.product}",
+            why=f"it is for {person.product}",
+            reason="scope",
+        )
+
+
+def _same_again(agent: Agent, request: EnrollRequest) -> EnrollAnswer:
+    if agent.retired_at is not None:
+        raise NotAllowedError(
+            f"agent {agent.id} is retired", then="enrol the host anew with a fresh key", reason="retired"
+        )
+    if agent.product.name != request.product:
+        raise ConflictError(
+            f"this key is enrolled as {agent.id} of {agent.product.name}", then="make a key for each product"
+        )
+    return EnrollAnswer(agent.id, agent.cohort.name if agent.cohort else None)
+
+
+def _free_name(session: Session, request: EnrollRequest) -> str:
+    """The asked name when it is free, else with a piece of the key's digest behind it."""
+    digest = sha256(request.public_key.encode()).hexdigest()
+    names = [request.name, *(f"{request.name[:100]}-{digest[:size]}" for size in (4, 8, 16))]
+    taken = set(session.scalars(select(Agent.id).where(Agent.id.in_(names))))
+    return next((name for name in names if name not in taken), f"{request.name[:60]}-{digest}")
+
+
+def _cohort_name(session: Session, agent: Agent) -> str | None:
+    return session.scalar(select(Cohort.name).where(Cohort.id == agent.cohort_id))
+
+
+# --- reports ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Proof by the agent's key, over the request as it arrived; `signature` is hexadecimal."""
+
+    agent_id: str
+    method: str
+    path: str
+    body_sha256: str
+    counter: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Bearer:
+    """Proof by a session token; good for heartbeats only."""
+
+    agent_id: str
+    token: str
+
+
+def take_report(session: Session, now: datetime, proof: Signed | Bearer, report: Report) -> ReportAnswer:
+    """Take in how an agent is; its transitions are durable when this transaction is.
+
+    Raises:
+        NotAllowedError: reasons in `UNPROVEN` when the sender is not proven; `not-yourself`, `retired` or
+            `unsigned` when it is, but may not say this.
+    """
+    agent = _prove(session, now, proof)
+    _check_subject(agent, proof, report)
+    for transition in sorted(report.transitions, key=lambda entry: entry.number):
+        if transition.number > agent.accepted:
+            _take_transition(session, now, agent, transition)
+            agent.accepted = transition.number
+    _note(session, now, agent, report)
+    token = _renew(agent, now, report) if isinstance(proof, Signed) else None
+    session.flush()
+    return ReportAnswer(
+        cohort=_cohort_name(session, agent),
+        accepted=agent.accepted,
+        session=token,
+        session_s=int(SESSION.total_seconds()) if token else 0,
+    )
+
+
+def _prove(session: Session, now: datetime, proof: Signed | Bearer) -> Agent:
+    agent = session.get(Agent, proof.agent_id, populate_existing=True)
+    if agent is None:
+        raise NotAllowedError("no agent of this name is enrolled", reason="unknown-agent")
+    if isinstance(proof, Bearer):
+        _check_session(agent, proof.token, now)
+    else:
+        _check_signature(agent, proof)
+        _raise_counter(session, agent, proof.counter)
+    return agent
+
+
+def _check_session(agent: Agent, token: str, now: datetime) -> None:
+    digest = auth.hash_token(token)
+    known = agent.session_hash or ""
+    if not hmac.compare_digest(known, digest) or agent.session_until is None or agent.session_until <= now:
+        raise NotAllowedError("the session is over", then="send a signed report", reason="session-over")
+
+
+def _check_signature(agent: Agent, proof: Signed) -> None:
+    text = signed_text(proof.method, proof.path, proof.body_sha256, proof.counter)
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(agent.public_key))
+        key.verify(bytes.fromhex(proof.signature), text)
+    except (InvalidSignature, ValueError):
+        raise NotAllowedError("the signature is not this agent's", reason=str(Reason.BAD_SIGNATURE)) from None
+
+
+def _raise_counter(session: Session, agent: Agent, counter: int) -> None:
+    """The counter only grows, in the database itself, so of two equal requests one is taken."""
+    raised = session.execute(
+        update(Agent)
+        .where(Agent.id == agent.id, Agent.counter < counter)
+        .values(counter=counter)
+        .returning(Agent.id)
+        .execution_options(synchronize_session=False)
+    ).first()
+    if raised is None:
+        raise NotAllowedError(
+            "this report was sent before",
+            why=f"its counter {counter} is not above the last one",
+            reason=str(Reason.REPLAYED),
+        )
+    session.refresh(agent)  # another report of this agent may have been taken in while this one waited
+
+
+def _check_subject(agent: Agent, proof: Signed | Bearer, report: Report) -> None:
+    if agent.retired_at is not None:
+        raise NotAllowedError(
+            f"agent {agent.id} is retired", then="enrol the host anew with a fresh key", reason="retired"
+        )
+    if report.agent_id != agent.id or report.product != agent.product.name:
+        raise NotAllowedError(
+            f"{agent.id} speaks for itself only",
+            why=f"the report is of {report.agent_id} of {report.product}",
+            reason="not-yourself",
+        )
+    if report.transitions and isinstance(proof, Bearer):
+        raise NotAllowedError("transitions are reported signed", reason="unsigned")
+
+
+def _note(session: Session, now: datetime, agent: Agent, report: Report) -> None:
+    """Write down how the agent is. A heartbeat that says nothing new costs at most one small UPDATE."""
+    said = {
+        "version": report.version[:64],
+        "digest": report.digest[:64],
+        "phase": str(report.phase),
+        "platform": report.platform,
+        "reason": report.reason[:64],
+        "detail": report.detail,
+        "held": report.held,
+        "labels": dict(report.labels),
+    }
+    news = {name: value for name, value in said.items() if getattr(agent, name) != value}
+    for name, value in news.items():
+        setattr(agent, name, value)
+    if "labels" in news:
+        cohorts.place(session, agent)
+    if news or now - agent.seen_at >= COALESCE:
+        agent.seen_at = now
+        agent.figures = dict(report.figures)
+
+
+def _renew(agent: Agent, now: datetime, report: Report) -> str | None:
+    """A new session when the old one is nearly over, or lost: only an agent without one signs a heartbeat."""
+    holds = agent.session_until is not None and agent.session_until - now > RENEW
+    if holds and report.transitions:
+        return None
+    token = secrets.token_urlsafe(32)
+    agent.session_hash = auth.hash_token(token)
+    agent.session_until = now + SESSION
+    return token
+
+
+# --- attempts and their counters -------------------------------------------------------------------------
+
+_AFTER_HEALTHY = frozenset({AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT})
+FAILED = (AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT)
+ENDED = frozenset({AttemptState.HEALTHY, *FAILED, AttemptState.SKIPPED})
+
+
+def may_follow(state: AttemptState, after: AttemptState) -> bool:
+    """Whether an attempt may go from `after` to `state`.
+
+    Agents number their transitions, so what arrives is in order, and a retry begins again from any end but
+    one: an agent that is healthy has nothing left to download, it can only fall.
+    """
+    return after is not AttemptState.HEALTHY or state in _AFTER_HEALTHY
+
+
+def move_attempt(
+    session: Session,
+    now: datetime,
+    agent_id: str,
+    rollout: Rollout,
+    state: AttemptState,
+    *,
+    reason: str = "",
+    detail: str = "",
+) -> bool:
+    """Bring an agent's attempt to `state`, made when it is first heard of; its counters move with it.
+
+    Returns:
+        Whether it moved; one that may not is left as it is.
+    """
+    attempt = session.scalar(
+        select(Attempt).where(Attempt.agent_id == agent_id, Attempt.rollout_id == rollout.id)
+    )
+    if attempt is None:
+        attempt = Attempt(
+            agent_id=agent_id,
+            rollout_id=rollout.id,
+            release_id=rollout.release_id,
+            state=str(state),
+            started_at=now,
+            updated_at=now,
+        )
+        session.add(attempt)
+        _count(session, rollout.id, state, 1)
+    elif attempt.state != state:
+        if not may_follow(state, AttemptState(attempt.state)):
+            return False
+        _count(session, rollout.id, AttemptState(attempt.state), -1)
+        _count(session, rollout.id, state, 1)
+        attempt.state = str(state)
+    attempt.reason, attempt.detail, attempt.updated_at = reason[:64], detail, now
+    session.flush()
+    return True
+
+
+def _count(session: Session, rollout_id: int, state: AttemptState, change: int) -> None:
+    session.execute(
+        update(RolloutCounter)
+        .where(RolloutCounter.rollout_id == rollout_id, RolloutCounter.state == str(state))
+        .values(count=RolloutCounter.count + change)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def make_counters(session: Session, rollout_id: int) -> None:
+    """The counters of a new rollout, all zero."""
+    session.add_all(
+        RolloutCounter(rollout_id=rollout_id, state=str(state), count=0) for state in AttemptState
+    )
+    session.flush()
+
+
+def counters(session: Session, rollout_id: int) -> dict[AttemptState, int]:
+    """How many attempts are in each state, as counted along the way."""
+    query = select(RolloutCounter.state, RolloutCounter.count).where(RolloutCounter.rollout_id == rollout_id)
+    kept = {state: count for state, count in session.execute(query)}  # noqa: C416 - rows are no pairs to mypy
+    return {state: kept.get(str(state), 0) for state in AttemptState}
+
+
+def recount(session: Session, rollout_id: int) -> dict[AttemptState, int]:
+    """The same from the attempts themselves; it differs from `counters` only if this file is wrong."""
+    query = (
+        select(Attempt.state, func.count()).where(Attempt.rollout_id == rollout_id).group_by(Attempt.state)
+    )
+    found = {state: count for state, count in session.execute(query)}  # noqa: C416 - rows are no pairs to mypy
+    return {state: found.get(str(state), 0) for state in AttemptState}
+
+
+def _take_transition(session: Session, now: datetime, agent: Agent, transition: Transition) -> None:
+    session.add(
+        AgentEvent(
+            agent_id=agent.id,
+            number=transition.number,
+            at=transition.at[:32],
+            received_at=now,
+            version=transition.version,
+            state=str(transition.state),
+            reason=transition.reason[:64],
+            detail=transition.detail,
+        )
+    )
+    rollout = _rollout_of(session, agent, transition.salt)
+    if rollout is None:
+        return
+    if transition.version == rollout.version:
+        said = {"reason": transition.reason, "detail": transition.detail}
+        move_attempt(session, now, agent.id, rollout, transition.state, **said)
+    elif transition.state is AttemptState.HEALTHY and _is_going_back(session, rollout):
+        # Its salt names the rollout that sent it back, its version the one it went back to.
+        move_attempt(session, now, agent.id, rollout, AttemptState.ROLLED_BACK, reason=str(Reason.GO_BACK))
+
+
+def _rollout_of(session: Session, agent: Agent, salt: str) -> Rollout | None:
+    """The rollout a salt names, if it is one of the agent's product."""
+    if not salt:
+        return None
+    owned = select(Rollout).join(Cohort, Cohort.id == Rollout.cohort_id)
+    return session.scalar(owned.where(Rollout.salt == salt, Cohort.product_id == agent.product_id))
+
+
+def _is_going_back(session: Session, rollout: Rollout) -> bool:
+    state = session.scalar(select(RolloutStatus.state).where(RolloutStatus.rollout_id == rollout.id))
+    return state in (State.ROLLING_BACK, State.ROLLED_BACK)
+
+
+# --- silence ---------------------------------------------------------------------------------------------
+
+
+def silent_after(poll_s: int, report_s: int) -> timedelta:
+    """How long an agent may be quiet before it is silent: three reports missed, and a little."""
+    return timedelta(seconds=3 * max(poll_s, report_s)) + GRACE
+
+
+def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
+    usual = CohortSpec(poll_s=60, report_s=300)
+    asked = spec or usual
+    return agent.seen_at < now - silent_after(asked.poll_s, asked.report_s)
+
+
+# --- looking at agents -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """An agent as people see it; `state` is ok, silent, failed, held or retired."""
+
+    agent: Agent
+    product: str
+    cohort: str | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which agents to list; what is None or empty does not matter."""
+
+    product: str | None = None
+    cohort: str | None = None
+    version: str | None = None
+    state: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def find(session: Session, agent_id: str) -> Agent:
+    """The agent of that id.
+
+    Raises:
+        NotFoundError: none is enrolled.
+    """
+    agent = session.get(Agent, agent_id)
+    if agent is None:
+        raise NotFoundError(f"there is no agent {agent_id[:128]}", then="release agents list")
+    return agent
+
+
+def list_agents(
+    session: Session, now: datetime, wanted: Filter, *, limit: int, after: str | None = None
+) -> list[View]:
+    """Agents by id, at most `limit`, beginning after the id `after`. Retired ones only when asked for."""
+    specs = _specs(session)
+    query = select(Agent).order_by(Agent.id).limit(limit).where(*_conditions(session, wanted, specs, now))
+    if after is not None:
+        query = query.where(Agent.id > after)
+    found = session.scalars(query).all()
+    failed = _failed_ids(session, [agent.id for agent in found])
+    return [_view(agent, specs, failed, now) for agent in found]
+
+
+def show(session: Session, now: datetime, agent_id: str) -> View:
+    agent = find(session, agent_id)
+    return _view(agent, _specs(session), _failed_ids(session, [agent.id]), now)
+
+
+def events(session: Session, agent_id: str, limit: int = HISTORY) -> Sequence[AgentEvent]:
+    """The last things an agent reported, newest first."""
+    query = select(AgentEvent).where(AgentEvent.agent_id == agent_id)
+    return session.scalars(query.order_by(AgentEvent.number.desc()).limit(limit)).all()
+
+
+def _specs(session: Session) -> dict[int, CohortSpec]:
+    query = select(CohortSpec).join(Cohort, Cohort.id == CohortSpec.cohort_id).where(cohorts.is_newest())
+    return {spec.cohort_id: spec for spec in session.scalars(query)}
+
+
+def _view(agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: datetime) -> View:
+    spec = specs.get(agent.cohort_id or 0)
+    if agent.retired_at is not None:
+        state = "retired"
+    elif is_silent(agent, spec, now):
+        state = "silent"
+    elif agent.id in failed:
+        state = "failed"
+    else:
+        state = "held" if agent.held else "ok"
+    return View(agent, agent.product.name, agent.cohort.name if agent.cohort else None, state)
+
+
+def _newest_rollout_of(cohort_id: ColumnElement[Any]) -> ColumnElement[int]:
+    return select(func.max(Rollout.id)).where(Rollout.cohort_id == cohort_id).scalar_subquery()
+
+
+def _is_failed() -> ColumnElement[bool]:
+    """The condition that an agent failed in the newest rollout of its cohort."""
+    newest = _newest_rollout_of(Agent.cohort_id.expression).correlate(Agent)
+    states = [str(AttemptState.ROLLED_BACK), str(AttemptState.FAILED)]
+    return (
+        select(literal(1))
+        .where(
+            Attempt.agent_id == Agent.id,
+            Attempt.rollout_id == newest,
+            Attempt.state.in_(states),
+            Attempt.reason != str(Reason.GO_BACK),
+        )
+        .correlate(Agent)
+        .exists()
+    )
+
+
+def _failed_ids(session: Session, agent_ids: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for start in range(0, len(agent_ids), 500):
+        some = agent_ids[start : start + 500]
+        found |= set(session.scalars(select(Agent.id).where(Agent.id.in_(some), _is_failed())))
+    return found
+
+
+def _conditions(
+    session: Session, wanted: Filter, specs: Mapping[int, CohortSpec], now: datetime
+) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if wanted.product is not None:
+        conditions.append(Agent.product_id == releases.find_product(session, wanted.product).id)
+    if wanted.cohort is not None:
+        named = select(Cohort.id).where(Cohort.name == wanted.cohort, Cohort.deleted_at.is_(None))
+        conditions.append(Agent.cohort_id.in_(named))
+    if wanted.version is not None:
+        conditions.append(Agent.version == wanted.version)
+    for key, value in wanted.labels:
+        own, said = Agent.operator_labels[key].as_string(), Agent.labels[key].as_string()
+        conditions.append(func.coalesce(own, said) == value)
+    return [*conditions, *_state_conditions(wanted.state, specs, now)]
+
+
+def _state_conditions(
+    state: str | None, specs: Mapping[int, CohortSpec], now: datetime
+) -> list[ColumnElement[bool]]:
+    """The same order as in `_view`: retired, silent, failed, held, ok."""
+    if state == "retired":
+        return [Agent.retired_at.is_not(None)]
+    silent, here = _is_silent(specs, now), Agent.retired_at.is_(None)
+    match state:
+        case "silent":
+            return [here, silent]
+        case "failed":
+            return [here, ~silent, _is_failed()]
+        case "held":
+            return [here, ~silent, ~_is_failed(), Agent.held.is_(True)]
+        case "ok":
+            return [here, ~silent, ~_is_failed(), Agent.held.is_(False)]
+        case _:
+            return [here]
+
+
+def _is_silent(specs: Mapping[int, CohortSpec], now: datetime) -> ColumnElement[bool]:
+    """`is_silent` as SQL: cohorts with the same pace share a term, so the query stays short."""
+    paces: dict[timedelta, list[int]] = {}
+    for cohort_id, spec in specs.items():
+        paces.setdefault(silent_after(spec.poll_s, spec.report_s), []).append(cohort_id)
+    terms = [
+        and_(Agent.cohort_id.in_(cohort_ids), Agent.seen_at < now - pace)
+        for pace, cohort_ids in paces.items()
+    ]
+    lone = Agent.cohort_id.is_(None) | Agent.cohort_id.not_in(list(specs))
+    return or_(*terms, and_(lone, Agent.seen_at < now - silent_after(60, 300)))
+
+
+# --- what operators ask ----------------------------------------------------------------------------------
+
+
+def move(
+    session: Session, now: datetime, actor: str, agent_id: str, *, cohort: str | None, reason: str = ""
+) -> None:
+    """Put an agent into a cohort whatever its labels say; None lets the labels decide again."""
+    agent = _active(session, agent_id)
+    if cohort is None:
+        agent.cohort_fixed = False
+        cohorts.place(session, agent)
+    else:
+        agent.cohort_id = cohorts.find(session, agent.product.name, cohort).id
+        agent.cohort_fixed = True
+    session.flush()
+    session.refresh(agent, ["cohort"])
+    audit.record(session, now, actor, "agent.move", agent.id, cohort=cohort, reason=reason)
+
+
+def label(
+    session: Session,
+    now: datetime,
+    actor: str,
+    agent_id: str,
+    *,
+    labels: Mapping[str, str],
+    reason: str = "",
+) -> None:
+    """Replace the operators' labels of an agent; they override its own."""
+    agent = _active(session, agent_id)
+    agent.operator_labels = dict(labels)
+    cohorts.place(session, agent)
+    session.flush()
+    session.refresh(agent, ["cohort"])
+    audit.record(session, now, actor, "agent.label", agent.id, labels=dict(labels), reason=reason)
+
+
+def retire(session: Session, now: datetime, actor: str, agent_id: str, *, reason: str = "") -> None:
+    """Take an agent out of the fleet for good: it is counted no longer and its key is refused."""
+    agent = find(session, agent_id)
+    if agent.retired_at is None:
+        agent.retired_at = now
+        agent.session_hash = None
+        session.flush()
+        audit.record(session, now, actor, "agent.retire", agent.id, reason=reason)
+
+
+def _active(session: Session, agent_id: str) -> Agent:
+    agent = find(session, agent_id)
+    if agent.retired_at is not None:
+        raise ConflictError(f"agent {agent.id} is retired", reason="retired")
+    return agent
+
+
+# --- why -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    """One fact of the explanation: whether it lets the agent update, and what to do when it does not."""
+
+    ok: bool
+    code: str
+    text: str
+    then: str = ""
+
+
+def why(session: Session, now: datetime, agent_id: str) -> dict[str, Any]:
+    """Explain why an agent runs what it runs: `{agent, version, wanted, summary, chain}`.
+
+    `chain` holds `{ok, code, text}`, with `then` where something can be done; the first that is not ok is
+    the answer.
+    """
+    agent = find(session, agent_id)
+    chain, wanted = _chain(session, now, agent)
+    blocked = [link for link in chain if not link.ok]
+    return {
+        "agent": agent.id,
+        "version": agent.version,
+        "wanted": wanted,
+        "summary": _summary(agent, wanted, blocked=bool(blocked)),
+        "chain": [
+            {"ok": link.ok, "code": link.code, "text": link.text} | ({"then": link.then} if link.then else {})
+            for link in chain
+        ],
+    }
+
+
+def _summary(agent: Agent, wanted: str | None, *, blocked: bool) -> str:
+    runs = f"{agent.id} runs {agent.version or 'nothing yet'}"
+    cohort = agent.cohort.name if agent.cohort else None
+    if wanted is None or wanted == agent.version:
+        settled = "it is up to date" if wanted and not blocked else "there is nothing for it to update to"
+        return f"{runs}; {settled}{':' if blocked else '.'}"
+    moving = f"{runs}; its cohort {cohort} is moving to {wanted}."
+    return f"{moving} It is not updating because:" if blocked else f"{moving} It is updating."
+
+
+def _chain(session: Session, now: datetime, agent: Agent) -> tuple[list[Link], str | None]:
+    if agent.retired_at is not None:
+        return [Link(False, "retired", "it is retired: its reports are refused", "enrol the host anew")], None
+    if agent.cohort is None:
+        none = Link(
+            False,
+            str(Reason.NO_COHORT),
+            "no cohort matches its labels",
+            f"release agents move {agent.id} --cohort NAME",
+        )
+        return [_heard(agent, None, now), none], None
+    spec, status = cohorts.newest_spec(session, agent.cohort.id), cohorts.status_of(session, agent.cohort.id)
+    chain = [_heard(agent, spec, now), Link(True, "cohort", f"cohort {agent.cohort.name}")]
+    if status.directive is None:
+        return [*chain, Link(False, str(Reason.NO_DIRECTIVE), "its cohort has no directive yet")], None
+    directive = Directive.from_json(status.directive)
+    wanted = directive.release or directive.base
+    if wanted is None:
+        none = Link(False, str(Reason.NO_DIRECTIVE), "its cohort has no release yet", "release rollout start")
+        return [*chain, none], None
+    chain += _why_cohort(session, now, agent, spec, directive)
+    if wanted != agent.version:
+        chain += _why_release(session, agent, wanted, directive)
+    return chain, wanted
+
+
+def _heard(agent: Agent, spec: CohortSpec | None, now: datetime) -> Link:
+    ago = f"{int((now - agent.seen_at).total_seconds())} s ago"
+    if is_silent(agent, spec, now):
+        return Link(False, "silent", f"silent: last reported {ago}", "look whether the host is up")
+    return Link(True, "reported", f"reported {ago}")
+
+
+def _why_cohort(
+    session: Session, now: datetime, agent: Agent, spec: CohortSpec, directive: Directive
+) -> list[Link]:
+    """What the cohort's directive says to this agent."""
+    name = directive.cohort
+    links = []
+    if spec.pin is not None:
+        links.append(
+            Link(True, "pinned", f"cohort {name} is pinned to {spec.pin}: {spec.reason}".rstrip(": "))
+        )
+    if cohorts.is_frozen(spec, now):
+        until = f" until {spec.frozen_until:%Y-%m-%d %H:%M} UTC" if spec.frozen_until else ""
+        then = f"release cohort unfreeze {name}"
+        links.append(
+            Link(False, "frozen", f"cohort {name} is frozen{until}: {spec.reason}".rstrip(": "), then)
+        )
+        return links
+    newest = cohorts.newest_rollout(session, spec.cohort_id)
+    if newest is None or spec.pin is not None:
+        return links
+    return links + _why_rollout(agent, *newest, directive)
+
+
+def _why_rollout(agent: Agent, rollout: Rollout, status: RolloutStatus, directive: Directive) -> list[Link]:
+    name, told = f"r-{rollout.id}", assign(directive, agent.id, agent.version or None)
+    if agent.version == directive.release and status.state != State.PAUSED:
+        return [Link(True, status.state, f"rollout {name} is {status.state.replace('_', ' ')}")]
+    match State(status.state):
+        case State.PAUSED:
+            because = ": ".join(filter(None, (status.reason, status.detail)))
+            then = f"release rollout resume {name}"
+            return [Link(False, "paused", f"rollout {name} is paused ({because})", then)]
+        case State.ABORTED | State.SUPERSEDED:
+            return [Link(False, status.state, f"rollout {name} was {status.state}", "release rollout start")]
+        case State.RUNNING if told.reason is Reason.NOT_YET:
+            place = bucket(agent.id, rollout.salt) / 100
+            text = f"rollout {name} is at {directive.progress / 100:g}%; this agent's place is {place:g}%"
+            return [Link(False, str(Reason.NOT_YET), text, f"release agents move {agent.id} --cohort NAME")]
+        case _:
+            return [Link(True, "in-progress", f"rollout {name} has reached it")]
+
+
+_NO_BLOCK = frozenset(
+    {
+        "",
+        *map(
+            str,
+            (
+                Reason.UPDATE,
+                Reason.FIRST_INSTALL,
+                Reason.GO_BACK,
+                Reason.UP_TO_DATE,
+                Reason.NOT_YET,
+                Reason.SUSPENDED,
+                Reason.OBSERVED,
+            ),
+        ),
+    }
+)
+
+
+def _why_release(session: Session, agent: Agent, wanted: str, directive: Directive) -> list[Link]:
+    """What the release, the host and the agent's own last decision say."""
+    release = session.scalar(
+        select(Release).where(Release.product_id == agent.product_id, Release.version == wanted)
+    )
+    bundles = [] if release is None else _fitting(session, release, agent.platform)
+    links = [_has_bundle(agent, wanted, fits=bool(bundles))]
+    gates = {gate for bundle in bundles for gate in bundle.facts.get("gates") or ()}
+    if gates and agent.gate not in gates:
+        text = f"{wanted} is signed for the gates {', '.join(sorted(gates))}; this agent has {agent.gate!r}"
+        links.append(Link(False, str(Reason.GATE), text))
+    if agent.held:
+        links.append(
+            Link(False, str(Reason.HELD), f"held on the host: {agent.detail}", "agent unhold (there)")
+        )
+    elif agent.phase != Phase.IDLE:
+        links.append(Link(True, agent.phase, f"it is at work: {agent.phase}"))
+    elif agent.reason not in _NO_BLOCK:
+        then = "release rollout retry" if agent.reason == Reason.SKIPPED else ""
+        links.append(Link(False, agent.reason, f"it says {agent.reason}: {agent.detail}".rstrip(": "), then))
+    if attempt := _failed_attempt(session, agent, directive.salt):
+        links.append(
+            Link(False, attempt.state, f"{wanted} {attempt.state} here: {attempt.reason} {attempt.detail}")
+        )
+    return links
+
+
+def _has_bundle(agent: Agent, wanted: str, *, fits: bool) -> Link:
+    if fits:
+        return Link(True, "platform", f"platform {agent.platform} has a bundle")
+    then = f"release build --platform {agent.platform}, then push"
+    return Link(False, str(Reason.NO_BUNDLE), f"{wanted} has no bundle for {agent.platform}", then)
+
+
+def _fitting(session: Session, release: Release, platform: str) -> list[Bundle]:
+    """The bundles a host can run: its own platform, the same without the Python ABI, or any."""
+    query = select(Bundle).where(Bundle.release_id == release.id)
+    return [bundle for bundle in session.scalars(query) if runs_on(bundle.platform, platform)]
+
+
+def runs_on(bundle: str, host: str) -> bool:
+    return bundle in ("any", host) or host.startswith(f"{bundle}-")
+
+
+def _failed_attempt(session: Session, agent: Agent, salt: str) -> Attempt | None:
+    query = select(Attempt).join(Rollout, Rollout.id == Attempt.rollout_id)
+    failed = [str(state) for state in (AttemptState.ROLLED_BACK, AttemptState.FAILED)]
+    return session.scalar(
+        query.where(Attempt.agent_id == agent.id, Rollout.salt == salt, Attempt.state.in_(failed))
+    )

@@ -1,0 +1,33 @@
+"""The REST API: a view parses, calls one service function, and renders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from flask import current_app
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from release_server.blobs import Blobs
+    from release_server.config import Config
+    from release_server.database import Sessions
+
+PREFIX = "/api/v1"
+
+
+@dataclass(frozen=True)
+class Services:
+    """What every view may use; made once an application."""
+
+    config: Config
+    sessions: Sessions
+    blobs: Blobs
+    clock: Callable[[], datetime]
+
+
+def services() -> Services:
+    """The services of the application that answers this request."""
+    return cast("Services", current_app.extensions["relfleet"])

@@ -1,0 +1,168 @@
+"""Agents: what they say themselves (`enroll`, `report`), and what people see and ask of them."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from flask import Response, g, json, request
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from agent_core.errors import MalformedError, NotAllowedError
+from agent_core.wire import (
+    HEADER_AGENT,
+    HEADER_COUNTER,
+    HEADER_SIGNATURE,
+    EnrollRequest,
+    Getter,
+    Problem,
+    Report,
+)
+from release_server import agents, auth
+from release_server.api import PREFIX, problems, services
+from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
+from release_server.api.people import SECURITY
+from release_server.auth import requires
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+blueprint = APIBlueprint("agents", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="agents")])
+MOST_COUNTER = 2**53
+
+
+# --- what agents say -------------------------------------------------------------------------------------
+
+
+@blueprint.post("/enroll", security=SECURITY)
+def enroll() -> dict[str, Any]:
+    """Trade an enrolment token for an agent id; the host keeps the private half of its key."""
+    hub = services()
+    token = auth.bearer()
+    wanted = EnrollRequest.from_json(_body(request.get_data()))
+    with hub.sessions.write() as session:
+        return agents.enroll(session, hub.clock(), token, wanted).to_json()
+
+
+@blueprint.post("/report")
+def report() -> dict[str, Any] | Response:
+    """Take in how an agent is; signed, or a heartbeat under a session."""
+    hub = services()
+    body = request.get_data()
+    try:
+        proof = _proof(body)
+        said = Report.from_json(_body(body))
+        with hub.sessions.write() as session:
+            return agents.take_report(session, hub.clock(), proof, said).to_json()
+    except NotAllowedError as error:
+        if error.reason not in agents.UNPROVEN:
+            raise
+        return problems.answer(Problem(401, error.what, error.why, error.reason, error.then))
+
+
+def _body(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise MalformedError("the body is not JSON") from None
+
+
+def _proof(body: bytes) -> agents.Signed | agents.Bearer:
+    agent_id = request.headers.get(HEADER_AGENT, "")
+    signature = request.headers.get(HEADER_SIGNATURE)
+    if signature is None:
+        return agents.Bearer(agent_id, auth.bearer())
+    return agents.Signed(
+        agent_id=agent_id,
+        method=request.method,
+        path=request.path,
+        body_sha256=sha256(body).hexdigest(),
+        counter=_counter(),
+        signature=signature,
+    )
+
+
+def _counter() -> int:
+    text = request.headers.get(HEADER_COUNTER, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 16 or int(text) > MOST_COUNTER:
+        raise MalformedError(f"{HEADER_COUNTER} is not a counter")
+    return int(text)
+
+
+# --- what people see and ask -----------------------------------------------------------------------------
+
+
+def _show(session: Session, now: datetime, agent_id: str) -> dict[str, Any]:
+    return render_agent(agents.show(session, now, agent_id), agents.events(session, agent_id))
+
+
+def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> dict[str, Any]:
+    """Ask one thing of an agent in one transaction, and show what has come of it."""
+    hub = services()
+    now = hub.clock()
+    with hub.sessions.write() as session:
+        service(session, now, g.person.name, path.id, **said)
+        return _show(session, now, path.id)
+
+
+@blueprint.get("/agents", security=SECURITY)
+@requires("reader")
+def list_agents(query: AgentQuery) -> dict[str, Any]:
+    """Agents by id; `next` is the `after` of the following page, or null on the last."""
+    hub = services()
+    wanted = agents.Filter(query.product, query.cohort, query.version, query.state, _pairs(query.label))
+    with hub.sessions.read() as session:
+        found = agents.list_agents(session, hub.clock(), wanted, limit=query.limit, after=query.after)
+        following = found[-1].agent.id if len(found) == query.limit else None
+        return {"items": [render_agent(view) for view in found], "next": following}
+
+
+def _pairs(labels: list[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [text.partition("=") for text in labels]
+    if not all(key and sign for key, sign, _ in pairs):
+        raise MalformedError("a label is not key=value", why="for example label=region=eu")
+    return tuple((key, value) for key, _, value in pairs)
+
+
+@blueprint.get("/agents/<id>", security=SECURITY)
+@requires("reader")
+def show_agent(path: AgentPath) -> dict[str, Any]:
+    """One agent with what it did lately."""
+    hub = services()
+    with hub.sessions.read() as session:
+        return _show(session, hub.clock(), path.id)
+
+
+@blueprint.get("/agents/<id>/why", security=SECURITY)
+@requires("reader")
+def why(path: AgentPath) -> dict[str, Any]:
+    """Why an agent runs what it runs."""
+    hub = services()
+    with hub.sessions.read() as session:
+        return agents.why(session, hub.clock(), path.id)
+
+
+@blueprint.post("/agents/<id>/move", security=SECURITY)
+@requires("operator")
+def move(path: AgentPath, body: Move) -> dict[str, Any]:
+    """Put an agent into a cohort whatever its labels say; null lets them decide again."""
+    return _ask(path, agents.move, cohort=body.cohort, reason=body.reason)
+
+
+@blueprint.post("/agents/<id>/label", security=SECURITY)
+@requires("operator")
+def label(path: AgentPath, body: Labels) -> dict[str, Any]:
+    """Replace the operators' labels of an agent."""
+    labels = Getter({"labels": body.labels}, "body").labels("labels")
+    return _ask(path, agents.label, labels=labels, reason=body.reason)
+
+
+@blueprint.post("/agents/<id>/retire", security=SECURITY)
+@requires("operator")
+def retire(path: AgentPath, body: Because) -> dict[str, Any]:
+    """Take an agent out of the fleet for good."""
+    return _ask(path, agents.retire, reason=body.reason)

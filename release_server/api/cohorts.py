@@ -1,0 +1,127 @@
+"""Cohorts: who belongs together, and what holds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import g
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from release_server import cohorts
+from release_server.api import PREFIX, services
+from release_server.api.fleet_schemas import (
+    Because,
+    CohortChange,
+    CohortPath,
+    Freeze,
+    NewCohort,
+    Pin,
+    PreviewQuery,
+    ProductQuery,
+    moment,
+    render_cohort,
+    render_preview,
+)
+from release_server.api.people import SECURITY
+from release_server.auth import requires
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+blueprint = APIBlueprint(
+    "cohorts", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="cohorts")], abp_security=SECURITY
+)
+ONE = "/cohorts/<product>/<name>"
+
+
+def _change(path: CohortPath, service: Callable[..., Any], **said: Any) -> dict[str, Any]:
+    """Ask one thing of a cohort in one transaction, and show what has come of it."""
+    hub = services()
+    now = hub.clock()
+    with hub.sessions.write() as session:
+        service(session, now, g.person.name, path.product, path.name, **said)
+        return render_cohort(cohorts.show(session, now, path.product, path.name))
+
+
+@blueprint.get("/cohorts")
+@requires("reader")
+def list_cohorts(query: ProductQuery) -> dict[str, Any]:
+    """Cohorts with what people want of them and what is so."""
+    hub = services()
+    with hub.sessions.read() as session:
+        found = cohorts.list_cohorts(session, hub.clock(), query.product)
+        return {"items": [render_cohort(view) for view in found]}
+
+
+@blueprint.post("/cohorts")
+@requires("operator")
+def create_cohort(body: NewCohort) -> tuple[dict[str, Any], int]:
+    """Make a cohort; agents whose labels match join it."""
+    hub = services()
+    now = hub.clock()
+    with hub.sessions.write() as session:
+        cohorts.create(session, now, g.person.name, **body.model_dump())
+        return render_cohort(cohorts.show(session, now, body.product, body.name)), 201
+
+
+@blueprint.get(ONE)
+@requires("reader")
+def show_cohort(path: CohortPath) -> dict[str, Any]:
+    """One cohort."""
+    hub = services()
+    with hub.sessions.read() as session:
+        return render_cohort(cohorts.show(session, hub.clock(), path.product, path.name))
+
+
+@blueprint.patch(ONE)
+@requires("operator")
+def edit_cohort(path: CohortPath, body: CohortChange) -> dict[str, Any]:
+    """Change what is given, as a new revision."""
+    return _change(path, cohorts.edit, **body.model_dump(exclude_unset=True))
+
+
+@blueprint.delete(ONE)
+@requires("operator")
+def delete_cohort(path: CohortPath) -> tuple[str, int]:
+    """Delete a cohort; its agents go where their labels say."""
+    hub = services()
+    with hub.sessions.write() as session:
+        cohorts.delete(session, hub.clock(), g.person.name, path.product, path.name)
+    return "", 204
+
+
+@blueprint.post(f"{ONE}/pin")
+@requires("operator")
+def pin(path: CohortPath, body: Pin) -> dict[str, Any]:
+    """Keep a cohort on one version."""
+    return _change(path, cohorts.pin, version=body.version, reason=body.reason)
+
+
+@blueprint.post(f"{ONE}/unpin")
+@requires("operator")
+def unpin(path: CohortPath, body: Because) -> dict[str, Any]:
+    """Let a cohort take new releases again."""
+    return _change(path, cohorts.unpin, reason=body.reason)
+
+
+@blueprint.post(f"{ONE}/freeze")
+@requires("operator")
+def freeze(path: CohortPath, body: Freeze) -> dict[str, Any]:
+    """Let a cohort take nothing new, until a time or until it is unfrozen."""
+    return _change(path, cohorts.freeze, until=moment(body.until, "until"), reason=body.reason)
+
+
+@blueprint.post(f"{ONE}/unfreeze")
+@requires("operator")
+def unfreeze(path: CohortPath, body: Because) -> dict[str, Any]:
+    """End a freeze."""
+    return _change(path, cohorts.unfreeze, reason=body.reason)
+
+
+@blueprint.get(f"{ONE}/preview")
+@requires("reader")
+def preview(path: CohortPath, query: PreviewQuery) -> dict[str, Any]:
+    """Whom a match would put into the cohort; changes nothing."""
+    with services().sessions.read() as session:
+        return render_preview(path.name, cohorts.preview(session, path.product, path.name, query.match))

@@ -1,0 +1,288 @@
+"""The shapes of what people say about agents, cohorts and rollouts, and of what they are told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent_core.clock import iso, parse_iso
+from agent_core.errors import MalformedError
+from agent_core.wire import NAME, PROGRESS_FULL, VERSION
+from release_server.rollout import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from release_server import agents, cohorts, fleet
+    from release_server.models import AgentEvent, RolloutEvent
+
+NAME_FORM = f"^{NAME.pattern}$"
+VERSION_FORM = f"^{VERSION.pattern}$"
+DAY_S = 86_400
+
+
+class Shape(BaseModel):
+    """A body or query; an unknown key is refused, since it is most often a misspelt one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Because(Shape):
+    """Why something is done; kept in the audit log."""
+
+    reason: str = Field("", max_length=2000)
+
+
+# --- cohorts ---------------------------------------------------------------------------------------------
+
+
+class NewCohort(Because):
+    product: str = Field(pattern=NAME_FORM)
+    name: str = Field(pattern=NAME_FORM)
+    match: str = Field("", max_length=4000)
+    priority: int = Field(0, ge=-(10**6), le=10**6)
+    release: str | None = Field(None, pattern=VERSION_FORM)
+    poll_s: int = Field(60, ge=1, le=DAY_S)
+    report_s: int = Field(300, ge=1, le=DAY_S)
+    splay_s: int = Field(0, ge=0, le=7 * DAY_S)
+    window: dict[str, Any] | None = None
+
+
+class CohortChange(Because):
+    match: str = Field("", max_length=4000)
+    priority: int = Field(0, ge=-(10**6), le=10**6)
+    poll_s: int = Field(60, ge=1, le=DAY_S)
+    report_s: int = Field(300, ge=1, le=DAY_S)
+    splay_s: int = Field(0, ge=0, le=7 * DAY_S)
+    window: dict[str, Any] | None = None
+
+
+class Pin(Because):
+    version: str = Field(pattern=VERSION_FORM)
+
+
+class Freeze(Because):
+    until: str | None = None
+
+
+class CohortPath(Shape):
+    product: str
+    name: str
+
+
+class ProductQuery(Shape):
+    product: str | None = Field(None, max_length=64)
+
+
+class PreviewQuery(Shape):
+    match: str | None = Field(None, max_length=4000)
+
+
+def moment(text: str | None, key: str) -> datetime | None:
+    """A time of a body.
+
+    Raises:
+        MalformedError: it has another form.
+    """
+    if text is None:
+        return None
+    try:
+        return parse_iso(text)
+    except ValueError:
+        raise MalformedError(f"{key} is not a time", why="it must look like 2026-01-31T12:00:00Z") from None
+
+
+def render_cohort(view: cohorts.View) -> dict[str, Any]:
+    """A cohort: its newest spec and what is so of it."""
+    cohort, spec, status = view.cohort, view.spec, view.status
+    return {
+        "id": cohort.id,
+        "product": cohort.product.name,
+        "name": cohort.name,
+        "match": spec.match,
+        "priority": spec.priority,
+        "pin": spec.pin,
+        "frozen": view.frozen,
+        "frozen_until": _iso(spec.frozen_until if view.frozen else None),
+        "window": spec.window,
+        "splay_s": spec.splay_s,
+        "poll_s": spec.poll_s,
+        "report_s": spec.report_s,
+        "retry_epoch": spec.retry_epoch,
+        "revision": spec.revision,
+        "actor": spec.actor,
+        "reason": spec.reason,
+        "base": status.base,
+        "directive": status.directive,
+        "directive_revision": status.directive_revision,
+        "agents": view.agents,
+        "created_at": iso(cohort.created_at),
+        "changed_at": iso(spec.created_at),
+    }
+
+
+def render_preview(name: str, preview: cohorts.Preview) -> dict[str, Any]:
+    return {
+        "cohort": name,
+        "match": preview.match,
+        "agents": preview.inside,
+        "joins": preview.joins,
+        "leaves": preview.leaves,
+    }
+
+
+# --- rollouts --------------------------------------------------------------------------------------------
+
+
+class StageShape(Shape):
+    share_bp: int | None = Field(None, ge=1, le=PROGRESS_FULL)
+    count: int | None = Field(None, ge=1)
+    soak_s: int = Field(0, ge=0, le=LONGEST_S)
+    min_sample: int = Field(1, ge=0)
+    max_failed: int | None = Field(None, ge=0)
+    max_failed_bp: int | None = Field(None, ge=0, le=PROGRESS_FULL)
+    max_silent: int | None = Field(None, ge=0)
+    deadline_s: int = Field(DEADLINE_S, ge=1, le=LONGEST_S)
+
+    def stage(self, place: int) -> Stage:
+        return Stage.from_json(self.model_dump(), f"stages[{place}]")
+
+
+class NewRollout(Because):
+    product: str = Field(pattern=NAME_FORM)
+    cohort: str = Field(pattern=NAME_FORM)
+    version: str = Field(pattern=VERSION_FORM)
+    stages: list[StageShape] = Field(min_length=1, max_length=MAX_STAGES)
+    supersede: bool = False
+
+
+class Abort(Because):
+    rollback: bool = False
+
+
+class RolloutPath(Shape):
+    id: int
+
+
+class RolloutQuery(Shape):
+    product: str | None = Field(None, max_length=64)
+    cohort: str | None = Field(None, max_length=64)
+    limit: int = Field(100, ge=1, le=1000)
+    before: int | None = Field(None, ge=1)
+
+
+def render_rollout(view: fleet.View, events: Iterable[RolloutEvent] | None = None) -> dict[str, Any]:
+    """A rollout: what is wanted, what is so, and its history when that is given."""
+    rollout, status = view.rollout, view.status
+    shown: dict[str, Any] = {
+        "id": rollout.id,
+        "name": f"r-{rollout.id}",
+        "product": view.product,
+        "cohort": view.cohort,
+        "version": rollout.version,
+        "base": rollout.base,
+        "salt": rollout.salt,
+        "wanted": view.spec.wanted,
+        "state": status.state,
+        "stage": status.stage,
+        "stage_state": status.stage_state,
+        "progress": status.progress,
+        "reason": status.reason,
+        "detail": status.detail,
+        "stages": view.spec.stages,
+        "members": view.members,
+        "counters": view.counters,
+        "tolerated": status.tolerated,
+        "created_at": iso(rollout.created_at),
+        "created_by": rollout.created_by,
+        "opened_at": _iso(status.opened_at),
+        "soaking_since": _iso(status.soaking_since),
+        "finished_at": _iso(status.finished_at),
+    }
+    if events is not None:
+        shown["events"] = [_render_event(event) for event in events]
+    return shown
+
+
+def _render_event(event: RolloutEvent) -> dict[str, Any]:
+    return {
+        "at": iso(event.at),
+        "event": event.event,
+        "stage": event.stage,
+        "reason": event.reason,
+        "detail": event.detail,
+        "numbers": event.numbers,
+        "actor": event.actor,
+    }
+
+
+# --- agents ----------------------------------------------------------------------------------------------
+
+
+class AgentPath(Shape):
+    id: str = Field(max_length=128)
+
+
+class AgentQuery(Shape):
+    product: str | None = Field(None, max_length=64)
+    cohort: str | None = Field(None, max_length=64)
+    version: str | None = Field(None, max_length=64)
+    state: str | None = Field(None, pattern="^(ok|silent|failed|held|retired)$")
+    label: list[str] = Field(default_factory=list, max_length=32)
+    limit: int = Field(10_000, ge=1, le=10_000)
+    after: str | None = Field(None, max_length=128)
+
+
+class Move(Because):
+    cohort: str | None = Field(pattern=NAME_FORM)
+
+
+class Labels(Because):
+    labels: dict[str, str]
+
+
+def render_agent(view: agents.View, events: Iterable[AgentEvent] | None = None) -> dict[str, Any]:
+    """An agent as it last reported, with what it did lately when that is given."""
+    agent = view.agent
+    shown: dict[str, Any] = {
+        "id": agent.id,
+        "product": view.product,
+        "platform": agent.platform,
+        "gate": agent.gate,
+        "labels": agent.labels,
+        "operator_labels": agent.operator_labels,
+        "cohort": view.cohort,
+        "cohort_fixed": agent.cohort_fixed,
+        "version": agent.version,
+        "digest": agent.digest,
+        "phase": agent.phase,
+        "reason": agent.reason,
+        "detail": agent.detail,
+        "held": agent.held,
+        "figures": agent.figures,
+        "enrolled_at": iso(agent.enrolled_at),
+        "seen_at": iso(agent.seen_at),
+        "retired_at": _iso(agent.retired_at),
+        "state": view.state,
+    }
+    if events is not None:
+        shown["events"] = [_render_step(event) for event in events]
+    return shown
+
+
+def _render_step(event: AgentEvent) -> dict[str, Any]:
+    return {
+        "number": event.number,
+        "at": event.at,
+        "received_at": iso(event.received_at),
+        "version": event.version,
+        "state": event.state,
+        "reason": event.reason,
+        "detail": event.detail,
+    }
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else iso(moment)

@@ -1,0 +1,128 @@
+"""Products and releases, and the signed targets that make releases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import Response, g
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent_core.clock import iso
+from agent_core.errors import NotFoundError
+from agent_core.wire import NAME
+from keys.roles import TARGETS
+from release_server import releases, repository, signer
+from release_server.api import PREFIX, services
+from release_server.api.people import SECURITY
+from release_server.api.trust import signed_body
+from release_server.auth import requires
+
+if TYPE_CHECKING:
+    from release_server.models import Product, Release
+
+blueprint = APIBlueprint(
+    "releases", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="releases")], abp_security=SECURITY
+)
+
+
+class NewProduct(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+
+
+class ReleaseQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    product: str | None = Field(None, max_length=64)
+
+
+class ReleasePath(BaseModel):
+    product: str
+    version: str
+
+
+def render_product(product: Product) -> dict[str, Any]:
+    return {"name": product.name, "created_at": iso(product.created_at)}
+
+
+def render_release(release: Release) -> dict[str, Any]:
+    """A release with what is signed of each of its bundles."""
+    return {
+        "product": release.product.name,
+        "version": release.version,
+        "seq": release.seq,
+        "notes": release.notes,
+        "published_at": iso(release.published_at),
+        "published_by": release.published_by,
+        "bundles": [
+            {
+                "platform": bundle.platform,
+                "sha256": bundle.sha256,
+                "length": bundle.length,
+                "unpacked": bundle.unpacked,
+                "facts": bundle.facts,
+            }
+            for bundle in sorted(release.bundles, key=lambda bundle: bundle.platform)
+        ],
+    }
+
+
+@blueprint.get("/products")
+@requires("reader")
+def list_products() -> dict[str, Any]:
+    """All products."""
+    with services().sessions.read() as session:
+        return {"items": [render_product(product) for product in releases.list_products(session)]}
+
+
+@blueprint.post("/products")
+@requires("releaser", "operator")
+def make_product(body: NewProduct) -> tuple[dict[str, Any], int]:
+    """Make a product before its first release."""
+    hub = services()
+    with hub.sessions.write() as session:
+        product = releases.make_product(session, body.name, hub.clock(), g.person.name)
+        return render_product(product), 201
+
+
+@blueprint.get("/releases")
+@requires("reader")
+def list_releases(query: ReleaseQuery) -> dict[str, Any]:
+    """Releases, the newest first."""
+    with services().sessions.read() as session:
+        found = releases.list_releases(session, query.product)
+        return {"items": [render_release(release) for release in found]}
+
+
+@blueprint.get("/releases/<product>/<version>")
+@requires("reader")
+def show_release(path: ReleasePath) -> dict[str, Any]:
+    """One release."""
+    with services().sessions.read() as session:
+        return render_release(releases.get_release(session, path.product, path.version))
+
+
+@blueprint.get("/metadata/targets")
+@requires("reader")
+def newest_targets() -> Response:
+    """The newest signed targets, also when they are not published yet: what the next push changes."""
+    with services().sessions.read() as session:
+        row = repository.newest(session, TARGETS)
+    if row is None:
+        raise NotFoundError("there are no targets yet", then="release push")
+    return Response(row.body, content_type="application/json")
+
+
+@blueprint.post("/metadata/targets")
+@requires("releaser")
+def push_targets() -> tuple[dict[str, Any], int]:
+    """Take in signed targets; they are published within about a second."""
+    hub = services()
+    body = signed_body(hub)
+    online = signer.read_public(hub.config.trust)
+    with hub.sessions.write() as session:
+        version = repository.accept_targets(
+            session, hub.blobs, body, now=hub.clock(), actor=g.person.name, online=online
+        )
+    return {"version": version}, 202

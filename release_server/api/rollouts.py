@@ -1,0 +1,107 @@
+"""Rollouts: a release on its way through the stages of one cohort."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import g
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from release_server import fleet
+from release_server.api import PREFIX, services
+from release_server.api.fleet_schemas import (
+    Abort,
+    Because,
+    NewRollout,
+    RolloutPath,
+    RolloutQuery,
+    render_rollout,
+)
+from release_server.api.people import SECURITY
+from release_server.auth import requires
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.orm import Session
+
+blueprint = APIBlueprint(
+    "rollouts", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="rollouts")], abp_security=SECURITY
+)
+
+
+def _render(session: Session, rollout_id: int) -> dict[str, Any]:
+    return render_rollout(fleet.show(session, rollout_id), fleet.events(session, rollout_id))
+
+
+def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> dict[str, Any]:
+    """Ask one thing of a rollout in one transaction, and show what has come of it."""
+    hub = services()
+    with hub.sessions.write() as session:
+        service(session, hub.clock(), g.person.name, path.id, **said)
+        return _render(session, path.id)
+
+
+@blueprint.get("/rollouts")
+@requires("reader")
+def list_rollouts(query: RolloutQuery) -> dict[str, Any]:
+    """Rollouts, the newest first."""
+    with services().sessions.read() as session:
+        found = fleet.list_rollouts(session, **query.model_dump())
+        return {"items": [render_rollout(view) for view in found]}
+
+
+@blueprint.post("/rollouts")
+@requires("operator")
+def start_rollout(body: NewRollout) -> tuple[dict[str, Any], int]:
+    """Send a release through a cohort."""
+    hub = services()
+    stages = [stage.stage(place) for place, stage in enumerate(body.stages)]
+    said = body.model_dump(exclude={"stages"})
+    with hub.sessions.write() as session:
+        rollout = fleet.start_rollout(session, hub.clock(), g.person.name, stages=stages, **said)
+        return _render(session, rollout.id), 201
+
+
+@blueprint.get("/rollouts/<int:id>")
+@requires("reader")
+def show_rollout(path: RolloutPath) -> dict[str, Any]:
+    """One rollout with its history."""
+    with services().sessions.read() as session:
+        return _render(session, path.id)
+
+
+@blueprint.post("/rollouts/<int:id>/pause")
+@requires("operator")
+def pause(path: RolloutPath, body: Because) -> dict[str, Any]:
+    """Stop a rollout where it is."""
+    return _ask(path, fleet.pause, reason=body.reason)
+
+
+@blueprint.post("/rollouts/<int:id>/resume")
+@requires("operator")
+def resume(path: RolloutPath, body: Because) -> dict[str, Any]:
+    """Let a paused or halted rollout go on."""
+    return _ask(path, fleet.resume, reason=body.reason)
+
+
+@blueprint.post("/rollouts/<int:id>/advance")
+@requires("operator")
+def advance(path: RolloutPath, body: Because) -> dict[str, Any]:
+    """Open the next stage without waiting."""
+    return _ask(path, fleet.advance, reason=body.reason)
+
+
+@blueprint.post("/rollouts/<int:id>/abort")
+@requires("operator")
+def abort(path: RolloutPath, body: Abort) -> dict[str, Any]:
+    """End a rollout; with `rollback` its agents go back."""
+    return _ask(path, fleet.abort, reason=body.reason, rollback=body.rollback)
+
+
+@blueprint.post("/rollouts/<int:id>/retry")
+@requires("operator")
+def retry(path: RolloutPath, body: Because) -> dict[str, Any]:
+    """Let agents that failed try once more."""
+    return _ask(path, fleet.retry, reason=body.reason)

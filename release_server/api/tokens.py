@@ -1,0 +1,97 @@
+"""Tokens of people, pipelines and enrolments."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from flask import g
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent_core.clock import iso
+from agent_core.wire import NAME
+from release_server import auth
+from release_server.api import PREFIX, services
+from release_server.api.people import SECURITY
+from release_server.auth import Role, requires
+
+if TYPE_CHECKING:
+    from release_server.models import Token
+
+blueprint = APIBlueprint(
+    "tokens", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="tokens")], abp_security=SECURITY
+)
+
+
+class NewToken(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")
+    role: Role
+    expires_s: int | None = Field(None, ge=1, le=10 * 366 * 86_400)
+    product: str | None = Field(None, pattern=f"^{NAME.pattern}$")
+    uses: int | None = Field(None, ge=1, le=10**9)
+
+
+class TokenPath(BaseModel):
+    id: int
+
+
+def render(token: Token) -> dict[str, Any]:
+    """A token as people see it; never the secret, never its hash."""
+    times = {
+        name: None if moment is None else iso(moment)
+        for name, moment in (
+            ("created_at", token.created_at),
+            ("expires_at", token.expires_at),
+            ("used_at", token.used_at),
+            ("revoked_at", token.revoked_at),
+        )
+    }
+    return {
+        "id": token.id,
+        "name": token.name,
+        "role": token.role,
+        "product": token.product,
+        "uses_left": token.uses_left,
+        "created_by": token.created_by,
+        **times,
+    }
+
+
+@blueprint.get("/tokens")
+@requires("admin")
+def list_tokens() -> dict[str, Any]:
+    """All tokens, without their secrets."""
+    with services().sessions.read() as session:
+        return {"items": [render(token) for token in auth.list_tokens(session)]}
+
+
+@blueprint.post("/tokens")
+@requires("admin")
+def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
+    """Make a token; the answer is the only place its text ever appears."""
+    hub = services()
+    with hub.sessions.write() as session:
+        token, text = auth.add_token(
+            session,
+            hub.clock(),
+            name=body.name,
+            role=body.role,
+            actor=g.person.name,
+            expires=None if body.expires_s is None else timedelta(seconds=body.expires_s),
+            product=body.product,
+            uses=body.uses,
+        )
+        return {**render(token), "token": text}, 201
+
+
+@blueprint.delete("/tokens/<int:id>")
+@requires("admin")
+def revoke_token(path: TokenPath) -> tuple[str, int]:
+    """Make a token useless from the next request on."""
+    hub = services()
+    with hub.sessions.write() as session:
+        auth.revoke_token(session, hub.clock(), path.id, g.person.name)
+    return "", 204

@@ -1,0 +1,54 @@
+"""The keys: the server's public online keys for a ceremony, and the root that the ceremony made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import g, request
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from keys.roles import ROOT, TARGETS
+from release_server import repository, signer
+from release_server.api import PREFIX, services
+from release_server.api.people import SECURITY
+from release_server.auth import requires
+
+if TYPE_CHECKING:
+    from release_server.api import Services
+
+blueprint = APIBlueprint(
+    "trust", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="trust")], abp_security=SECURITY
+)
+
+
+@blueprint.get("/trust")
+@requires("reader")
+def show_trust() -> dict[str, Any]:
+    """The public online keys, and which root and targets the server has."""
+    hub = services()
+    online = signer.read_public(hub.config.trust)
+    with hub.sessions.read() as session:
+        return {
+            "online": online.to_json(),
+            "root_version": repository.newest_version(session, ROOT),
+            "targets_version": repository.newest_version(session, TARGETS),
+        }
+
+
+@blueprint.put("/trust/root")
+@requires("admin")
+def put_root() -> tuple[dict[str, Any], int]:
+    """Trust the first root, or the next one."""
+    hub = services()
+    body = signed_body(hub)
+    online = signer.read_public(hub.config.trust)
+    with hub.sessions.write() as session:
+        version = repository.accept_root(session, body, now=hub.clock(), actor=g.person.name, online=online)
+    return {"version": version}, 202
+
+
+def signed_body(hub: Services) -> bytes:
+    """The request's body, byte for byte as it was signed."""
+    request.max_content_length = hub.config.metadata_limit
+    return request.get_data(cache=False)

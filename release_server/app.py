@@ -1,0 +1,92 @@
+"""The web application: settings, database and routes wired together, with the static fast path in front."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from flask_openapi3.models.info import Info
+from flask_openapi3.openapi import OpenAPI
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from agent_core import clock as wall
+from release_server.api import PREFIX, Services, problems
+from release_server.blobs import Blobs
+from release_server.config import Config, data_directory
+from release_server.database import Sessions, make_engine
+from release_server.static import StaticFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from flask import Flask, Response
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+BEARER: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer"}}
+
+
+def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> Flask:
+    """Make the application of one data directory. It holds no key and opens nothing before a request.
+
+    Args:
+        config: the settings.
+        clock: what time it is; tests step it.
+    """
+    from agent_core.console import version
+
+    app = OpenAPI(
+        "release_server",
+        info=Info(title="relfleet", version=version()),
+        security_schemes=BEARER,
+        doc_prefix=PREFIX,
+        doc_url="/openapi.json",
+        validation_error_callback=problems.answer_invalid,
+        static_folder=None,
+    )
+    app.config["MAX_CONTENT_LENGTH"] = config.body_limit
+    app.extensions["relfleet"] = Services(
+        config=config,
+        sessions=Sessions(make_engine(config.database_url)),
+        blobs=Blobs(config.blobs, config.uploads),
+        clock=clock,
+    )
+    problems.install(app)
+    app.after_request(_protect)
+    _register(app)
+    app.wsgi_app = StaticFiles(app.wsgi_app, config.repository)  # type: ignore[method-assign,assignment]
+    if config.trusted_proxies:
+        near = config.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=near, x_proto=near, x_host=near)  # type: ignore[method-assign]
+    return app
+
+
+def _register(app: OpenAPI) -> None:
+    from release_server import dashboard
+    from release_server.api import agents, audit, cohorts, people, releases, rollouts, tokens, trust, uploads
+
+    for module in (people, trust, uploads, releases, tokens, audit, agents, cohorts, rollouts):
+        app.register_api(module.blueprint)
+    app.register_blueprint(dashboard.blueprint)
+
+
+def _protect(response: Response) -> Response:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
+
+
+def wsgi() -> Flask:
+    """The application of the data directory in `RELFLEET_SERVER_DATA`, for any WSGI server.
+
+    `gunicorn 'release_server.app:wsgi()'`; a jobs process (`release-server worker`) runs beside it.
+    """
+    config = Config.load(data_directory())
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    return create_app(config)

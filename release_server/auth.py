@@ -1,0 +1,239 @@
+"""Who speaks to the API: bearer tokens, kept as hashes, each with one role."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from functools import wraps
+from hashlib import sha256
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from flask import g, request
+from flask_openapi3.request import validate_request
+from sqlalchemy import select, update
+
+from agent_core.errors import NotAllowedError, NotFoundError, UsageError
+from release_server import audit
+from release_server.api import services
+from release_server.models import Token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PREFIX = "rft_"
+"""Lets scanners find a token that was committed by mistake."""
+TOUCH_EVERY = timedelta(minutes=1)
+
+
+class Role(StrEnum):
+    READER = "reader"
+    RELEASER = "releaser"
+    OPERATOR = "operator"
+    ENROLLER = "enroller"
+    ADMIN = "admin"
+
+
+MAY_READ = frozenset({Role.READER, Role.RELEASER, Role.OPERATOR})
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who a token speaks for.
+
+    Attributes:
+        token_id: the token's row; enrolments use one up, deeds are audited under `name`.
+        product: the only product the token is good for, or None for all.
+        touch_due: the note of its last use is older than a minute.
+    """
+
+    name: str
+    role: Role
+    token_id: int = 0
+    product: str | None = None
+    touch_due: bool = False
+
+    def may(self, *roles: str) -> bool:
+        """Whether this person may do what any of `roles` may; an admin may everything."""
+        if self.role is Role.ADMIN:
+            return True
+        return self.role in roles or (Role.READER in roles and self.role in MAY_READ)
+
+
+def make_token() -> str:
+    """A new secret of 256 random bits; shown once and kept only as its hash."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_token(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
+
+def add_token(
+    session: Session,
+    now: datetime,
+    *,
+    name: str,
+    role: Role,
+    actor: str,
+    expires: timedelta | None = None,
+    product: str | None = None,
+    uses: int | None = None,
+) -> tuple[Token, str]:
+    """Make a token; its text is returned here and nowhere again.
+
+    Raises:
+        UsageError: `uses` or `product` on a role that does not know them.
+    """
+    if role is not Role.ENROLLER and (uses is not None or product is not None):
+        raise UsageError(
+            "a token cannot be limited like that", why="uses and product limit enroller tokens only"
+        )
+    text = make_token()
+    token = Token(
+        name=name,
+        role=str(role),
+        hash=hash_token(text),
+        product=product,
+        uses_left=uses,
+        created_at=now,
+        created_by=actor,
+        expires_at=None if expires is None else now + expires,
+        used_at=None,
+        revoked_at=None,
+    )
+    session.add(token)
+    session.flush()
+    audit.record(session, now, actor, "token.create", name, id=token.id, role=str(role))
+    return token, text
+
+
+def list_tokens(session: Session) -> Sequence[Token]:
+    return session.scalars(select(Token).order_by(Token.id)).all()
+
+
+def revoke_token(session: Session, now: datetime, token_id: int, actor: str) -> None:
+    """Make a token useless from the next request on.
+
+    Raises:
+        NotFoundError: no such token.
+    """
+    token = session.get(Token, token_id)
+    if token is None:
+        raise NotFoundError(f"there is no token {token_id}", then="release token list")
+    if token.revoked_at is None:
+        token.revoked_at = now
+        audit.record(session, now, actor, "token.revoke", token.name, id=token.id)
+
+
+def check_token(session: Session, text: str, now: datetime) -> Person:
+    """Say whom a token speaks for.
+
+    The lookup is by hash, so its timing tells nothing about the secret; the last comparison is constant-time.
+
+    Raises:
+        NotAllowedError: reason `token-unknown`, `token-revoked`, `token-expired` or `token-used-up`.
+    """
+    digest = hash_token(text)
+    token = session.scalar(select(Token).where(Token.hash == digest))
+    if token is None or not hmac.compare_digest(token.hash, digest):
+        raise NotAllowedError("the token is not known here", then="release login", reason="token-unknown")
+    if token.revoked_at is not None:
+        raise NotAllowedError("the token was revoked", then="release login", reason="token-revoked")
+    if token.expires_at is not None and token.expires_at <= now:
+        raise NotAllowedError("the token is past its date", then="release login", reason="token-expired")
+    if token.uses_left is not None and token.uses_left <= 0:
+        raise NotAllowedError(
+            "the token is used up", then="release token create --role enroller", reason="token-used-up"
+        )
+    return Person(
+        name=token.name,
+        role=Role(token.role),
+        token_id=token.id,
+        product=token.product,
+        touch_due=token.used_at is None or now - token.used_at >= TOUCH_EVERY,
+    )
+
+
+def touch(session: Session, person: Person, now: datetime) -> None:
+    """Note that a token was used; callers do so at most once a minute, see `Person.touch_due`."""
+    session.execute(update(Token).where(Token.id == person.token_id).values(used_at=now))
+
+
+def use_up(session: Session, person: Person, now: datetime) -> None:
+    """Take one use off a limited token, in the transaction of what it was used for.
+
+    Raises:
+        NotAllowedError: reason `token-used-up`; another request was faster.
+    """
+    taken = session.execute(
+        update(Token)
+        .where(Token.id == person.token_id, (Token.uses_left.is_(None)) | (Token.uses_left > 0))
+        .values(uses_left=Token.uses_left - 1, used_at=now)
+        .returning(Token.id)
+    ).first()
+    if taken is None:
+        raise NotAllowedError(
+            "the token is used up", then="release token create --role enroller", reason="token-used-up"
+        )
+
+
+def bearer() -> str:
+    """The token of this request.
+
+    Raises:
+        NotAllowedError: reason `not-signed-in`.
+    """
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not text.strip():
+        raise NotAllowedError(
+            "not signed in",
+            why="the request has no bearer token",
+            then="release login",
+            reason="not-signed-in",
+        )
+    return text.strip()
+
+
+def requires(*roles: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a view answer only those whose token has one of these roles, and put them into `g.person`.
+
+    The token is checked before the request's body and query are: strangers learn nothing of their shape.
+    """
+
+    def decorate(view: Callable[P, R]) -> Callable[P, R]:
+        checked: Callable[P, R] = validate_request()(view)  # type: ignore[no-untyped-call]
+
+        @wraps(checked)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            g.person = _admit(roles)
+            return checked(*args, **kwargs)
+
+        return guarded
+
+    return decorate
+
+
+def _admit(roles: Sequence[str]) -> Person:
+    hub = services()
+    now = hub.clock()
+    with hub.sessions.read() as session:
+        person = check_token(session, bearer(), now)
+    if not person.may(*roles):
+        raise NotAllowedError(
+            f"{person.name} may not do this",
+            why=f"it needs the role {' or '.join(roles)}, the token has {person.role}",
+            reason="scope",
+        )
+    if person.touch_due:
+        with hub.sessions.write() as session:
+            touch(session, person, now)
+    return person

@@ -1,0 +1,426 @@
+"""`release-server`: makes a server's data directory, runs it, and says how it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent_core import console
+from agent_core.errors import ConflictError, Exit, NotFoundError
+from release_server.config import DATA_VARIABLE, FILE, TABLE, Config, first_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+data_option = click.option(
+    "--data",
+    envvar=DATA_VARIABLE,
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("relfleet-server"),
+    show_default=True,
+    help=f"The data directory; {DATA_VARIABLE} does the same.",
+)
+
+
+def listen_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, help_text in (("workers", "Web processes."), ("port", "Port; 0 for any free one.")):
+        command = click.option(f"--{name}", type=int, default=None, help=help_text)(command)
+    return click.option("--host", default=None, help="Address to listen on.")(command)
+
+
+@click.group(cls=console.Group, params=[console.version_option("release-server")])
+def cli() -> None:
+    """The server of a fleet: keeps releases, steers cohorts, signs directives."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return console.run(cli, "release-server", argv)
+
+
+# --- init ------------------------------------------------------------------------------------------------
+
+OURS = frozenset(
+    {"relfleet.db", "relfleet.db-wal", "relfleet.db-shm", "keys", "trust", "blobs", "uploads", "repository"}
+)
+
+
+@cli.command()
+@data_option
+@click.option("--url", default="", help="How agents and people will reach the server.")
+@listen_options
+def init(data: Path, url: str, host: str | None, port: int | None, workers: int | None) -> None:
+    """Make a data directory: settings, database, online keys, and the first admin token."""
+    flags = {"server.url": url or None, "server.host": host, "server.port": port, "server.workers": workers}
+    config = Config(data.absolute(), TABLE.load(flags=flags))
+    _refuse_foreign(config.data)
+    token = _make(config, first_file(flags))
+    console.emit(
+        {"data": str(config.data), "url": config.url, "admin_token": str(token)},
+        f"{config.data} is ready; the first admin token is in {token} (keep it, then delete the file)\n"
+        f"next: release-server run --data {data}",
+    )
+
+
+def _refuse_foreign(data: Path) -> None:
+    if (data / FILE).exists():
+        raise ConflictError(
+            f"{data} is a server's data directory already",
+            why="it is never made anew, its keys would be lost",
+            then=f"release-server run --data {data}",
+            reason="exists",
+        )
+    strange = (
+        sorted({entry.name for entry in data.iterdir()} - OURS - {"admin.token"}) if data.is_dir() else []
+    )
+    if strange:
+        raise ConflictError(
+            f"{data} is not empty",
+            why=f"it holds {strange[0]}",
+            then="choose a new directory",
+            reason="exists",
+        )
+
+
+def _make(config: Config, settings: str) -> Path:
+    """Everything of a data directory; the settings file comes last and says that all of it is there."""
+    from agent_core.clock import now
+    from release_server import signer
+    from release_server.blobs import write_file
+    from release_server.database import upgrade
+
+    config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config.data.chmod(0o700)
+    for directory in (config.blobs, config.uploads, config.trust.parent):
+        directory.mkdir(mode=0o700, exist_ok=True)
+    for directory in (config.repository / "metadata", config.repository / "targets"):
+        directory.mkdir(parents=True, exist_ok=True)
+    upgrade(config.database_url)
+    for file in config.data.glob("relfleet.db*"):
+        file.chmod(0o600)
+    signer.make_keys(config.keys, now())
+    signer.write_public(config.trust, signer.public_halves(config.keys))
+    token = config.data / "admin.token"
+    if not token.exists():
+        write_file(token, _admin_token(config, now()).encode() + b"\n", mode=0o600)
+    write_file(config.data / FILE, settings.encode(), mode=0o600)
+    return token
+
+
+def _admin_token(config: Config, now: datetime) -> str:
+    from release_server import auth
+    from release_server.database import Sessions, make_engine
+
+    sessions = Sessions(make_engine(config.database_url))
+    try:
+        with sessions.write() as session:
+            return auth.add_token(session, now, name="admin", role=auth.Role.ADMIN, actor="init")[1]
+    finally:
+        sessions.close()
+
+
+# --- run -------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@data_option
+@listen_options
+def run(data: Path, host: str | None, port: int | None, workers: int | None) -> int:
+    """Run the web server and the jobs process until SIGTERM or Ctrl-C."""
+    from release_server import serve
+
+    flags = {"server.host": host, "server.port": port, "server.workers": workers}
+    config = Config.load(data, flags=flags)
+    _check_schema(config)
+    serve.show_logs(config.log_level)
+    return serve.Server(config, lambda url: print(f"listening on {url}", flush=True)).run()  # noqa: T201 - the one line scripts wait for
+
+
+@cli.command(hidden=True)
+@data_option
+def web(data: Path) -> int:
+    """The web server alone; `run` starts it."""
+    return _child(data, "run_web")
+
+
+@cli.command()
+@data_option
+def worker(data: Path) -> int:
+    """Run a jobs process alone, beside web processes of gunicorn or another host."""
+    return _child(data, "run_jobs")
+
+
+def _child(data: Path, what: str) -> int:
+    from release_server import serve
+
+    serve.die_with_parent()
+    config = Config.load(data)
+    serve.show_logs(config.log_level)
+    work: Callable[[Config], int] = getattr(serve, what)
+    return work(config)
+
+
+def _check_schema(config: Config) -> None:
+    from release_server.database import current_revision, make_engine, newest_revision
+
+    engine = make_engine(config.database_url)
+    try:
+        found, wanted = current_revision(engine), newest_revision()
+    finally:
+        engine.dispose()
+    if found != wanted:
+        raise ConflictError(
+            "the database is of another version",
+            why=f"its schema is {found or 'empty'}, this program wants {wanted}",
+            then=f"release-server db upgrade --data {config.data}",
+            reason="schema",
+        )
+
+
+# --- db, config, export ----------------------------------------------------------------------------------
+
+
+@cli.group(cls=console.Group)
+def db() -> None:
+    """The database's schema."""
+
+
+@db.command("upgrade")
+@data_option
+def db_upgrade(data: Path) -> None:
+    """Bring the schema to what this program wants."""
+    from release_server.database import upgrade
+
+    config = Config.load(data)
+    upgrade(config.database_url)
+    _show_revision(config)
+
+
+@db.command("current")
+@data_option
+def db_current(data: Path) -> None:
+    """Show the schema's revision, and the one this program wants."""
+    _show_revision(Config.load(data))
+
+
+def _show_revision(config: Config) -> None:
+    from release_server.database import current_revision, make_engine, newest_revision
+
+    engine = make_engine(config.database_url)
+    try:
+        console.emit({"current": current_revision(engine), "wanted": newest_revision()})
+    finally:
+        engine.dispose()
+
+
+@cli.group("config", cls=console.Group)
+def config_group() -> None:
+    """The settings."""
+
+
+@config_group.command("show")
+@data_option
+def config_show(data: Path) -> None:
+    """Show every setting, its value, and where that came from."""
+    settings = Config.load(data).settings
+    rows = [{"name": name, "value": value, "from": origin} for name, value, origin in settings.show()]
+    console.emit(rows)
+
+
+@config_group.command("check")
+@data_option
+def config_check(data: Path) -> None:
+    """Read the settings and say whether they can be used."""
+    config = Config.load(data)
+    console.emit({"ok": True, "file": str(config.data / FILE)}, f"{config.data / FILE} is fine")
+
+
+@cli.group(cls=console.Group)
+def export() -> None:
+    """Write out what other tools need."""
+
+
+@export.command("trust")
+@data_option
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; stdout without."
+)
+def export_trust(data: Path, output: Path | None) -> None:
+    """Write the newest root: what agents are installed with."""
+    from keys.roles import ROOT
+    from release_server import repository
+    from release_server.blobs import write_file
+    from release_server.database import Sessions, make_engine
+
+    sessions = Sessions(make_engine(Config.load(data).database_url))
+    try:
+        with sessions.read() as session:
+            row = repository.newest(session, ROOT)
+    finally:
+        sessions.close()
+    if row is None:
+        raise NotFoundError(
+            "the server trusts no root yet", then="release key gen, then PUT /api/v1/trust/root"
+        )
+    if output is None:
+        sys.stdout.buffer.write(row.body)
+    else:
+        write_file(output, row.body)
+        console.say(f"root {row.version} is in {output}")
+
+
+# --- doctor ----------------------------------------------------------------------------------------------
+
+LEAST_FREE = 512 * 2**20
+OK, NOTE, BAD = "ok", "note", "bad"
+
+
+@cli.command()
+@data_option
+def doctor(data: Path) -> int:
+    """Look at everything the server needs; each check is fine, or says what to do."""
+    config = Config.load(data)
+    findings = examine(config)
+    console.emit(findings, lambda: "\n".join(_line(finding) for finding in findings))
+    return Exit.FAILED if any(finding["state"] == BAD for finding in findings) else Exit.DONE
+
+
+def _line(finding: dict[str, str]) -> str:
+    text = f"{finding['state']:<5} {finding['check']:<12} {finding['detail']}"
+    return text + (f"\n{'':<19}next: {finding['then']}" if finding["then"] else "")
+
+
+def examine(config: Config) -> list[dict[str, str]]:
+    """All findings, `{check, state: ok|note|bad, detail, then}`; a check that itself fails is a finding."""
+    from release_server.database import make_engine
+
+    engine = make_engine(config.database_url)
+    checks: list[tuple[str, Callable[[Config, Engine], list[dict[str, str]]]]] = [
+        ("permissions", _examine_permissions),
+        ("disk", _examine_disk),
+        ("keys", _examine_keys),
+        ("database", _examine_schema),
+        ("metadata", _examine_expiries),
+        ("jobs", _examine_lease),
+    ]
+    findings = []
+    try:
+        for name, check in checks:
+            try:
+                findings += check(config, engine)
+            except Exception as error:  # noqa: BLE001 - whatever keeps a check from running is what it found
+                findings.append(_finding(name, BAD, str(error).splitlines()[0], "read the server's log"))
+    finally:
+        engine.dispose()
+    return findings
+
+
+def _finding(check: str, state: str, detail: str, then: str = "") -> dict[str, str]:
+    return {"check": check, "state": state, "detail": detail, "then": then}
+
+
+def _examine_permissions(config: Config, _engine: Engine) -> list[dict[str, str]]:
+    open_to_others = [
+        place for place in (config.data, config.keys) if place.exists() and place.stat().st_mode & 0o077
+    ]
+    if open_to_others:
+        return [
+            _finding(
+                "permissions",
+                BAD,
+                f"others can open {open_to_others[0]}",
+                f"chmod 700 {open_to_others[0]}",
+            )
+        ]
+    token = config.data / "admin.token"
+    if token.exists():
+        then = "keep the token elsewhere, then delete the file"
+        return [_finding("permissions", NOTE, "the first admin token still lies in admin.token", then)]
+    return [_finding("permissions", OK, "only the owner can open the data directory")]
+
+
+def _examine_disk(config: Config, _engine: Engine) -> list[dict[str, str]]:
+    import shutil
+
+    free = shutil.disk_usage(config.data).free
+    text = f"{free / 2**30:.1f} GiB free"
+    if free < LEAST_FREE:
+        return [_finding("disk", BAD, text, "make room: uploads and the database need it")]
+    return [_finding("disk", OK, text)]
+
+
+def _examine_keys(config: Config, _engine: Engine) -> list[dict[str, str]]:
+    from release_server import signer
+
+    opened = signer.OnlineSigner.open(config.keys)
+    public = signer.read_public(config.trust)
+    for role in signer.ONLINE:
+        if opened.public(role) != getattr(public, role):
+            then = "restore both from one backup"
+            return [_finding("keys", BAD, f"the {role} key is not the one in trust/online.json", then)]
+    return [_finding("keys", OK, f"{', '.join(signer.ONLINE)}: private, and as published")]
+
+
+def _examine_schema(_config: Config, engine: Engine) -> list[dict[str, str]]:
+    from release_server.database import current_revision, newest_revision
+
+    found, wanted = current_revision(engine), newest_revision()
+    if found != wanted:
+        then = "release-server db upgrade"
+        return [_finding("database", BAD, f"its schema is {found or 'empty'}, wanted is {wanted}", then)]
+    return [_finding("database", OK, f"it answers; its schema is {found}")]
+
+
+def _examine_expiries(_config: Config, engine: Engine) -> list[dict[str, str]]:
+    from agent_core.clock import now
+    from release_server import repository
+
+    with _session(engine) as session:
+        expiries = repository.expiries(session)
+    if "root" not in expiries:
+        then = "release key gen, then PUT /api/v1/trust/root"
+        return [_finding("metadata", NOTE, "there is no root yet, so no agent can be told anything", then)]
+    return [_examine_expiry(role, expiry, now()) for role, expiry in expiries.items()]
+
+
+def _examine_expiry(role: str, expiry: datetime, now: datetime) -> dict[str, str]:
+    from agent_core.clock import iso
+    from keys.roles import ROLES
+
+    rule = ROLES[role]
+    then = "look at the jobs process" if rule.online else f"sign a new {role}"
+    if expiry <= now:
+        return _finding(role, BAD, f"expired at {iso(expiry)}: agents take nothing new", then)
+    late = rule.resign_before / 2 if rule.online else rule.resign_before
+    if expiry - now <= late:
+        return _finding(role, NOTE, f"expires at {iso(expiry)}", then)
+    return _finding(role, OK, f"good until {iso(expiry)}")
+
+
+def _examine_lease(_config: Config, engine: Engine) -> list[dict[str, str]]:
+    from agent_core.clock import iso, now
+    from release_server.jobs import LEASE
+    from release_server.models import Lease
+
+    with _session(engine) as session:
+        lease = session.get(Lease, LEASE)
+    if lease is None or lease.until <= now():
+        then = "release-server run, or release-server worker"
+        return [_finding("jobs", NOTE, "no jobs process is running", then)]
+    return [_finding("jobs", OK, f"{lease.holder} works, its lease ends {iso(lease.until)}")]
+
+
+def _session(engine: Engine) -> Session:
+    from sqlalchemy.orm import Session
+
+    return Session(engine)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

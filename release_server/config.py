@@ -1,0 +1,237 @@
+"""The server's settings: one table for the file, the environment, `config show` and the docs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent_core.errors import NotFoundError, SettingsError
+from agent_core.settings import Setting, Settings, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FILE = "server.toml"
+DATA_VARIABLE = "RELFLEET_SERVER_DATA"
+
+TABLE = Table(
+    [
+        Setting(
+            "server.url",
+            str,
+            "",
+            "how agents and people reach this server; empty: from host and port",
+            form=r"https?://[^\s/]+(/[^\s]*)?",
+        ),
+        Setting("server.host", str, "127.0.0.1", "address to listen on; 0.0.0.0 for all of them"),
+        Setting("server.port", int, 8470, "port to listen on; 0: any free one", low=0, high=65_535),
+        Setting("server.workers", int, 2, "web processes", low=1, high=256),
+        Setting("server.threads", int, 16, "requests each web process answers at once", low=1, high=512),
+        Setting(
+            "server.trusted_proxies",
+            int,
+            0,
+            "reverse proxies in front whose X-Forwarded headers are believed",
+            low=0,
+            high=10,
+        ),
+        Setting(
+            "server.log_level",
+            str,
+            "info",
+            "least important line",
+            choices=("debug", "info", "warning", "error"),
+        ),
+        Setting(
+            "database.url",
+            str,
+            "",
+            "a SQLAlchemy URL, e.g. of PostgreSQL; empty: SQLite in the data directory",
+            secret=True,
+        ),
+        Setting(
+            "jobs.tick_s", float, 1.0, "how often rollouts are reconciled and signed", "s", low=0.05, high=60
+        ),
+        Setting(
+            "jobs.lease_s",
+            float,
+            15.0,
+            "silence after which another jobs process takes over",
+            "s",
+            low=1,
+            high=600,
+        ),
+        Setting("limits.body", int, 2 * 2**20, "largest JSON body", "bytes", low=1024, high=2**30),
+        Setting(
+            "limits.metadata",
+            int,
+            16 * 2**20,
+            "largest signed targets or root",
+            "bytes",
+            low=1024,
+            high=2**30,
+        ),
+        Setting("limits.upload", int, 4 * 2**30, "largest bundle", "bytes", low=1024, high=2**40),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The server's settings with their types, and where its files are.
+
+    Attributes:
+        data: the data directory, made by `release-server init`.
+        settings: where each value came from, for `config show`.
+    """
+
+    data: Path
+    settings: Settings
+
+    @classmethod
+    def load(
+        cls,
+        data: Path,
+        *,
+        environ: Mapping[str, str] | None = None,
+        flags: Mapping[str, Any] | None = None,
+    ) -> Config:
+        """Read `server.toml` of a data directory, the environment and the flags.
+
+        Raises:
+            NotFoundError: the directory was never initialised.
+            SettingsError: an unknown key (names the nearest one), or a value that cannot be used.
+        """
+        data = data.absolute()
+        if not (data / FILE).is_file():
+            raise NotFoundError(
+                f"{data} is not a server's data directory",
+                why=f"it has no {FILE}",
+                then=f"release-server init --data {data} --url URL",
+            )
+        config = cls(data, TABLE.load([data / FILE], environ=environ, flags=flags))
+        if config.lease <= 3 * timedelta(seconds=config.tick_s):
+            raise SettingsError(
+                "jobs.lease_s cannot be used",
+                why="a lease shorter than three ticks is lost while its holder is well",
+                then="raise jobs.lease_s or lower jobs.tick_s",
+            )
+        return config
+
+    # --- places ------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Path:
+        return self.data / "keys"
+
+    @property
+    def blobs(self) -> Path:
+        return self.data / "blobs"
+
+    @property
+    def uploads(self) -> Path:
+        return self.data / "uploads"
+
+    @property
+    def repository(self) -> Path:
+        return self.data / "repository"
+
+    @property
+    def trust(self) -> Path:
+        """`online.json`: the public halves of the online keys, for the web processes, which hold no keys."""
+        return self.data / "trust" / "online.json"
+
+    @property
+    def run(self) -> Path:
+        return self.data / "run"
+
+    # --- values ------------------------------------------------------------------------------------------
+
+    @property
+    def host(self) -> str:
+        return str(self.settings["server.host"])
+
+    @property
+    def port(self) -> int:
+        return int(self.settings["server.port"])
+
+    @property
+    def url(self) -> str:
+        """How others reach the server; without `server.url` good on this host only."""
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        return str(self.settings["server.url"]).rstrip("/") or f"http://{shown}:{self.port}"
+
+    @property
+    def workers(self) -> int:
+        return int(self.settings["server.workers"])
+
+    @property
+    def threads(self) -> int:
+        return int(self.settings["server.threads"])
+
+    @property
+    def trusted_proxies(self) -> int:
+        return int(self.settings["server.trusted_proxies"])
+
+    @property
+    def log_level(self) -> str:
+        return str(self.settings["server.log_level"])
+
+    @property
+    def database_url(self) -> str:
+        return str(self.settings["database.url"]) or f"sqlite:///{self.data / 'relfleet.db'}"
+
+    @property
+    def tick_s(self) -> float:
+        return float(self.settings["jobs.tick_s"])
+
+    @property
+    def lease(self) -> timedelta:
+        return timedelta(seconds=self.settings["jobs.lease_s"])
+
+    @property
+    def body_limit(self) -> int:
+        return int(self.settings["limits.body"])
+
+    @property
+    def metadata_limit(self) -> int:
+        return int(self.settings["limits.metadata"])
+
+    @property
+    def upload_limit(self) -> int:
+        return int(self.settings["limits.upload"])
+
+
+def data_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """The data directory that the environment names.
+
+    Raises:
+        SettingsError: it names none.
+    """
+    named = (os.environ if environ is None else environ).get(DATA_VARIABLE, "")
+    if not named:
+        raise SettingsError(
+            "the data directory is not known",
+            why=f"{DATA_VARIABLE} is not set",
+            then=f"export {DATA_VARIABLE}=DIR, or give --data DIR",
+        )
+    return Path(named)
+
+
+def first_file(flags: Mapping[str, Any]) -> str:
+    """The `server.toml` that `init` writes: what was said, and nothing that defaults to itself."""
+    import json
+
+    lines = [
+        "# Settings of this relfleet server; `release-server config show` lists all of them.",
+        "[server]",
+    ]
+    lines += [
+        f"{name.removeprefix('server.')} = {json.dumps(value)}"
+        for name, value in flags.items()
+        if name.startswith("server.") and value is not None
+    ]
+    return "\n".join(lines) + "\n"

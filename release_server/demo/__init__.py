@@ -1,0 +1,1 @@
+"""The demo: a real server, real agents, one good release and one bad one."""

@@ -1,0 +1,174 @@
+"""The jobs process: the one that reconciles rollouts, signs with the online keys and exports the files.
+
+Any number may run; the holder of the lease `jobs` works and the others wait. Every transaction of the
+holder checks the lease's fence first, so that one that was paused and lost the lease writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+
+from agent_core import clock as wall
+from release_server import fleet, repository
+from release_server.blobs import Blobs
+from release_server.database import Sessions, make_engine
+from release_server.models import Lease
+from release_server.signer import OnlineSigner
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+    from datetime import datetime, timedelta
+
+    from sqlalchemy.orm import Session
+
+    from release_server.config import Config
+
+log = logging.getLogger(__name__)
+
+LEASE = "jobs"
+MOST_BACKOFF_S = 30.0
+
+
+class LostLeaseError(Exception):
+    """Another process holds the lease; nothing was written."""
+
+
+def make_holder() -> str:
+    """A name for this process that no other ever has."""
+    return f"{socket.gethostname()[:64]}:{os.getpid()}:{secrets.token_hex(4)}"
+
+
+def take_lease(session: Session, holder: str, now: datetime, length: timedelta) -> int | None:
+    """Take or renew the lease.
+
+    Args:
+        session: of `Sessions.write()`.
+        holder: of `make_holder`.
+        now: when.
+        length: how long it holds without being renewed.
+
+    Returns:
+        The fence, which grows with every change of hands; None while another holds the lease.
+    """
+    lease = session.scalar(select(Lease).where(Lease.name == LEASE).with_for_update())
+    if lease is None:
+        session.add(Lease(name=LEASE, holder=holder, fence=1, until=now + length))
+        try:
+            session.flush()
+        except IntegrityError:
+            session.rollback()
+            return None
+        return 1
+    mine = lease.holder == holder
+    # A lease that ends further away than any could is from a clock that was ahead; it does not count.
+    if not mine and now < lease.until <= now + 10 * length:
+        return None
+    if mine and now + length * 2 / 3 < lease.until <= now + length:
+        return lease.fence  # renewed a moment ago; a write, and its wait for the disk, can be saved
+    fence = lease.fence if mine else lease.fence + 1
+    taken = session.execute(
+        update(Lease)
+        .where(Lease.name == LEASE, Lease.holder == lease.holder, Lease.fence == lease.fence)
+        .values(holder=holder, fence=fence, until=now + length)
+        .returning(Lease.fence)
+        .execution_options(synchronize_session=False)
+    ).first()
+    return fence if taken else None
+
+
+def check_fence(session: Session, holder: str, fence: int) -> None:
+    """Make sure, inside a transaction, that the lease is still this holder's.
+
+    Raises:
+        LostLeaseError: it is not.
+    """
+    held = session.scalar(
+        select(Lease.fence).where(Lease.name == LEASE, Lease.holder == holder).with_for_update()
+    )
+    if held != fence:
+        raise LostLeaseError
+
+
+def release_lease(session: Session, holder: str, now: datetime) -> None:
+    """Give the lease back, so that the next process need not wait for its end."""
+    session.execute(update(Lease).where(Lease.name == LEASE, Lease.holder == holder).values(until=now))
+
+
+class Jobs:
+    """The loop of one jobs process.
+
+    Args:
+        config: the settings.
+        clock: what time it is; tests step it.
+    """
+
+    def __init__(self, config: Config, *, clock: Callable[[], datetime] = wall.now) -> None:
+        self.config = config
+        self.clock = clock
+        self.sessions = Sessions(make_engine(config.database_url))
+        self.blobs = Blobs(config.blobs, config.uploads)
+        self.signer: OnlineSigner | None = None
+        self.holder = make_holder()
+        self._restored = False
+        self._leading = False
+
+    def tick(self) -> bool:
+        """Do everything once, when the lease is ours.
+
+        Returns:
+            Whether it is.
+        """
+        now = self.clock()
+        with self.sessions.write() as session:
+            fence = take_lease(session, self.holder, now, self.config.lease)
+        self._note(leading=fence is not None)
+        if fence is None:
+            return False
+        if self.signer is None:
+            self.signer = OnlineSigner.open(self.config.keys)
+        with self.sessions.write() as session:
+            check_fence(session, self.holder, fence)
+            fleet.tick(session, now)
+            repository.publish(session, self.signer, now)
+        if not self._restored:
+            repository.restore_bundles(self.sessions, self.blobs, self.config.repository)
+            self._restored = True
+        repository.export(self.sessions, self.blobs, self.config.repository)
+        return True
+
+    def _note(self, *, leading: bool) -> None:
+        if leading != self._leading:
+            log.info("the jobs lease is ours" if leading else "another process holds the jobs lease")
+        self._leading = leading
+
+    def run(self, stop: threading.Event) -> None:
+        """Tick until `stop`; whatever goes wrong is logged, and the next tick comes later."""
+        failures = 0
+        while not stop.is_set():
+            try:
+                self.tick()
+                failures = 0
+            except LostLeaseError:
+                log.warning("the jobs lease was lost within a tick; nothing was written")
+            except Exception:
+                failures += 1
+                log.exception("a tick failed", extra={"failures": failures})
+            stop.wait(min(self.config.tick_s * 2 ** min(failures, 10), MOST_BACKOFF_S))
+        self.close()
+
+    def close(self) -> None:
+        """Give the lease back and leave the database."""
+        try:
+            with self.sessions.write() as session:
+                release_lease(session, self.holder, self.clock())
+        except Exception:
+            log.exception("the jobs lease was not given back; the next process waits for its end")
+        self.sessions.close()

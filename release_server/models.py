@@ -1,0 +1,331 @@
+"""The tables: what people asked (spec) and what is so (status) stand apart (design section 5)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class Moment(TypeDecorator[datetime]):
+    """A time in UTC; SQLite keeps no zone, so it is taken off on the way in and put back on the way out."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: Moment, dict[str, Any]: JSON, list[Any]: JSON}
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Product(Base):
+    __tablename__ = "products"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+
+
+class Release(Base):
+    """One version of a product, as the verified targets metadata lists it; immutable once there."""
+
+    __tablename__ = "releases"
+    __table_args__ = (
+        UniqueConstraint("product_id", "version", name="uq_releases_version"),
+        UniqueConstraint("product_id", "seq", name="uq_releases_seq"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"), index=True)
+    version: Mapped[str] = mapped_column(String(64))
+    seq: Mapped[int] = mapped_column(BigInteger)
+    notes: Mapped[str] = mapped_column(Text, default="")
+    published_at: Mapped[datetime]
+    published_by: Mapped[str] = mapped_column(String(128))
+    product: Mapped[Product] = relationship()
+    bundles: Mapped[list[Bundle]] = relationship(back_populates="release")
+
+
+class Bundle(Base):
+    """One release's archive for one platform."""
+
+    __tablename__ = "bundles"
+    __table_args__ = (UniqueConstraint("release_id", "platform", name="uq_bundles_platform"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), index=True)
+    platform: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64))
+    length: Mapped[int] = mapped_column(BigInteger)
+    unpacked: Mapped[int] = mapped_column(BigInteger)
+    facts: Mapped[dict[str, Any]]
+    release: Mapped[Release] = relationship(back_populates="bundles")
+
+
+class Cohort(Base):
+    """A named set of agents of one product; what people want of it is its newest `CohortSpec`."""
+
+    __tablename__ = "cohorts"
+    __table_args__ = (UniqueConstraint("product_id", "name", name="uq_cohorts_name"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"), index=True)
+    name: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
+    product: Mapped[Product] = relationship()
+
+
+class CohortSpec(Base):
+    """One immutable revision of what people want of a cohort: who, when, why."""
+
+    __tablename__ = "cohort_specs"
+    __table_args__ = (UniqueConstraint("cohort_id", "revision", name="uq_cohort_specs_revision"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cohort_id: Mapped[int] = mapped_column(ForeignKey("cohorts.id"), index=True)
+    revision: Mapped[int]
+    match: Mapped[str] = mapped_column(Text)
+    priority: Mapped[int] = mapped_column(default=0)
+    pin: Mapped[str | None] = mapped_column(String(64))
+    frozen: Mapped[bool] = mapped_column(default=False)
+    frozen_until: Mapped[datetime | None]
+    window: Mapped[dict[str, Any] | None]
+    splay_s: Mapped[int] = mapped_column(default=0)
+    poll_s: Mapped[int] = mapped_column(default=60)
+    report_s: Mapped[int] = mapped_column(default=300)
+    retry_epoch: Mapped[int] = mapped_column(default=0)
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    created_at: Mapped[datetime]
+
+
+class CohortStatus(Base):
+    """What is so of a cohort: the version it has settled on, and the directive last made for it."""
+
+    __tablename__ = "cohort_status"
+    cohort_id: Mapped[int] = mapped_column(ForeignKey("cohorts.id"), primary_key=True)
+    base: Mapped[str | None] = mapped_column(String(64))
+    directive: Mapped[dict[str, Any] | None]
+    directive_revision: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime | None] = mapped_column(index=True)
+    edition: Mapped[int] = mapped_column(default=0)
+    updated_at: Mapped[datetime]
+
+
+class Rollout(Base):
+    """One release travelling through one cohort; what people want of it is its newest `RolloutSpec`."""
+
+    __tablename__ = "rollouts"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cohort_id: Mapped[int] = mapped_column(ForeignKey("cohorts.id"), index=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
+    version: Mapped[str] = mapped_column(String(64))
+    base: Mapped[str | None] = mapped_column(String(64))
+    salt: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(128))
+    cohort: Mapped[Cohort] = relationship()
+    release: Mapped[Release] = relationship()
+
+
+class RolloutSpec(Base):
+    """One immutable revision of what people want of a rollout."""
+
+    __tablename__ = "rollout_specs"
+    __table_args__ = (UniqueConstraint("rollout_id", "revision", name="uq_rollout_specs_revision"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    revision: Mapped[int]
+    stages: Mapped[list[Any]]
+    wanted: Mapped[str] = mapped_column(String(32))
+    advance_to: Mapped[int] = mapped_column(default=0)
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    created_at: Mapped[datetime]
+
+
+class RolloutStatus(Base):
+    """What is so of a rollout; only `reconcile` writes it, by compare-and-swap on `edition`."""
+
+    __tablename__ = "rollout_status"
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), primary_key=True)
+    state: Mapped[str] = mapped_column(String(32), index=True)
+    stage: Mapped[int] = mapped_column(default=0)
+    stage_state: Mapped[str] = mapped_column(String(32))
+    progress: Mapped[int] = mapped_column(default=0)
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+    opened_at: Mapped[datetime | None]
+    soaking_since: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    spec_revision: Mapped[int] = mapped_column(default=0)
+    tolerated: Mapped[int] = mapped_column(default=0)
+    tolerated_silent: Mapped[int] = mapped_column(default=0)
+    edition: Mapped[int] = mapped_column(default=0)
+    updated_at: Mapped[datetime]
+
+
+class RolloutCounter(Base):
+    """How many attempts of a rollout are in each state; moves with transitions only, a recount proves it."""
+
+    __tablename__ = "rollout_counters"
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), primary_key=True)
+    state: Mapped[str] = mapped_column(String(32), primary_key=True)
+    count: Mapped[int] = mapped_column(default=0)
+
+
+class RolloutEvent(Base):
+    """One transition of a rollout, with its reason and the numbers it saw."""
+
+    __tablename__ = "rollout_events"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    at: Mapped[datetime]
+    event: Mapped[str] = mapped_column(String(64))
+    stage: Mapped[int]
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+    numbers: Mapped[dict[str, Any]]
+    actor: Mapped[str] = mapped_column(String(128), default="")
+
+
+class Agent(Base):
+    """One enrolled agent, as it last reported."""
+
+    __tablename__ = "agents"
+    __table_args__ = (Index("ix_agents_cohort_seen", "cohort_id", "seen_at"),)
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"), index=True)
+    public_key: Mapped[str] = mapped_column(String(64), unique=True)
+    platform: Mapped[str] = mapped_column(String(64))
+    gate: Mapped[str] = mapped_column(String(64), default="")
+    labels: Mapped[dict[str, Any]]
+    operator_labels: Mapped[dict[str, Any]]
+    cohort_id: Mapped[int | None] = mapped_column(ForeignKey("cohorts.id"), index=True)
+    cohort_fixed: Mapped[bool] = mapped_column(default=False)
+    version: Mapped[str] = mapped_column(String(64), default="")
+    digest: Mapped[str] = mapped_column(String(64), default="")
+    phase: Mapped[str] = mapped_column(String(16), default="idle")
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+    held: Mapped[bool] = mapped_column(default=False)
+    figures: Mapped[dict[str, Any]]
+    counter: Mapped[int] = mapped_column(BigInteger, default=0)
+    accepted: Mapped[int] = mapped_column(BigInteger, default=0)
+    session_hash: Mapped[str | None] = mapped_column(String(64))
+    session_until: Mapped[datetime | None]
+    enrolled_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    retired_at: Mapped[datetime | None]
+    product: Mapped[Product] = relationship()
+    cohort: Mapped[Cohort | None] = relationship()
+
+
+class Attempt(Base):
+    """One agent's way through one release of one rollout, made when it is first heard of."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("agent_id", "rollout_id", name="uq_attempts_agent_rollout"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    agent_id: Mapped[str] = mapped_column(ForeignKey("agents.id"), index=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
+    state: Mapped[str] = mapped_column(String(32))
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+    started_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class AgentEvent(Base):
+    """One transition as an agent reported it: the history `agents show` prints."""
+
+    __tablename__ = "agent_events"
+    __table_args__ = (UniqueConstraint("agent_id", "number", name="uq_agent_events_number"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    agent_id: Mapped[str] = mapped_column(ForeignKey("agents.id"), index=True)
+    number: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[str] = mapped_column(String(32))
+    received_at: Mapped[datetime]
+    version: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(32))
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+
+
+class Token(Base):
+    """A token of a person, a pipeline or an enrolment; only its hash is kept."""
+
+    __tablename__ = "tokens"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    role: Mapped[str] = mapped_column(String(16))
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    product: Mapped[str | None] = mapped_column(String(64))
+    uses_left: Mapped[int | None]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(128))
+    expires_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class AuditEntry(Base):
+    """Who did what to what, and when; written in the same transaction as the deed."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    actor: Mapped[str] = mapped_column(String(128))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(256))
+    detail: Mapped[dict[str, Any]]
+
+
+class MetadataFile(Base):
+    """Every version of every TUF role, in the transaction that made it; the files on disk follow."""
+
+    __tablename__ = "tuf_metadata"
+    role: Mapped[str] = mapped_column(String(128), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    expires_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+
+
+class Lease(Base):
+    """A lock that its holder renews: one process reconciles and re-signs at a time.
+
+    `fence` grows with every change of hands; a process whose fence is no longer the row's writes nothing.
+    """
+
+    __tablename__ = "locks"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(128))
+    fence: Mapped[int] = mapped_column(default=0)
+    until: Mapped[datetime]

@@ -1,0 +1,53 @@
+"""`release`: the command of release managers and operators. Importing this loads click and nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from agent_core import console
+from release_server.publish.profile import server_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = "release_server.publish.commands"
+COMMANDS = {
+    "init": (f"{HERE}.release:init", "Write relfleet.toml for a product."),
+    "login": (f"{HERE}.release:login", "Sign in to a server and keep it as a profile."),
+    "logout": (f"{HERE}.release:logout", "Forget a profile and its token."),
+    "whoami": (f"{HERE}.release:whoami", "Say who the server takes you for."),
+    "key": (f"{HERE}.release:key", "Make and show the keys that say what may run."),
+    "build": (f"{HERE}.release:build", "Make a bundle of a product's source."),
+    "verify": (f"{HERE}.release:verify", "Check a bundle as a device would; needs no server."),
+    "push": (f"{HERE}.release:push", "Sign, upload and publish a release."),
+    "list": (f"{HERE}.release:list_releases", "List the releases of a product."),
+    "show": (f"{HERE}.release:show", "Show one release and its bundles."),
+    "cohort": (f"{HERE}.cohort:cohort", "Name sets of agents and say what holds them."),
+    "rollout": (f"{HERE}.rollout:rollout", "Take a release through a cohort, step by step."),
+    "agents": (f"{HERE}.agents:agents", "See what agents run, and why."),
+    "token": (f"{HERE}.token:token", "Make, list and revoke tokens."),
+    "audit": (f"{HERE}.audit:audit", "Who did what, and when."),
+    "completion": ("agent_core.console:completion", "Print a completion script for a shell."),
+}
+
+
+@click.group(cls=console.LazyGroup, lazy=COMMANDS, extra=server_options)
+def release() -> None:
+    """Publish releases, and steer who gets them and when.
+
+    The first steps: release login URL, release key gen, release build --version V, release push.
+    """
+
+
+release.params.append(console.version_option("release"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `release` and return its exit code."""
+    return console.run(release, "release", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""`release agents`: how each one is, why it does what it does, and where it belongs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from agent_core import clock, console
+from release_server.publish import render
+from release_server.publish.commands.operate import (
+    LABELS,
+    client,
+    confirm_reach,
+    entries,
+    given,
+    product,
+    reason_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+STATES = ("ok", "silent", "failed", "held", "retired")
+COLUMNS = (
+    "id",
+    "product",
+    "version",
+    "digest",
+    "cohort",
+    "state",
+    "phase",
+    "reason",
+    "detail",
+    "platform",
+    "gate",
+    "labels",
+    "seen_at",
+    "enrolled_at",
+)
+"""What `export` writes, in this order; scripts rely on it."""
+
+
+@click.group("agents", cls=console.Group, short_help="Look at agents, and say where they belong.")
+def agents() -> None:
+    """The agents of a product: how each one is, and why it does what it does."""
+
+
+def path_of(agent: str, *rest: str) -> str:
+    return "/".join(["/agents", quote(agent, safe=""), *rest])
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that choose agents."""
+    for option in (
+        click.option("--cohort", help="In this cohort."),
+        click.option("--state", type=click.Choice(STATES), help="In this state."),
+        click.option("--version", metavar="VERSION", help="Running this version."),
+        click.option(
+            "-l", "--labels", type=LABELS, multiple=True, help="With these labels: region=eu,tier=web."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def find(labels: Iterable[list[tuple[str, str]]], **wanted: str | None) -> list[dict[str, Any]]:
+    """The agents of the product that fit everything that was said; the server gives them in pages."""
+    said = [f"{name}={value}" for group in labels for name, value in group]
+    query = given(product=product(), **wanted, label=said or None)
+    found: list[dict[str, Any]] = []
+    after: str | None = ""
+    while after is not None:
+        page = client().get("/agents", **query, **given(after=after or None))
+        found += entries(page)
+        after = page.get("next")
+    return found
+
+
+@agents.command("list", short_help="List agents.")
+@filter_options
+def list_agents(labels: tuple[list[tuple[str, str]], ...], **wanted: str | None) -> None:
+    """List the agents of a product."""
+    found = find(labels, **wanted)
+    console.emit(found, lambda: render.agent_table(found, clock.now()))
+
+
+@agents.command("show", short_help="Show one agent and what it did lately.")
+@click.argument("agent")
+def show(agent: str) -> None:
+    """Show one agent and what it did lately."""
+    answer = client().get(path_of(agent))
+    console.emit(answer, lambda: render.agent_view(answer, clock.now()))
+
+
+@agents.command("why", short_help="Explain why an agent runs what it runs.")
+@click.argument("agent")
+def why(agent: str) -> None:
+    """Explain why an agent runs what it runs: what holds, what does not, and what to do."""
+    answer = client().get(path_of(agent, "why"))
+    console.emit(answer, lambda: render.why(answer))
+
+
+@agents.command("move", short_help="Put an agent into a cohort by hand.")
+@click.argument("agent")
+@click.option("--cohort", help="The cohort it belongs to from now on.")
+@click.option("--by-labels", is_flag=True, help="Let its labels decide again.")
+@reason_option()
+def move(agent: str, *, cohort: str | None, by_labels: bool, reason: str | None) -> None:
+    """Put an agent into a cohort by hand, whatever its labels say. It follows with its next report."""
+    if (cohort is None) != by_labels:
+        raise click.UsageError("say either --cohort NAME or --by-labels")
+    answer = client().post(path_of(agent, "move"), {"cohort": cohort, **given(reason=reason)})
+    _show(answer, f"{agent} is in {answer.get('cohort') or 'no cohort'}")
+
+
+@agents.command("label", short_help="Set or remove an agent's labels.")
+@click.argument("agent")
+@click.argument("changes", nargs=-1, required=True, metavar="KEY=VALUE|KEY-...")
+@reason_option()
+def label(agent: str, changes: tuple[str, ...], reason: str | None) -> None:
+    """Set labels (`tier=web`) or remove them (`tier-`). They override what the host says of itself."""
+    kept = client().get(path_of(agent)).get("operator_labels") or {}
+    answer = client().post(
+        path_of(agent, "label"), {"labels": changed(kept, changes), **given(reason=reason)}
+    )
+    _show(answer, f"{agent} labelled")
+
+
+def changed(labels: Mapping[str, str], changes: Iterable[str]) -> dict[str, str]:
+    """Labels after changes such as `tier=web` and `region-`."""
+    result = dict(labels)
+    for change in changes:
+        if "=" not in change and change.endswith("-"):
+            result.pop(change[:-1], None)
+            continue
+        result.update(LABELS.convert(change, None, click.get_current_context(silent=True)))
+    return result
+
+
+def _show(answer: Mapping[str, Any], done: str) -> None:
+    console.say(done)
+    console.emit(answer, lambda: render.agent_view(answer, clock.now()))
+
+
+@agents.command("retire", short_help="Take agents out of the fleet.")
+@click.argument("names", nargs=-1, required=True, metavar="AGENT...")
+@reason_option()
+def retire(names: tuple[str, ...], reason: str | None) -> None:
+    """Take agents out of the fleet: no longer counted, and their keys no longer accepted."""
+    for name in names:
+        client().get(path_of(name))
+    confirm_reach("Retiring reaches {}; each must be enrolled again to come back.", len(names))
+    answers = [client().post(path_of(name, "retire"), given(reason=reason)) for name in names]
+    console.say(f"retired: {', '.join(names)}")
+    console.emit(answers, lambda: render.agent_table(answers, clock.now()))
+
+
+@agents.command("export", short_help="Write all agents as CSV.")
+@click.option("--csv", "as_csv", is_flag=True, help="As CSV; this is what it does unless --json.")
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to stdout."
+)
+@filter_options
+def export(
+    labels: tuple[list[tuple[str, str]], ...], *, as_csv: bool, out: Path | None, **wanted: str | None
+) -> None:
+    """Write agents as CSV with a fixed order of columns, or as JSON with --json."""
+    if as_csv and console.options().json:
+        raise click.UsageError("--csv and --json exclude each other")
+    found = find(labels, **wanted)
+    if out is not None and not console.options().json:
+        out.write_text(table_of(found), newline="")
+        console.say(f"{render.agents(len(found))} written to {out}")
+    elif out is not None:
+        raise click.UsageError("--out writes CSV; redirect the output of --json instead")
+    else:
+        console.emit(found, lambda: table_of(found).rstrip("\n"))
+
+
+def table_of(found: Iterable[Mapping[str, Any]]) -> str:
+    """Agents as CSV. Cells that a spreadsheet would take for a formula are quoted with an apostrophe."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for agent in found:
+        row = {**agent, "labels": render.labels(render.every_label(agent))}
+        writer.writerow([harmless(str(row.get(column) or "")) for column in COLUMNS])
+    return text.getvalue()
+
+
+def harmless(cell: str) -> str:
+    """An agent chooses its own labels and details; a spreadsheet must not run them."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

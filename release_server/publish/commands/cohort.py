@@ -1,0 +1,176 @@
+"""`release cohort`: who belongs together, and what holds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from agent_core import clock, console
+from release_server.publish import render
+from release_server.publish.commands.operate import (
+    ALWAYS,
+    MOMENT,
+    SECONDS,
+    WINDOW,
+    client,
+    confirm_reach,
+    given,
+    product,
+    reason_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+@click.group("cohort", cls=console.Group, short_help="Name sets of agents and say what holds them.")
+def cohort() -> None:
+    """A cohort is a named set of agents of one product that are steered together."""
+
+
+def path_of(name: str, *rest: str) -> str:
+    return "/".join(["/cohorts", quote(product(), safe=""), quote(name, safe=""), *rest])
+
+
+def read(name: str) -> dict[str, Any]:
+    answer: dict[str, Any] = client().get(path_of(name))
+    return answer
+
+
+def members(name: str) -> int:
+    """How many agents a cohort has."""
+    return render.reach(read(name))
+
+
+def show_cohort(answer: Mapping[str, Any], done: str) -> None:
+    """Say what was done, and print the cohort as it is now."""
+    console.say(done)
+    console.emit(answer, lambda: render.cohort_view(answer))
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `create` and `edit` that set how a cohort behaves."""
+    for option in (
+        click.option("--splay", "splay_s", type=SECONDS, help="Begin updates at random within so long."),
+        click.option("--report", "report_s", type=SECONDS, help="How often agents report."),
+        click.option("--poll", "poll_s", type=SECONDS, help="How often agents poll."),
+        click.option("--window", type=WINDOW, help="'mon-fri 22:00-04:00 Europe/Berlin', or `always`."),
+        click.option("--priority", type=int, help="The highest matching cohort gets an agent."),
+    ):
+        command = option(command)
+    return command
+
+
+@cohort.command("list", short_help="List the cohorts of a product.")
+def list_cohorts() -> None:
+    """List the cohorts of a product with what holds them."""
+    found = client().items("/cohorts", product=product())
+    console.emit(found, lambda: render.cohort_table(found))
+
+
+@cohort.command("show", short_help="Show one cohort.")
+@click.argument("name")
+def show(name: str) -> None:
+    """Show one cohort."""
+    answer = read(name)
+    console.emit(answer, lambda: render.cohort_view(answer))
+
+
+@cohort.command("create", short_help="Make a cohort.")
+@click.argument("name")
+@click.option("--match", default="", help="Which labels: 'region=eu,tier!=db'. Nothing matches every agent.")
+@click.option("--release", metavar="VERSION", help="The version its agents should run from the start.")
+@spec_options
+def create(name: str, match: str, release: str | None, **spec: Any) -> None:
+    """Make a cohort. Agents whose labels match join with their next report."""
+    spec = {key: value for key, value in spec.items() if value != ALWAYS}
+    body = given(product=product(), name=name, match=match, release=release, **spec)
+    show_cohort(client().post("/cohorts", body), f"cohort {name} made")
+
+
+@cohort.command("edit", short_help="Change a cohort.")
+@click.argument("name")
+@click.option("--match", help="Which labels: 'region=eu,tier!=db'.")
+@reason_option()
+@spec_options
+def edit(name: str, **spec: Any) -> None:
+    """Change what is given; everything else stays. Each change is kept as a revision of its own."""
+    body = given(**spec)
+    if body.get("window") == ALWAYS:
+        body["window"] = None
+    if not body.keys() - {"reason"}:
+        raise click.UsageError(
+            "nothing to change: give --match, --priority, --window, --poll, --report or --splay"
+        )
+    if "match" in body:
+        confirm_match(name, body["match"])
+    show_cohort(client().patch(path_of(name), body), f"cohort {name} changed")
+
+
+def confirm_match(name: str, match: str) -> None:
+    """Ask before agents change cohort for a new match; nobody is asked when none does."""
+    answer = client().get(path_of(name, "preview"), match=match)
+    joins, leaves = len(answer.get("joins") or []), len(answer.get("leaves") or [])
+    if joins or leaves:
+        moves = f"{joins} join, {leaves} leave"
+        confirm_reach(f"Changing the match of {name} reaches {{}}: {moves}.", joins + leaves)
+
+
+@cohort.command("delete", short_help="Delete a cohort.")
+@click.argument("name")
+def delete(name: str) -> None:
+    """Delete a cohort. Its agents go to the next cohort that matches them, or to none."""
+    confirm_reach(f"Deleting cohort {name} reaches {{}}: they change cohort or have none.", members(name))
+    client().delete(path_of(name))
+    console.say(f"cohort {name} deleted")
+
+
+@cohort.command("pin", short_help="Keep a cohort on one version.")
+@click.argument("name")
+@click.argument("version")
+@reason_option(required=True)
+def pin(name: str, version: str, reason: str) -> None:
+    """Keep a cohort on VERSION: its agents go there, forward or back, and stay until it is unpinned."""
+    confirm_reach(
+        f"Pinning {name} to {version} reaches {{}}: all that run another version change.", members(name)
+    )
+    answer = client().post(path_of(name, "pin"), {"version": version, "reason": reason})
+    show_cohort(answer, f"cohort {name} pinned to {version}")
+
+
+@cohort.command("unpin", short_help="Let a cohort follow rollouts again.")
+@click.argument("name")
+@reason_option()
+def unpin(name: str, reason: str | None) -> None:
+    """Let a cohort follow rollouts again; its agents stay on what they run until one begins."""
+    show_cohort(client().post(path_of(name, "unpin"), given(reason=reason)), f"cohort {name} unpinned")
+
+
+@cohort.command("freeze", short_help="Let a cohort take nothing new.")
+@click.argument("name")
+@click.option("--until", type=MOMENT, help="When it ends: 2026-12-27T08:00:00Z, or from now on: 36h.")
+@reason_option(required=True)
+def freeze(name: str, until: str | None, reason: str) -> None:
+    """Let a cohort take nothing new until it is unfrozen, or until a time. Trials that run go on."""
+    answer = client().post(path_of(name, "freeze"), given(until=until, reason=reason))
+    ends = f" until {until} ({render.ago(until, clock.now())})" if until else ""
+    show_cohort(answer, f"cohort {name} frozen{ends}")
+
+
+@cohort.command("unfreeze", short_help="Let a frozen cohort move again.")
+@click.argument("name")
+@reason_option()
+def unfreeze(name: str, reason: str | None) -> None:
+    """Let a frozen cohort move again."""
+    show_cohort(client().post(path_of(name, "unfreeze"), given(reason=reason)), f"cohort {name} unfrozen")
+
+
+@cohort.command("preview", short_help="Show whom a match would reach.")
+@click.argument("name")
+@click.option("--match", help="The match to try; without it the cohort's own.")
+def preview(name: str, match: str | None) -> None:
+    """Show which agents a match would put into the cohort; nothing is changed."""
+    answer = client().get(path_of(name, "preview"), **given(match=match))
+    console.emit(answer, lambda: render.preview(answer))

@@ -1,0 +1,249 @@
+"""What the operator commands share: how words of the call are read, and how far a destructive one reaches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent_core import clock, console
+from agent_core.errors import MalformedError, RelfleetError
+from agent_core.wire import DAYS, LABEL_KEY, PROGRESS_FULL, Window
+from release_server.publish import profile, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from release_server.publish.client import Client
+
+CLIENT = "relfleet.client"
+
+
+def client() -> Client:
+    """The client of the running command; one connection for all its calls."""
+    context = click.get_current_context()
+    if CLIENT not in context.meta:
+        found = profile.connect()
+        context.meta[CLIENT] = found
+        context.find_root().call_on_close(found.session.close)
+    api: Client = context.meta[CLIENT]
+    return api
+
+
+def product() -> str:
+    """The product the call is about: --product, the environment, or `relfleet.toml`."""
+    return profile.current().need_product()
+
+
+def entries(page: Any) -> list[dict[str, Any]]:
+    """The entries of one page of a list.
+
+    Raises:
+        RelfleetError: the server answered something that is no list.
+    """
+    found = page.get("items") if isinstance(page, dict) else None
+    if not isinstance(found, list):
+        raise RelfleetError("the server's answer cannot be read", why="it is no list", reason="malformed")
+    return found
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """What was said; options that were left out are not sent, so that the server's defaults hold."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def confirm_reach(what: str, count: int) -> None:
+    """Ask before something that reaches agents.
+
+    Args:
+        what: one sentence with `{}` where the number of agents belongs.
+        count: how many agents it reaches.
+    """
+    console.confirm(what.replace("{}", render.agents(count), 1))
+
+
+def reason_option(*, required: bool = False) -> Callable[[Any], Any]:
+    """Why something is done; kept in the audit log."""
+    return click.option("--reason", "-m", required=required, help="Why; kept in the audit log.")
+
+
+# --- how words of a call are read ------------------------------------------------------------------------
+
+
+class Seconds(console.Duration):
+    """A duration of at least one second, or 0, as whole seconds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seconds = super().convert(value, param, ctx)
+        if seconds != int(seconds):
+            self.fail(f"{value!r} is not a whole number of seconds", param, ctx)
+        return int(seconds)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A share of a cohort in basis points, or a number of agents; exactly one of them."""
+
+    share_bp: int | None = None
+    count: int | None = None
+
+    def as_reach(self) -> dict[str, int]:
+        """How a stage says how far it reaches."""
+        return given(share_bp=self.share_bp, count=self.count)
+
+    def as_limit(self) -> dict[str, int]:
+        """How a stage says what may fail."""
+        return given(max_failed_bp=self.share_bp, max_failed=self.count)
+
+
+def amount(text: str) -> Amount:
+    """Read `10%`, `0.5%` or `20`.
+
+    Raises:
+        ValueError: anything else, more than all, or finer than a hundredth of a percent.
+    """
+    found = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,9}))?\s*(%)?", text.strip())
+    if found is None or (found[2] and not found[3]):
+        raise ValueError(f"{text.strip()!r} is neither a share such as 10% nor a number of agents such as 20")
+    if not found[3]:
+        return Amount(count=int(found[1]))
+    hundredths = (found[2] or "").rstrip("0")
+    if len(hundredths) > 2:
+        raise ValueError(f"{text.strip()!r} is finer than a hundredth of a percent")
+    share_bp = int(found[1]) * 100 + int(hundredths.ljust(2, "0"))
+    if share_bp > PROGRESS_FULL:
+        raise ValueError(f"{text.strip()!r} is more than all")
+    return Amount(share_bp=share_bp)
+
+
+def steps(text: str) -> tuple[Amount, ...]:
+    """Read `1%,10%,100%` or `1,5,20`; shares grow, and so do counts.
+
+    Raises:
+        ValueError: a step that cannot be read, reaches nobody, or does not reach further than the one before.
+    """
+    found = tuple(amount(part) for part in text.split(",") if part.strip())
+    if not found:
+        raise ValueError("there is no step")
+    for kind in ("share_bp", "count"):
+        sizes = [size for step in found if (size := getattr(step, kind)) is not None]
+        if 0 in sizes:
+            raise ValueError("a step of 0 reaches nobody")
+        if any(late <= early for early, late in pairwise(sizes)):
+            raise ValueError("each step must reach further than the one before")
+    return found
+
+
+class Words(click.ParamType):  # type: ignore[type-arg]
+    """A parameter read by a function whose ValueError says what is wrong."""
+
+    def __init__(self, name: str, read: Callable[[str], Any]) -> None:
+        self.name = name
+        self.read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def rollout_number(text: str) -> int:
+    """Read `r-31` or `31`."""
+    found = re.fullmatch(r"(?:r-)?([1-9]\d{0,17})", text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is not a rollout such as r-31")
+    return int(found[1])
+
+
+def label(text: str) -> tuple[str, str]:
+    """Read `region=eu`."""
+    name, equals, value = text.partition("=")
+    if not equals or not LABEL_KEY.fullmatch(name):
+        raise ValueError(f"{text!r} is not a label such as region=eu")
+    return name, value
+
+
+def labels(text: str) -> list[tuple[str, str]]:
+    """Read `region=eu,tier=web`."""
+    return [label(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def moment(text: str) -> str:
+    """Read a time, `2026-12-27T08:00:00Z`, or how far from now it is, `36h`; the wire's form."""
+    return _moment(text, 1)
+
+
+def past_moment(text: str) -> str:
+    """As `moment`, but a duration counts back from now."""
+    return _moment(text, -1)
+
+
+def _moment(text: str, sign: int) -> str:
+    try:
+        return clock.iso(clock.parse_iso(text))
+    except ValueError:
+        pass
+    try:
+        return clock.iso(clock.now() + sign * timedelta(seconds=console.duration_s(text)))
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"{text!r} is neither a time such as 2026-12-27T08:00:00Z nor a duration such as 36h"
+        ) from None
+
+
+ALWAYS = "always"
+
+
+def window(text: str) -> dict[str, Any] | str:
+    """Read `mon-fri 22:00-04:00 Europe/Berlin` (days, hours, time zone), or `always`."""
+    if text.strip() == ALWAYS:
+        return ALWAYS
+    parts = text.split()
+    hours = parts[1].split("-") if len(parts) == 3 else []
+    if len(hours) != 2:
+        raise ValueError(f"{text!r} is not a window such as 'mon-fri 22:00-04:00 Europe/Berlin'")
+    _check_zone(parts[2])
+    said = {"days": days(parts[0]), "from": hours[0], "to": hours[1], "zone": parts[2]}
+    try:
+        return Window.from_json(said, "window").to_json()
+    except MalformedError as error:
+        raise ValueError(f"{error.what}: {error.why}") from None
+
+
+def _check_zone(zone: str) -> None:
+    from zoneinfo import ZoneInfo
+
+    try:
+        ZoneInfo(zone)
+    except (KeyError, OSError, ValueError):
+        raise ValueError(f"{zone!r} is not a time zone this host knows, such as Europe/Berlin") from None
+
+
+def days(text: str) -> list[str]:
+    """Read `mon,wed` or `sat-mon`; a range may pass the end of the week."""
+    found: list[str] = []
+    for part in text.lower().split(","):
+        first, _, last = part.partition("-")
+        if first not in DAYS or (last or first) not in DAYS:
+            raise ValueError(f"{part!r} is not a day or a range of days such as mon-fri")
+        place, end = DAYS.index(first), DAYS.index(last or first)
+        found += [DAYS[(place + step) % 7] for step in range((end - place) % 7 + 1)]
+    return list(dict.fromkeys(found))
+
+
+SECONDS = Seconds()
+AMOUNT = Words("share or count", amount)
+STEPS = Words("steps", steps)
+ROLLOUT = Words("rollout", rollout_number)
+LABEL = Words("label", label)
+LABELS = Words("labels", labels)
+MOMENT = Words("time", moment)
+PAST = Words("time", past_moment)
+WINDOW = Words("window", window)

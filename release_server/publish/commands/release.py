@@ -1,0 +1,548 @@
+"""The commands of release managers: from a product's source to a published release."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from agent_core import clock, console
+from agent_core.errors import ConflictError, MalformedError, NotAllowedError, NotFoundError, UsageError
+from agent_core.wire import NAME
+from keys import cli as keys_cli
+from keys.cli import keys_dir_option, passphrase_option, passphrases
+from release_server.publish import profile as profiles
+from release_server.publish.profile import PROJECT_FILE, Profile, Profiles, Stored, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from keys.ceremony import OnlineKeys
+    from release_server.publish.client import Client
+    from release_server.publish.push import Outcome
+    from release_server.publish.sign import Release, Trusted
+
+DIST = "dist"
+ARCHIVE_SUFFIX = ".tar.zst"
+
+TEMPLATE = """\
+# What `release` knows of this product. Flags and RELFLEET_… variables come before it.
+
+[product]
+name = {product}
+
+[server]
+{server}
+
+[build]
+source = "app"                          # becomes app/ in the bundle
+entry = ["{{python}}", "app/main.py"]     # how the workload is started
+vendor = []                             # distributions to carry along, e.g. "requests>=2.32"
+
+[health]
+observe_s = 60                          # how long a new version must stay good before it is kept
+checks = [{{ kind = "process" }}]
+"""
+
+
+def trust_option() -> Callable[[Any], Any]:
+    return click.option(
+        "--trust",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="The trusted root (RELFLEET_TRUST; else the profile's, else root.json beside the keys).",
+    )
+
+
+# --- surroundings ------------------------------------------------------------------------------------------
+
+
+@click.command("init")
+@click.argument("product", required=False)
+@click.option("--force", is_flag=True, help="Write over an existing file.")
+def init(product: str | None, *, force: bool) -> None:
+    """Write relfleet.toml in this directory.
+
+    PRODUCT is the name of the agent program, e.g. warehouse-agent; the directory's name when left out.
+    """
+    words = profiles.said()
+    name = product or words.product or Path.cwd().name.lower().replace(" ", "-").replace("_", "-")
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a product", why="names are lower case: a-z, 0-9, dot, dash and underscore"
+        )
+    path = Path(PROJECT_FILE)
+    if path.exists() and not force:
+        raise ConflictError(f"{PROJECT_FILE} exists", then="edit it, or --force to begin anew")
+    server = words.server or os.environ.get("RELFLEET_SERVER")
+    line = f"url = {json.dumps(server)}" if server else '# url = "https://releases.example.org"'
+    path.write_text(TEMPLATE.format(product=json.dumps(name), server=line))
+    console.say(f"wrote {path}; next: release key gen, then release build --version 1.0.0")
+    console.emit({"path": str(path), "product": name, "server": server}, str(path))
+
+
+@click.command("login")
+@click.argument("server", required=False)
+@click.option(
+    "--trust",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The trusted root that a colleague made; kept with the profile.",
+)
+def login(server: str | None, trust: Path | None) -> None:
+    """Sign in to SERVER with a token from --token-file, stdin (-), RELFLEET_TOKEN, or a prompt.
+
+    The server and the token are kept as the profile `default`, or as --profile NAME.
+    """
+    words = profiles.said()
+    directory = profiles.config_dir(os.environ)
+    name = words.profile or os.environ.get("RELFLEET_PROFILE") or profiles.DEFAULT
+    unnamed = profiles.Said(server or words.server, None, words.product, words.token_file)
+    environ = {key: value for key, value in os.environ.items() if key != "RELFLEET_PROFILE"}
+    url = profiles.resolve(profiles.Said(unnamed.server), environ, Path.cwd()).need_server()
+    token = profiles.given_token(unnamed, os.environ) or _ask_token(url)
+    if url.startswith("http://") and not _is_local(url):
+        console.warn(f"{url} is not https: the token crosses the network in the clear")
+    who = connect(Profile(name, url, token, None, directory, directory, directory)).get("/whoami")
+    kept = Stored(url, str(trust.resolve()) if trust else None)
+    Profiles(directory).save(name, kept, token)
+    console.say(f"signed in to {url} as {who['name']} ({who['role']}), kept as profile {name}")
+    console.emit({"server": url, "profile": name, **who}, lambda: f"{who['name']}  {who['role']}")
+
+
+def _ask_token(url: str) -> str:
+    if not console.can_ask():
+        raise NotAllowedError(
+            "a token is needed",
+            why="there is no terminal to ask on",
+            then="--token-file FILE (- is stdin), or RELFLEET_TOKEN",
+            reason="no-token",
+        )
+    typed: str = click.prompt(f"Token for {url}", hide_input=True, err=True)
+    return typed.strip()
+
+
+def _is_local(url: str) -> bool:
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+@click.command("logout")
+def logout() -> None:
+    """Forget a profile and its token. The token itself holds until it expires or is revoked."""
+    name = profiles.said().profile or os.environ.get("RELFLEET_PROFILE") or profiles.DEFAULT
+    Profiles(profiles.config_dir(os.environ)).forget(name)
+    console.say(f"profile {name} forgotten")
+
+
+@click.command("whoami")
+def whoami() -> None:
+    """Say who the server takes you for, and where that comes from."""
+    found = profiles.current()
+    who = connect(found).get("/whoami")
+    console.emit({"server": found.server, "profile": found.name, **who})
+
+
+# --- keys --------------------------------------------------------------------------------------------------
+
+
+@click.group("key", cls=console.Group)
+def key() -> None:
+    """The keys that say what may run: root changes keys, release keys sign releases."""
+
+
+@key.command("gen", short_help="Hold the first ceremony, or make one more key.")
+@click.option("--role", type=click.Choice(["root", keys_cli.RELEASE]), help="Only make keys of this role.")
+@click.option("--name", help="With --role: the key's name.")
+@click.option("--keys", "root_keys", type=click.IntRange(1, 15), default=1, help="How many root keys.")
+@click.option(
+    "--threshold", type=click.IntRange(1, 15), default=1, help="How many root keys change the root."
+)
+@click.option("--release-keys", type=click.IntRange(1, 15), default=1, help="How many release keys.")
+@click.option(
+    "--release-threshold", type=click.IntRange(1, 15), default=1, help="How many release keys sign a release."
+)
+@click.option("--offline", is_flag=True, help="Bring nothing to the server; needs --online.")
+@click.option(
+    "--online",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The server's public keys: what GET /api/v1/trust says, or its trust/online.json.",
+)
+@click.option(
+    "--trust-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the trust file for agents here, too.",
+)
+@keys_dir_option()
+@passphrase_option()
+def gen(
+    role: str | None,
+    name: str | None,
+    keys_dir: Path | None,
+    passphrase_file: Path | None,
+    trust_file: Path | None,
+    *,
+    offline: bool,
+    online: Path | None,
+    **numbers: int,
+) -> None:
+    """Make the root key, the release key and the first metadata, and bring it to the server.
+
+    One root key with threshold 1 is fine for a trial; for production: --keys 3 --threshold 2, each file on a
+    medium of its own. Run again after an interruption, it goes on where it stopped.
+    """
+    directory = keys_dir or keys_cli.default_dir()
+    source = passphrases(passphrase_file, new=True)
+    if role is not None:
+        _make_key(directory, role, name or role, source)
+        return
+    if name is not None:
+        raise click.UsageError("--name goes with --role")
+    if offline and online is None:
+        raise click.UsageError("--offline needs --online FILE: the server's public keys")
+    client = None if offline else connect(profiles.current())
+    trust = client.get("/trust") if client else None
+    keys = _online_keys(online, trust)
+    if client is not None and keys_cli.read_ceremony(directory) is None:
+        _refuse_begun(trust)
+    held = keys_cli.hold_ceremony(
+        directory,
+        keys,
+        source,
+        clock.now(),
+        root_keys=numbers["root_keys"],
+        root_threshold=numbers["threshold"],
+        release_keys=numbers["release_keys"],
+        release_threshold=numbers["release_threshold"],
+    )
+    root_file = directory / keys_cli.ROOT_FILE
+    if trust_file is not None:
+        keys_cli.write_public(trust_file, root_file.read_bytes())
+    published = bring_trust(client, held, trust) if client else False
+    _tell_ceremony(held, directory, trust_file or root_file, published=published, offline=offline)
+
+
+def _make_key(directory: Path, role: str, name: str, source: Callable[[str], str]) -> None:
+    from keys import signers
+
+    path = directory / f"{name}{signers.SUFFIX}"
+    signers.create(path, role=role, now=clock.now(), passphrase=source(f"Passphrase of key {name}"))
+    made = keys_cli.described(signers.read(path), directory)
+    console.say(f"made {path}")
+    console.emit(made, lambda: console.facts({**made, "signs": "nothing yet"}.items()))
+
+
+def _online_keys(file: Path | None, trust: Any) -> OnlineKeys:
+    from keys.ceremony import OnlineKeys
+
+    found = trust
+    if file is not None:
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise MalformedError(f"{file} is not JSON", why=str(error)) from None
+    inner = found.get("online", found) if isinstance(found, dict) else found
+    return OnlineKeys.from_json(inner, str(file) if file else "trust.online")
+
+
+def _refuse_begun(trust: Any) -> None:
+    if trust.get("root_version"):
+        raise ConflictError(
+            "this server has a root already",
+            why=f"it is at root {trust['root_version']}, made with other keys",
+            then="use those keys with --keys-dir, or get the trust file from who made them",
+            reason="root-exists",
+        )
+
+
+def bring_trust(client: Client, held: keys_cli.Ceremony, trust: Any) -> bool:
+    """Bring root 1 and targets 1 to a server that lacks them, and wait until they are published.
+
+    Raises:
+        ConflictError: the server has another root.
+    """
+    from release_server.publish import push, sign
+
+    body = held.root.to_bytes()
+    if not trust.get("root_version"):
+        client.put("/trust/root", body)
+    else:
+        _refuse_another_root(client, body)
+    if not trust.get("targets_version"):
+        client.post("/metadata/targets", held.targets.to_bytes())
+    cache = sign.cache_dir(profiles.state_dir(os.environ), client.url, body)
+    wait_s = console.options().timeout_s or push.PUBLISH_S
+    return push.wait_published(lambda: sign.fetch(client, body, cache), (), wait_s)
+
+
+def _refuse_another_root(client: Client, body: bytes) -> None:
+    from keys import ceremony
+
+    served = client.call("GET", "/metadata/1.root.json", static=True).content
+    if ceremony.parse_root(served).signed != ceremony.parse_root(body).signed:
+        raise ConflictError(
+            "this server has another root",
+            why="its root 1 was made with other keys",
+            then="use those keys with --keys-dir, or get the trust file from who made them",
+            reason="root-exists",
+        )
+
+
+def _tell_ceremony(
+    held: keys_cli.Ceremony, directory: Path, trust: Path, *, published: bool, offline: bool
+) -> None:
+    root, targets = held.root.signed.roles["root"], held.root.signed.roles["targets"]
+    made = {
+        "keys_dir": str(directory),
+        "trust_file": str(trust),
+        "root": {"version": held.root.signed.version, "keys": root.keyids, "threshold": root.threshold},
+        "release": {"keys": targets.keyids, "threshold": targets.threshold},
+        "made": held.made,
+        "published": published,
+    }
+    state = "published" if published else "not yet published by the server"
+    if offline:
+        state = "not brought to a server; run this again without --offline where the server can be reached"
+
+    def text() -> str:
+        return console.facts(
+            [
+                ("keys", f"{directory}{'' if held.made else ' (made earlier)'}"),
+                ("root", f"{root.threshold} of {len(root.keyids)} key(s)"),
+                ("release", f"{targets.threshold} of {len(targets.keyids)} key(s)"),
+                ("trust file", trust),
+                ("metadata", state),
+            ]
+        )
+
+    console.emit(made, text)
+    if held.made:
+        console.say("Keep the root keys offline: move their files to a medium of their own, with a copy.")
+
+
+for command in (keys_cli.list_keys, keys_cli.show_key, keys_cli.export_trust):
+    key.add_command(command)
+
+
+# --- bundles -----------------------------------------------------------------------------------------------
+
+
+@click.command("build")
+@click.argument("path", type=click.Path(path_type=Path, file_okay=False, exists=True), default=".")
+@click.option("--version", required=True, help="The version of the product that is built.")
+@click.option("--platform", help="The platform; this host's when left out.")
+@click.option("--entry", help="How the workload is started, instead of what relfleet.toml says.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where to; dist/ by default.")
+def build(path: Path, version: str, platform: str | None, entry: str | None, out: Path | None) -> None:
+    """Make a bundle of the product in PATH, where its relfleet.toml is, and print its digest."""
+    from release_server.publish import build as builder
+    from release_server.publish.push import size
+
+    built = builder.build(path, version, platform=platform, entry=entry, out=out, progress=_step)
+    made = {
+        "archive": str(built.archive),
+        "index": str(built.index_file),
+        "product": built.index.product,
+        "version": built.index.version,
+        "platform": built.index.platform,
+        "sha256": built.sha256,
+        "length": built.length,
+        "index_sha256": built.index_sha256,
+        "files": len(built.index.files),
+        "unpacked": built.index.unpacked,
+    }
+    console.say(f"built {built.archive}  {size(built.length)}, {len(built.index.files)} files")
+    console.emit(made, built.sha256)
+
+
+def _step(step: str, done: int, total: int) -> None:
+    if console.options().verbose:
+        console.say(f"{step} ({done}/{total})")
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False), nargs=-1, required=True)
+def verify(bundle: tuple[Path, ...]) -> None:
+    """Check bundles as a device would: every byte against the index beside the archive."""
+    from release_server.publish import push
+
+    checked = []
+    for archive in bundle:
+        release = push.load(archive)
+        facts = release.facts
+        checked.append(
+            {
+                "archive": str(archive),
+                "product": facts.product,
+                "version": facts.version,
+                "platform": facts.platform,
+                "sha256": release.archive.sha256,
+                "index_sha256": facts.index_sha256,
+                "files": facts.files,
+            }
+        )
+    console.emit(
+        checked, lambda: "\n".join(f"ok  {entry['sha256']}  {entry['archive']}" for entry in checked)
+    )
+
+
+@click.command("push")
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True), nargs=-1)
+@click.option("--version", help="With a directory: build this version first.")
+@click.option("--to", "cohort", metavar="COHORT", help="Start a rollout to this cohort, in default steps.")
+@click.option("--notes", type=click.File("r"), help="A text for people, signed with the release; - is stdin.")
+@click.option("--gate", "gates", multiple=True, metavar="NAME", help="Only for agents behind this gate.")
+@click.option("--dry-run", is_flag=True, help="Check everything and change nothing.")
+@click.option("--wait", is_flag=True, help="Fail when it is not published in time (--timeout, else 60 s).")
+@trust_option()
+@keys_dir_option()
+@passphrase_option()
+def push(
+    bundle: tuple[Path, ...],
+    *,
+    version: str | None,
+    cohort: str | None,
+    notes: Any,
+    gates: tuple[str, ...],
+    trust: Path | None,
+    keys_dir: Path | None,
+    passphrase_file: Path | None,
+    dry_run: bool,
+    wait: bool,
+) -> None:
+    """Sign, upload and publish the BUNDLEs of one version, one for each platform.
+
+    A directory stands for the one bundle in its dist/, or with --version for what is built of it. A push that
+    was cut short goes on when the same command is run again; a version that is published never changes.
+    """
+    from release_server.publish import push as pushing
+    from release_server.publish import sign
+
+    found = profiles.current(keys_dir=keys_dir, trust=trust)
+    client = connect(found)
+    root = sign.read_trust(found.trust)
+    text = notes.read() if notes else ""
+    releases = _releases(bundle or (Path(),), version, gates, text)
+
+    def opened(trusted: Trusted) -> Sequence[Any]:
+        return sign.release_signers(found.keys_dir, trusted.root.signed, passphrases(passphrase_file))
+
+    with pushing.progress_bar() as progress:
+        outcome = pushing.push(
+            client,
+            releases,
+            trust=root,
+            state=found.state,
+            signers=opened,
+            dry_run=dry_run,
+            wait_s=console.options().timeout_s or pushing.PUBLISH_S,
+            must_publish=wait or cohort is not None,
+            progress=progress,
+        )
+    if cohort is not None and not dry_run:
+        outcome.rollout = pushing.start_rollout(client, outcome.product, outcome.version, cohort)
+    _tell_push(outcome, client.url, cohort)
+
+
+def _releases(paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str) -> list[Release]:
+    from release_server.publish import build as builder
+    from release_server.publish import push as pushing
+
+    own_gates, stone = tuple(gates), 0
+    if Path(PROJECT_FILE).exists():
+        project = builder.read_project(Path())
+        own_gates, stone = own_gates or project.gates, project.upgrade_from_seq
+    loaded = []
+    for path in paths:
+        archive = path
+        if path.is_dir():
+            archive = builder.build(path, version, progress=_step).archive if version else _only_bundle(path)
+        loaded.append(pushing.load(archive, gates=own_gates, upgrade_from_seq=stone, notes=notes))
+    return loaded
+
+
+def _only_bundle(directory: Path) -> Path:
+    found = sorted(directory.glob(f"*{ARCHIVE_SUFFIX}")) or sorted(
+        (directory / DIST).glob(f"*{ARCHIVE_SUFFIX}")
+    )
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NotFoundError(
+            f"there is no bundle in {directory} nor in its {DIST}/", then="release build --version V"
+        )
+    raise UsageError(
+        f"there are {len(found)} bundles to choose from",
+        why=", ".join(path.name for path in found[-3:]),
+        then="name the one to push",
+    )
+
+
+def _tell_push(outcome: Outcome, url: str, cohort: str | None) -> None:
+    from release_server.publish.push import size
+
+    words = {
+        "published": f"published on {url}",
+        "already": f"is published on {url} already, with these very bytes",
+        "accepted": f"is with {url}, which has not published it yet; the same command goes on waiting",
+        "dry-run": f"would be published on {url} as seq {outcome.seq}; nothing was changed",
+    }
+    console.say(f"{outcome.product} {outcome.version} {words[outcome.state]}")
+    if outcome.rollout is not None:
+        name = outcome.rollout.get("name") or f"r-{outcome.rollout.get('id')}"
+        console.say(f"rollout {name} to {cohort}; watch it: release rollout status {name} --watch")
+
+    def text() -> str:
+        rows = [
+            [entry["platform"], size(entry["length"]), outcome.seq, entry["sha256"]]
+            for entry in outcome.bundles
+        ]
+        return console.table(["platform", "size", "seq", "sha256"], rows)
+
+    console.emit(asdict(outcome), text)
+
+
+# --- what is there -----------------------------------------------------------------------------------------
+
+
+@click.command("list")
+def list_releases() -> None:
+    """List the releases of a product, the newest first."""
+    found = profiles.current()
+    rows = connect(found).items("/releases", product=found.need_product())
+    rows.sort(key=lambda row: -int(row.get("seq") or 0))
+
+    def text() -> str:
+        columns = ["version", "seq", "platforms", "published_at", "published_by"]
+        shown = [
+            [_platforms(row) if name == "platforms" else row.get(name) for name in columns] for row in rows
+        ]
+        return console.table(columns, shown, empty="no releases yet; release push makes the first")
+
+    console.emit(rows, text)
+
+
+def _platforms(row: dict[str, Any]) -> str:
+    return ", ".join(entry["platform"] for entry in row.get("bundles") or [])
+
+
+@click.command("show")
+@click.argument("version")
+def show(version: str) -> None:
+    """Show one release and its bundles."""
+    found = profiles.current()
+    path = f"/releases/{quote(found.need_product(), safe='')}/{quote(version, safe='')}"
+    row = connect(found).get(path)
+
+    def text() -> str:
+        columns = ["platform", "length", "unpacked", "sha256"]
+        plain = console.facts((name, value) for name, value in row.items() if name != "bundles")
+        bundles = [[entry.get(name) for name in columns] for entry in row.get("bundles") or []]
+        return f"{plain}\n\n{console.table(columns, bundles, empty='no bundles')}"
+
+    console.emit(row, text)

@@ -1,0 +1,118 @@
+"""`release token`: who may do what at the server, and until when."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent_core import clock, console
+from agent_core.errors import ConflictError
+from release_server.publish import profile, render
+from release_server.publish.commands.operate import SECONDS, client, given
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ROLES = ("reader", "releaser", "operator", "enroller", "admin")
+
+
+@click.group("token", cls=console.Group, short_help="Make and revoke tokens.")
+def token() -> None:
+    """Tokens of people, pipelines and enrolments. The server keeps only a hash of each."""
+
+
+@token.command("create", short_help="Make a token; it is shown once.")
+@click.option("--role", type=click.Choice(ROLES), required=True, help="What it may do.")
+@click.option(
+    "--expires", "expires_s", type=SECONDS, default="30d", show_default=True, help="How long it lasts."
+)
+@click.option("--uses", type=click.IntRange(1), help="How often it may be used; for enrolments.")
+@click.option("--name", help="What it is for; without it the role and today's date.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write it to this new file, mode 0600."
+)
+def create(role: str, out: Path | None, name: str | None, **limits: Any) -> None:
+    """Make a token, for all products or for --product only.
+
+    It is printed once, on stdout or into a file, and cannot be shown again.
+    """
+    place = reserve(out) if out else None
+    try:
+        named = name or f"{role} {clock.now():%Y-%m-%d}"
+        answer = client().post(
+            "/tokens", given(name=named, role=role, product=profile.said().product, **limits)
+        )
+    except BaseException:
+        if out:
+            out.unlink(missing_ok=True)
+        raise
+    public = {key: value for key, value in answer.items() if key != "token"}
+    if place is not None:
+        with os.fdopen(place, "w") as file:
+            file.write(f"{answer['token']}\n")
+        console.say(f"token {answer['id']} written to {out}")
+        if console.options().json:
+            console.emit({**public, "file": str(out)})
+        return
+    console.say(f"token {answer['id']} ({role}); keep it now, it is not shown again:")
+    console.emit(answer, str(answer["token"]))
+
+
+def reserve(out: Path) -> int:
+    """Make the file before the token, so that no token is made that cannot be kept.
+
+    Raises:
+        ConflictError: the file exists.
+    """
+    try:
+        return os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise ConflictError(f"{out} exists", then="name another file, or remove it first") from None
+
+
+@token.command("list", short_help="List tokens, without their secrets.")
+def list_tokens() -> None:
+    """List tokens, without their secrets."""
+    found = client().items("/tokens")
+    console.emit(found, lambda: token_table(found))
+
+
+def token_table(found: Iterable[Mapping[str, Any]]) -> str:
+    now = clock.now()
+    rows = [
+        [
+            entry["id"],
+            entry.get("name"),
+            entry.get("role"),
+            entry.get("product") or "any",
+            standing(entry),
+            "any" if entry.get("uses_left") is None else entry["uses_left"],
+            render.ago(entry.get("used_at"), now),
+            entry.get("created_by"),
+        ]
+        for entry in found
+    ]
+    heads = ["id", "name", "role", "product", "valid", "uses left", "used", "by"]
+    return console.table(heads, rows, empty="no tokens")
+
+
+def standing(entry: Mapping[str, Any]) -> str:
+    """Whether a token still works, and until when: `until …`, `for ever`, `expired`, `revoked`."""
+    if entry.get("revoked_at"):
+        return "revoked"
+    if not entry.get("expires_at"):
+        return "for ever"
+    expired = clock.parse_iso(entry["expires_at"]) <= clock.now()
+    return "expired" if expired else f"until {entry['expires_at']}"
+
+
+@token.command("revoke", short_help="Make a token useless at once.")
+@click.argument("number", type=click.IntRange(1), metavar="ID")
+def revoke(number: int) -> None:
+    """Make a token useless from the next request on."""
+    console.confirm(f"Revoking token {number} locks out whoever uses it.")
+    client().delete(f"/tokens/{number}")
+    console.say(f"token {number} revoked")

@@ -1,0 +1,392 @@
+"""Publishes a release: check, sign, upload, and wait until agents could see it.
+
+Order is what makes a cut push harmless: blobs go first, under their digests, where nobody looks for them; the
+signed targets go last and make everything visible at once. Running the same command again finishes whatever
+is left, because each step first asks what is there already.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agent_core import bundle, clock, console
+from agent_core.errors import (
+    ConflictError,
+    NotFoundError,
+    RelfleetError,
+    TrustError,
+    UnreachableError,
+    UsageError,
+)
+from agent_core.wire import Reason
+from release_server.publish import sign
+from release_server.publish.build import open_bundle
+from release_server.publish.sign import Blob, Release, Trusted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from release_server.publish.client import Client
+
+CHUNK = 8 * 2**20
+STALLS = 6
+"""How many answers in a row may be lost without a byte of progress before an upload gives up."""
+PUBLISH_S = 60.0
+POLL_S = 0.25
+SETTLE_S = 5.0
+"""How long to look whether a conflict was with ourselves: an earlier try that the server had taken."""
+GATE = {"soak_s": 1800, "max_failed_bp": 100, "min_sample": 1, "deadline_s": 7200}
+DEFAULT_STAGES = tuple({"share_bp": share, **GATE} for share in (100, 1000, 5000, 10_000))
+"""What `rollout start` takes when nothing is said."""
+ENDED = frozenset({"completed", "aborted", "rolled_back", "superseded"})
+
+
+class Progress(Protocol):
+    """Told how far an upload is."""
+
+    def __call__(self, name: str, done: int, total: int) -> None: ...
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass
+class Outcome:
+    """What a push did.
+
+    Attributes:
+        state: `published`, `already` (it was there before), `accepted` (taken, published any moment now), or
+            `dry-run`.
+        targets_version: the version of targets that lists it; the one that would, in a dry run.
+    """
+
+    product: str
+    version: str
+    seq: int
+    state: str
+    targets_version: int
+    bundles: list[dict[str, Any]] = field(default_factory=list)
+    uploaded: int = 0
+    rollout: dict[str, Any] | None = None
+
+
+def load(archive: Path, *, gates: Sequence[str] = (), upgrade_from_seq: int = 0, notes: str = "") -> Release:
+    """Read a bundle and check it as a device would; its seq is set when it is signed.
+
+    Raises:
+        TrustError: archive and index do not belong together, or one of them is not what it should be.
+    """
+    built = open_bundle(archive)
+    digest = bundle.verify(archive, built.index)
+    if digest != built.sha256:
+        raise TrustError(f"{archive} changed while it was read", reason=Reason.DIGEST_MISMATCH)
+    facts = built.facts(1, gates=tuple(gates), upgrade_from_seq=upgrade_from_seq, notes=notes)
+    return Release(
+        facts,
+        Blob(built.archive, built.sha256, built.length),
+        Blob(built.index_file, built.index_sha256, len(built.index_bytes)),
+    )
+
+
+def push(
+    client: Client,
+    releases: Sequence[Release],
+    *,
+    trust: bytes,
+    state: Path,
+    signers: Callable[[Trusted], Sequence[Any]],
+    dry_run: bool = False,
+    wait_s: float = PUBLISH_S,
+    must_publish: bool = False,
+    progress: Progress = _silent,
+) -> Outcome:
+    """Publish the bundles of one version.
+
+    Args:
+        releases: one for each platform, as `load` made them.
+        trust: the first root, from `sign.read_trust`.
+        state: where verified metadata is remembered.
+        signers: opens the release keys; called only when there is something to sign, before any upload.
+        wait_s: how long to wait until the server has published it.
+        must_publish: still unpublished after that is an error, not a note.
+
+    Raises:
+        ConflictError: the version exists with other bytes, or somebody else published meanwhile.
+        TrustError: the bundle, or what the server serves, is not what it should be.
+        NotAllowedError: no release key here, or the token lacks the role.
+        UnreachableError: the server does not answer; the same command continues where this one stopped.
+    """
+    product, version = _one_version(releases)
+    cache = sign.cache_dir(state, client.url, trust)
+    trusted = sign.fetch(client, trust, cache)
+    missing = [release for release in releases if not sign.is_published(trusted.targets.signed, release)]
+    outcome = _outcome(releases, trusted, product, version)
+    if not missing or dry_run:
+        outcome.state = "dry-run" if missing else "already"
+        outcome.targets_version += 1 if missing else 0
+        return outcome
+    opened = signers(trusted)
+    ensure_product(client, product)
+    for release in missing:
+        for blob in (release.archive, release.index):
+            outcome.uploaded += upload(client, blob, progress)
+    metadata = sign.with_releases(trusted, missing, clock.now())
+    body = sign.sign_targets(metadata, trusted.root.signed, opened)
+    outcome.targets_version = metadata.signed.version
+
+    def look() -> Trusted:
+        return sign.fetch(client, trust, cache)
+
+    try:
+        client.post("/metadata/targets", body)
+    except (ConflictError, UnreachableError) as error:
+        return _settle(outcome, releases, look, error)
+    outcome.state = "accepted"
+    if wait_published(look, releases, wait_s):
+        outcome.state = "published"
+    elif must_publish:
+        raise _not_yet(client.url, wait_s)
+    return outcome
+
+
+def _one_version(releases: Sequence[Release]) -> tuple[str, str]:
+    names = {(release.facts.product, release.facts.version) for release in releases}
+    if len(names) != 1:
+        raise UsageError(
+            "these bundles are not of one version",
+            why=", ".join(sorted(f"{product} {version}" for product, version in names)) or "there is none",
+            then="push each version by itself",
+        )
+    platforms = [release.facts.platform for release in releases]
+    if len(set(platforms)) < len(platforms):
+        raise UsageError("two bundles are for the same platform", why=", ".join(sorted(platforms)))
+    return names.pop()
+
+
+def _outcome(releases: Sequence[Release], trusted: Trusted, product: str, version: str) -> Outcome:
+    bundles = [
+        {
+            "platform": release.facts.platform,
+            "sha256": release.archive.sha256,
+            "length": release.archive.length,
+            "index_sha256": release.index.sha256,
+        }
+        for release in releases
+    ]
+    seq = sign.next_seq(trusted.targets.signed, product, version)
+    return Outcome(product, version, seq, "", trusted.version, bundles)
+
+
+def _settle(
+    outcome: Outcome, releases: Sequence[Release], look: Callable[[], Trusted], error: RelfleetError
+) -> Outcome:
+    """Find out whether a refusal or a lost answer was for a push that had gone through all the same."""
+    if wait_published(look, releases, SETTLE_S, outcome.targets_version):
+        outcome.state = "published"
+        return outcome
+    if isinstance(error, ConflictError):
+        raise ConflictError(
+            "someone else published meanwhile",
+            why=error.what,
+            then="run the same command again; what was uploaded is kept",
+            reason=error.reason,
+        ) from error
+    raise error
+
+
+def _not_yet(server: str, wait_s: float) -> UnreachableError:
+    return UnreachableError(
+        f"{server} has taken the release but not published it within {wait_s:.0f} s",
+        why="its jobs process signs what is published; it may be down or behind",
+        then="run the same command again to go on waiting",
+        reason="not-published",
+    )
+
+
+def wait_published(
+    look: Callable[[], Trusted], releases: Sequence[Release], wait_s: float, version: int | None = None
+) -> bool:
+    """Wait until verified targets list these bundles; False when the time was up first.
+
+    A server that is away or between two versions is asked again; one that serves what it should not raises.
+
+    Args:
+        version: targets of this version or later that do not list them are an answer, too.
+    """
+    until = clock.boot_s() + wait_s
+    pause_s = POLL_S
+    while True:
+        try:
+            targets = look().targets.signed
+            if all(sign.is_published(targets, release) for release in releases):
+                return True
+            if version is not None and targets.version >= version:
+                return False
+        except (UnreachableError, NotFoundError):
+            pass
+        if clock.boot_s() + pause_s > until:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2.0, pause_s * 1.5)
+
+
+def ensure_product(client: Client, product: str) -> None:
+    """Make the product known to the server if it is not."""
+    if any(entry.get("name") == product for entry in client.items("/products")):
+        return
+    with suppress(ConflictError):  # somebody else was first
+        client.post("/products", {"name": product})
+
+
+# --- uploads -----------------------------------------------------------------------------------------------
+
+
+def upload(client: Client, blob: Blob, progress: Progress = _silent) -> int:
+    """Bring a file to the server, from wherever an earlier try stopped.
+
+    Returns:
+        How many bytes were sent; 0 when the server had it all.
+
+    Raises:
+        TrustError: what arrived is not what the digest says, even when sent anew from the start.
+        UnreachableError: the server does not answer any more.
+    """
+    try:
+        return _upload(client, blob, progress)
+    except TrustError as error:
+        if error.reason != Reason.DIGEST_MISMATCH:
+            raise
+    # The part that was there already was of something else; the server has dropped it. Once more, from 0.
+    return _upload(client, blob, progress)
+
+
+def _upload(client: Client, blob: Blob, progress: Progress) -> int:
+    sent = stalls = 0
+    offset = offset_of(client, blob)
+    if offset == blob.length:
+        return 0
+    progress(blob.path.name, offset, blob.length)
+    with blob.path.open("rb") as stream:
+        while offset < blob.length:
+            stream.seek(offset)
+            chunk = stream.read(min(CHUNK, blob.length - offset))
+            if not chunk:
+                raise TrustError(f"{blob.path} changed while it was uploaded", reason=Reason.LENGTH_MISMATCH)
+            after = _send(client, blob, offset, chunk)
+            stalls = 0 if after is not None and after > offset else stalls + 1
+            if stalls > STALLS:
+                raise UnreachableError(
+                    f"the upload of {blob.path.name} does not get on",
+                    why=f"{offset} of {blob.length} bytes are there after {stalls} tries",
+                    then="run the same command again; it goes on from there",
+                )
+            sent += len(chunk) if after is not None else 0
+            offset = offset_of(client, blob) if after is None else after
+            progress(blob.path.name, offset, blob.length)
+    return sent
+
+
+def offset_of(client: Client, blob: Blob) -> int:
+    """How many bytes of a file the server has; all of them when it is complete."""
+    answer = client.call("HEAD", f"/uploads/{blob.sha256}", accept=frozenset({404}))
+    if answer.status_code == 404:
+        return 0
+    if answer.headers.get("Upload-Complete") == "1":
+        return blob.length
+    return _offset(answer.headers, blob)
+
+
+def _send(client: Client, blob: Blob, offset: int, chunk: bytes) -> int | None:
+    """Send one chunk; the new offset, or None when the answer was lost and the server must be asked."""
+    said = {
+        "Upload-Offset": str(offset),
+        "Upload-Length": str(blob.length),
+        "Content-Type": "application/octet-stream",
+    }
+    try:
+        answer = client.call(
+            "PATCH", f"/uploads/{blob.sha256}", data=chunk, headers=said, accept=frozenset({409})
+        )
+    except UnreachableError:
+        return None
+    return _offset(answer.headers, blob)
+
+
+def _offset(headers: Mapping[str, str], blob: Blob) -> int:
+    try:
+        offset = int(headers["Upload-Offset"])
+    except (KeyError, ValueError):
+        raise RelfleetError("the server did not say how much it has", reason=Reason.BAD_ANSWER) from None
+    if not 0 <= offset <= blob.length:
+        raise RelfleetError(
+            "the server says it has more than there is",
+            why=f"{offset} of {blob.length} bytes",
+            reason=Reason.BAD_ANSWER,
+        )
+    return offset
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere one line a file, and nothing under -q."""
+    import sys
+
+    options = console.options()
+    if options.quiet or not sys.stderr.isatty():
+        yield _line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    shown = Console(stderr=True, no_color=options.no_color or None)
+    with Progress(*columns, console=shown, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield show
+
+
+def _line(name: str, done: int, total: int) -> None:
+    if done == total:
+        console.say(f"uploaded {name} ({size(total)})")
+
+
+def size(length: int) -> str:
+    """Bytes as people read them."""
+    amount = float(length)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{length} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError("GB is the last unit")
+
+
+# --- rollouts ----------------------------------------------------------------------------------------------
+
+
+def start_rollout(
+    client: Client, product: str, version: str, cohort: str, *, reason: str = ""
+) -> dict[str, Any]:
+    """Start a rollout in the default stages, or find the one of this version that is under way."""
+    for entry in client.items("/rollouts", product=product, cohort=cohort):
+        if entry.get("version") == version and entry.get("state") not in ENDED:
+            return entry
+    body = {
+        "product": product,
+        "cohort": cohort,
+        "version": version,
+        "stages": list(DEFAULT_STAGES),
+        "reason": reason,
+    }
+    started: dict[str, Any] = client.post("/rollouts", body)
+    return started

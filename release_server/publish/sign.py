@@ -1,0 +1,335 @@
+"""What the release keys sign: from verified targets to the next ones, with a release added.
+
+The release manager trusts the server no more than an agent does: the current targets come through a TUF
+client that starts from the release manager's own root and remembers what it has seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from tuf.api import exceptions
+from tuf.api.metadata import Metadata, TargetFile
+from tuf.ngclient import Updater, UpdaterConfig
+from tuf.ngclient.fetcher import FetcherInterface
+
+from agent_core.errors import (
+    ConflictError,
+    NotAllowedError,
+    NotFoundError,
+    RelfleetError,
+    TrustError,
+    UnreachableError,
+)
+from agent_core.wire import Policy, Reason, ReleaseFacts, bundle_path, index_path, policy_path
+from keys import ceremony, signers
+from keys.roles import ROLES, TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    import requests
+    from securesystemslib.signer import Signer
+    from tuf.api.metadata import Root, Targets
+
+    from release_server.publish.client import Client
+
+CHUNK = 64 * 1024
+MAX_TARGETS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """What the release manager's own TUF client has verified."""
+
+    root: Metadata[Root]
+    targets: Metadata[Targets]
+
+    @property
+    def version(self) -> int:
+        return self.targets.signed.version
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One file of a bundle, by what is signed of it."""
+
+    path: Path
+    sha256: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """One bundle that is to be published, with what is to be signed of it."""
+
+    facts: ReleaseFacts
+    archive: Blob
+    index: Blob
+
+    @property
+    def target(self) -> str:
+        return bundle_path(self.facts.product, self.facts.version, self.facts.platform)
+
+
+# --- fetching ----------------------------------------------------------------------------------------------
+
+
+class _Fetcher(FetcherInterface):
+    """Downloads for the TUF client: no redirects, no encodings, whole answers only."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.last: requests.Response | None = None
+
+    def close(self) -> None:
+        """Let go of a download that was refused in the middle."""
+        if self.last is not None:
+            self.last.close()
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        path = url.removeprefix(self.client.url)
+        response = self.client.call("GET", path, static=True, accept=frozenset({403, 404}))
+        if response.status_code != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
+            response.close()
+            raise exceptions.DownloadHTTPError(f"status {response.status_code}", response.status_code)
+        self.last = response
+        chunks: Iterator[bytes] = response.iter_content(CHUNK)
+        return chunks
+
+
+def cache_dir(state: Path, server: str, root: bytes) -> Path:
+    """Where verified metadata of one server under one first root is remembered."""
+    return state / "tuf" / sha256(server.encode() + b"\n" + root).hexdigest()[:24]
+
+
+def read_trust(path: Path) -> bytes:
+    """The root that the release manager starts from.
+
+    Raises:
+        NotFoundError: there is none.
+        TrustError: it is no sound root.
+    """
+    try:
+        body = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"there is no trusted root at {path}",
+            then="release key gen makes one; with a colleague's: --trust FILE, or copy it there",
+            reason="no-trust",
+        ) from None
+    ceremony.verify_root(ceremony.parse_root(body))
+    return body
+
+
+def fetch(client: Client, root: bytes, cache: Path) -> Trusted:
+    """Fetch and verify the server's current metadata.
+
+    Args:
+        root: the bytes of the first root; later ones are followed from there.
+        cache: remembers what was seen, so that nothing older is taken again. One process at a time uses it.
+
+    Raises:
+        TrustError: what the server serves is not what the keys signed, is older than before, or has expired.
+        NotFoundError: the server has published nothing yet.
+        UnreachableError: it does not answer.
+    """
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fetcher = _Fetcher(client)
+    with closing(fetcher), _locked(cache / "lock"):
+        try:
+            updater = Updater(
+                str(cache),
+                f"{client.url}/metadata/",
+                fetcher=fetcher,
+                config=UpdaterConfig(targets_max_length=MAX_TARGETS),
+                bootstrap=root,
+            )
+            updater.refresh()
+        except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+            raise refusal(error, client.url) from error
+        trusted = Trusted(
+            ceremony.parse_root((cache / "root.json").read_bytes()),
+            ceremony.parse_targets((cache / "targets.json").read_bytes()),
+        )
+    ceremony.check_root(trusted.root.signed)
+    ceremony.check_targets(trusted.targets.signed, trusted.root.signed)
+    return trusted
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refusal(error: Exception, server: str) -> RelfleetError:
+    """What a failure of the TUF client means to a person."""
+    if isinstance(error.__cause__, RelfleetError):
+        return error.__cause__
+    if isinstance(error, exceptions.DownloadHTTPError):
+        return NotFoundError(
+            f"{server} has published no metadata yet",
+            why=str(error),
+            then="release key gen makes the first; if it was just made, try again in a second",
+            reason="nothing-published",
+        )
+    if isinstance(error, exceptions.DownloadLengthMismatchError):
+        reason = Reason.LENGTH_MISMATCH
+    elif isinstance(error, exceptions.DownloadError):
+        return UnreachableError(f"metadata of {server} cannot be fetched", why=str(error))
+    elif isinstance(error, exceptions.ExpiredMetadataError):
+        reason = Reason.EXPIRED
+    elif isinstance(error, exceptions.BadVersionNumberError):
+        reason = Reason.REPLAYED
+    elif isinstance(error, exceptions.UnsignedMetadataError):
+        reason = Reason.BAD_SIGNATURE
+    elif isinstance(error, exceptions.LengthOrHashMismatchError):
+        reason = Reason.DIGEST_MISMATCH
+    else:
+        reason = Reason.BAD_METADATA
+    return TrustError(
+        f"the metadata of {server} is refused",
+        why=str(error),
+        then="nothing was published; ask who runs the server before you go on",
+        reason=reason,
+    )
+
+
+# --- adding a release --------------------------------------------------------------------------------------
+
+
+def releases(targets: Targets, product: str) -> dict[str, ReleaseFacts]:
+    """The facts of every bundle of a product, by target path."""
+    prefix = f"bundles/{product}/"
+    return {
+        path: ReleaseFacts.from_json(target.custom, path)
+        for path, target in targets.targets.items()
+        if path.startswith(prefix) and path.endswith(".tar.zst")
+    }
+
+
+def policy(targets: Targets, product: str) -> Policy:
+    """A product's floor and revoked releases; nothing of either when none was signed."""
+    target = targets.targets.get(policy_path(product))
+    return Policy.from_json(target.custom, policy_path(product)) if target else Policy()
+
+
+def next_seq(targets: Targets, product: str, version: str) -> int:
+    """The seq of a version: its own when a bundle of it is there, else one above all that was ever used."""
+    known = releases(targets, product)
+    for facts in known.values():
+        if facts.version == version:
+            return facts.seq
+    rule = policy(targets, product)
+    return 1 + max([rule.floor_seq, *rule.revoked_seq, *(facts.seq for facts in known.values())])
+
+
+def is_published(targets: Targets, release: Release) -> bool:
+    """Whether these very bytes are published under this version.
+
+    Raises:
+        ConflictError: the version is there with other bytes; it never changes.
+    """
+    present = targets.targets.get(release.target)
+    if present is None:
+        return False
+    listed = targets.targets.get(
+        index_path(release.facts.product, release.facts.version, release.facts.platform)
+    )
+    same_archive = present.hashes.get("sha256") == release.archive.sha256
+    if same_archive and listed is not None and listed.hashes.get("sha256") == release.index.sha256:
+        return True
+    raise ConflictError(
+        f"version exists: {release.facts.product} {release.facts.version} for {release.facts.platform}",
+        why=f"it is published with digest {present.hashes.get('sha256', '')[:12]}, "
+        f"this bundle has {release.archive.sha256[:12]}; a version never changes",
+        then="build it under a new version",
+        reason="version-exists",
+    )
+
+
+def add(targets: Targets, release: Release) -> None:
+    """List a release's archive, with its facts, and its index in targets."""
+    facts = release.facts
+    archive = TargetFile(
+        release.archive.length,
+        {"sha256": release.archive.sha256},
+        release.target,
+        {"custom": facts.to_json()},
+    )
+    index = TargetFile(
+        release.index.length,
+        {"sha256": release.index.sha256},
+        index_path(facts.product, facts.version, facts.platform),
+    )
+    targets.targets[archive.path] = archive
+    targets.targets[index.path] = index
+
+
+def with_releases(trusted: Trusted, added: Sequence[Release], now: datetime) -> Metadata[Targets]:
+    """The targets after the current ones, not yet signed; `trusted` stays as it is.
+
+    Args:
+        added: releases that are not published yet; their seq is set here.
+    """
+    metadata = ceremony.parse_targets(trusted.targets.to_bytes())
+    targets = metadata.signed
+    for release in added:
+        facts = release.facts
+        seq = next_seq(targets, facts.product, facts.version)
+        add(targets, replace(release, facts=replace(facts, seq=seq)))
+    targets.version += 1
+    targets.expires = ROLES[TARGETS].expiry(now)
+    metadata.signatures.clear()
+    return metadata
+
+
+# --- signing -----------------------------------------------------------------------------------------------
+
+
+def release_signers(directory: Path, root: Root, passphrase: Callable[[str], str]) -> list[Signer]:
+    """Open as many of the release keys in a directory as the root asks for; others stay closed.
+
+    Raises:
+        NotAllowedError: there are too few, or the passphrase is wrong.
+    """
+    role = root.roles[TARGETS]
+    mine = [entry for entry in signers.find(directory) if entry.keyid in role.keyids]
+    if len(mine) < role.threshold:
+        have = f"{directory} holds {len(mine) or 'none'} of them"
+        raise NotAllowedError(
+            "there are not enough release keys to sign with",
+            why=f"targets need {role.threshold} signature(s); {have}",
+            then="name the directory of your release keys with --keys-dir",
+            reason="no-release-key",
+        )
+    return [signers.load(entry.path, passphrase) for entry in mine[: role.threshold]]
+
+
+def sign_targets(metadata: Metadata[Targets], root: Root, with_keys: Sequence[Signer]) -> bytes:
+    """Sign targets, prove that the root takes them, and write them as they are to be sent.
+
+    Raises:
+        TrustError: the signatures are not enough, or the delegations are not as they must be.
+    """
+    ceremony.check_targets(metadata.signed, root)
+    ceremony.sign(metadata, with_keys)
+    if missing := ceremony.missing_signatures(root, TARGETS, metadata):
+        raise TrustError(
+            "these targets are not signed by enough release keys",
+            why=f"{missing} more signature(s) are needed",
+            reason="bad-signature",
+        )
+    return metadata.to_bytes()

@@ -1,0 +1,93 @@
+"""Products and their releases, as the verified targets metadata lists them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+from sqlalchemy.orm import selectinload
+
+from agent_core.errors import ConflictError, MalformedError, NotFoundError
+from agent_core.wire import NAME
+from release_server import audit
+from release_server.models import Product, Release
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+
+def find_product(session: Session, name: str) -> Product:
+    """The product of that name.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    product = session.scalar(select(Product).where(Product.name == name))
+    if product is None:
+        raise NotFoundError(f"there is no product {name}", then="release push makes it, or POST /products")
+    return product
+
+
+def list_products(session: Session) -> Sequence[Product]:
+    return session.scalars(select(Product).order_by(Product.name)).all()
+
+
+def make_product(session: Session, name: str, now: datetime, actor: str) -> Product:
+    """Make a product before its first release, so that cohorts can be set up.
+
+    Raises:
+        ConflictError: it exists.
+        MalformedError: the name cannot be one.
+    """
+    if not NAME.fullmatch(name):
+        raise MalformedError(f"{name[:80]!r} cannot name a product", why=f"it must fit {NAME.pattern}")
+    if session.scalar(select(Product.id).where(Product.name == name)) is not None:
+        raise ConflictError(f"product {name} exists")
+    return ensure_product(session, name, now, actor)
+
+
+def ensure_product(session: Session, name: str, now: datetime, actor: str) -> Product:
+    """The product of that name, made when there is none."""
+    product = session.scalar(select(Product).where(Product.name == name))
+    if product is None:
+        product = Product(name=name, created_at=now)
+        session.add(product)
+        session.flush()
+        audit.record(session, now, actor, "product.create", name)
+    return product
+
+
+def find_release(session: Session, product: Product, version: str) -> Release | None:
+    return session.scalar(select(Release).where(Release.product_id == product.id, Release.version == version))
+
+
+def get_release(session: Session, product: str, version: str) -> Release:
+    """One release with its bundles.
+
+    Raises:
+        NotFoundError: no such product or version.
+    """
+    owner = find_product(session, product)
+    release = session.scalar(
+        select(Release)
+        .options(selectinload(Release.bundles), selectinload(Release.product))
+        .where(Release.product_id == owner.id, Release.version == version)
+    )
+    if release is None:
+        raise NotFoundError(f"{product} has no release {version}", then=f"release list --product {product}")
+    return release
+
+
+def list_releases(session: Session, product: str | None = None) -> Sequence[Release]:
+    """Releases with their bundles, the newest first; of all products when none is named."""
+    query = (
+        select(Release)
+        .options(selectinload(Release.bundles), selectinload(Release.product))
+        .order_by(Release.product_id, Release.seq.desc())
+    )
+    if product is not None:
+        query = query.where(Release.product_id == find_product(session, product).id)
+    return session.scalars(query).all()

@@ -1,0 +1,664 @@
+"""How a rollout moves: pure, so the server, the tests and a rehearsal share one set of rules.
+
+| from | what is so | to |
+|---|---|---|
+| scheduled | wanted | running, stage 0 open |
+| running, open | more failed than the stage allows; time is up | paused, stage halted |
+| running, open | every agent in progress has finished, the sample is big enough | running, soaking |
+| running, soaking | an agent is unfinished after all | running, open |
+| running, soaking | the soak is over | next stage open, or completed |
+| running | advance asked for | next stage open, or completed |
+| running | pause asked for; cohort pinned | paused, stage as it was |
+| paused | resume asked for, by a revision newer than the halt | running, stage open again |
+| scheduled, running, paused | abort asked for | aborted, or rolling back |
+| rolling back | no agent runs the version any more | rolled back |
+| any but a finished one | a newer rollout takes its place | superseded |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
+
+from agent_core.errors import UsageError
+from agent_core.wire import PROGRESS_FULL, AttemptState, Directive, Getter, Mode, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+MAX_STAGES = 50
+DEADLINE_S = 7_200
+"""A stage always has a deadline: without one a dead host would keep a rollout waiting for ever."""
+LONGEST_S = 90 * 86_400
+EMPTY = "no agent is in this cohort yet"
+
+
+class State(StrEnum):
+    """Where a rollout is."""
+
+    DRAFT = "draft"
+    SCHEDULED = "scheduled"
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    ABORTED = "aborted"
+    ROLLING_BACK = "rolling_back"
+    ROLLED_BACK = "rolled_back"
+    SUPERSEDED = "superseded"
+
+
+FINISHED = frozenset({State.COMPLETED, State.ABORTED, State.ROLLED_BACK, State.SUPERSEDED})
+MOVING = frozenset({State.SCHEDULED, State.RUNNING, State.ROLLING_BACK})
+"""States that time or agents can change; a paused rollout waits for a person."""
+
+
+class StageState(StrEnum):
+    """Where a rollout's current stage is."""
+
+    PENDING = "pending"
+    OPEN = "open"
+    SOAKING = "soaking"
+    PASSED = "passed"
+    HALTED = "halted"
+
+
+class Wanted(StrEnum):
+    """What people want of a rollout. Only `RESUME` ends a halt, so no other request can do it by accident."""
+
+    RUN = "run"
+    RESUME = "resume"
+    PAUSE = "pause"
+    ABORT = "abort"
+    ABORT_ROLLBACK = "abort-rollback"
+    SUPERSEDE = "supersede"
+
+
+class Why(StrEnum):
+    """Reason codes of a rollout's status and events."""
+
+    NONE = ""
+    MANUAL = "manual"
+    PINNED = "pinned"
+    FROZEN = "frozen"
+    NO_AGENTS = "no-agents"
+    MIN_SAMPLE = "min-sample"
+    MAX_FAILED = "max-failed"
+    MAX_SILENT = "max-silent"
+    DEADLINE = "deadline"
+    FINISHED = "all-finished"
+    UNFINISHED = "unfinished"
+    SOAKED = "soaked"
+    ADVANCED = "advanced"
+    SUPERSEDED = "superseded"
+    GONE_BACK = "gone-back"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How many agents a stage takes in, and what must be so before the next opens.
+
+    Attributes:
+        share_bp: basis points of the cohort, 1 to 10,000; or
+        count: a number of agents.
+        soak_s: how long nothing may fail after the last agent became healthy.
+        min_sample: outcomes (healthy or failed) to see first, at most as many as the stage has agents.
+        max_failed: failures allowed; `max_failed_bp` says it in basis points of the agents in progress.
+        max_silent: silent agents allowed; None counts a silent agent as a failed one.
+        deadline_s: after so long without finishing, silent agents are given up and others halt the stage.
+    """
+
+    share_bp: int | None = None
+    count: int | None = None
+    soak_s: int = 0
+    min_sample: int = 1
+    max_failed: int | None = None
+    max_failed_bp: int | None = None
+    max_silent: int | None = None
+    deadline_s: int = DEADLINE_S
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "share_bp": self.share_bp,
+            "count": self.count,
+            "soak_s": self.soak_s,
+            "min_sample": self.min_sample,
+            "max_failed": self.max_failed,
+            "max_failed_bp": self.max_failed_bp,
+            "max_silent": self.max_silent,
+            "deadline_s": self.deadline_s,
+        }
+
+    @classmethod
+    def from_json(cls, stage: object, path: str = "stage") -> Self:
+        get = Getter(stage, path)
+        share_bp = get.integer("share_bp", None, low=1, high=PROGRESS_FULL)
+        count = get.integer("count", None, low=1)
+        if (share_bp is None) == (count is None):
+            raise get.refuse("share_bp", "a stage has either a share or a count")
+        return cls(
+            share_bp=share_bp,
+            count=count,
+            soak_s=get.integer("soak_s", 0, high=LONGEST_S),
+            min_sample=get.integer("min_sample", 1),
+            max_failed=get.integer("max_failed", None),
+            max_failed_bp=get.integer("max_failed_bp", None, high=PROGRESS_FULL),
+            max_silent=get.integer("max_silent", None),
+            deadline_s=get.integer("deadline_s", DEADLINE_S, low=1, high=LONGEST_S),
+        )
+
+
+def check_stages(stages: tuple[Stage, ...]) -> None:
+    """Refuse stages that cannot mean what their writer thinks.
+
+    Raises:
+        UsageError: none, too many, or a later stage smaller than an earlier one of its kind.
+    """
+    if not 1 <= len(stages) <= MAX_STAGES:
+        raise UsageError(
+            f"a rollout has 1 to {MAX_STAGES} stages", why=f"{len(stages)} were given", reason="bad-stages"
+        )
+    for kind in ("share_bp", "count"):
+        sizes = [size for stage in stages if (size := getattr(stage, kind)) is not None]
+        if sizes != sorted(sizes):
+            raise UsageError(
+                "a stage is smaller than the one before it",
+                why=f"{kind} goes {', '.join(map(str, sizes))}; agents are never taken out again",
+                then="write the stages from small to large",
+                reason="bad-stages",
+            )
+
+
+def wanted_count(stage: Stage, members: int) -> int:
+    """How many of `members` agents a stage should reach: at least one, unless there is none."""
+    if stage.count is not None:
+        return min(stage.count, members)
+    share = stage.share_bp or 0
+    return min(members, max(1, -(-share * members // PROGRESS_FULL)))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What people want: the newest revision, and whether the cohort is pinned or frozen."""
+
+    stages: tuple[Stage, ...]
+    wanted: Wanted = Wanted.RUN
+    advance_to: int = 0
+    revision: int = 1
+    pinned: bool = False
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is so. `spec_revision` is the last revision this status has answered.
+
+    Attributes:
+        opened_at: since when the stage's deadline counts.
+        soaking_since: when the last agent of the stage finished.
+        tolerated, tolerated_silent: failures an operator has seen and resumed over; they lapse when
+            the agents heal.
+    """
+
+    state: State = State.SCHEDULED
+    stage: int = 0
+    stage_state: StageState = StageState.PENDING
+    progress: int = 0
+    reason: str = ""
+    detail: str = ""
+    opened_at: datetime | None = None
+    soaking_since: datetime | None = None
+    finished_at: datetime | None = None
+    spec_revision: int = 0
+    tolerated: int = 0
+    tolerated_silent: int = 0
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the fleet looks like to one rollout.
+
+    Attributes:
+        members: agents of the cohort.
+        reached: those in progress.
+        waiting: those of `reached` that can take the release and have not finished.
+        waiting_since: when the first of the waiting agents joined.
+        aside: names (the first few) of agents in progress that are held, skip the release or cannot take it;
+            they count neither as healthy nor as failed.
+        on_version: agents heard of lately that run the release.
+        candidates: for each stage the progress that takes in its `wanted_count`.
+        attempts: how many attempts are in each state.
+    """
+
+    members: int = 0
+    reached: int = 0
+    waiting: int = 0
+    waiting_since: datetime | None = None
+    aside: tuple[str, ...] = ()
+    aside_count: int = 0
+    on_version: int = 0
+    candidates: Sequence[int] = ()
+    attempts: Mapping[AttemptState, int] = field(default_factory=dict)
+
+    def of(self, *states: AttemptState) -> int:
+        return sum(self.attempts.get(state, 0) for state in states)
+
+    def silent(self) -> int:
+        return self.of(AttemptState.SILENT)
+
+    def failed(self, stage: Stage) -> int:
+        """Failures as `stage` sees them; a silent agent is one unless the stage limits silence by itself."""
+        broken = self.of(AttemptState.ROLLED_BACK, AttemptState.FAILED)
+        return broken + (self.silent() if stage.max_silent is None else 0)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One transition, with the reason and the numbers it saw."""
+
+    name: str
+    stage: int
+    reason: str = ""
+    detail: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Next:
+    """The status that follows, and what happened on the way (nothing, when it is the same)."""
+
+    status: Status
+    events: tuple[Event, ...] = ()
+
+
+def failed_limit(stage: Stage, reached: int) -> int:
+    """How many may fail: the larger of the two limits when both are given, 0 when none is."""
+    by_share = (stage.max_failed_bp or 0) * reached // PROGRESS_FULL
+    return max(stage.max_failed or 0, by_share)
+
+
+def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
+    """Take at most one step from `status` towards what is wanted.
+
+    Calling it again with the result, and with counters that see the new progress, takes the next step; with
+    nothing left to do it returns `status` unchanged. Failures are looked at before wishes, so no request made
+    at the moment of a halt undoes it.
+    """
+    if status.state is State.ABORTED and _asks(spec, status, Wanted.ABORT_ROLLBACK):
+        return _abort(spec, status, counters, now)
+    if status.state in FINISHED:
+        return Next(status)
+    step = _Step(spec, _lapse(status, spec, counters), counters, now)
+    if spec.wanted is Wanted.SUPERSEDE:
+        return step.to("superseded", Why.SUPERSEDED, state=State.SUPERSEDED, finished_at=now)
+    if status.state is State.ROLLING_BACK:
+        return _go_back(step)
+    if spec.wanted in (Wanted.ABORT, Wanted.ABORT_ROLLBACK):
+        return _abort(spec, status, counters, now)
+    match status.state:
+        case State.SCHEDULED:
+            return _start(step)
+        case State.RUNNING:
+            return _run(step)
+        case State.PAUSED:
+            return _resume(step)
+        case _:
+            return Next(status)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The facts of one call, and the ways to end it."""
+
+    spec: Spec
+    status: Status
+    counters: Counters
+    now: datetime
+
+    @property
+    def stage(self) -> Stage:
+        return self.spec.stages[min(self.status.stage, len(self.spec.stages) - 1)]
+
+    def to(
+        self, name: str, reason: str = "", detail: str = "", *, quiet: bool = False, **changes: Any
+    ) -> Next:
+        """End with an event; the status takes its reason and detail unless `quiet`."""
+        status = replace(
+            self.status,
+            reason="" if quiet else str(reason),
+            detail="" if quiet else detail,
+            spec_revision=self.spec.revision,
+            **changes,
+        )
+        return Next(status, (Event(name, status.stage, str(reason), detail, self.numbers()),))
+
+    def stay(self, **changes: Any) -> Next:
+        """End without an event: the wish has been seen, and there is nothing to do about it now."""
+        return Next(replace(self.status, spec_revision=self.spec.revision, **changes))
+
+    def numbers(self) -> dict[str, Any]:
+        seen = self.counters
+        return {
+            "members": seen.members,
+            "reached": seen.reached,
+            "waiting": seen.waiting,
+            "aside": seen.aside_count,
+            "on_version": seen.on_version,
+            "progress": self.status.progress,
+            "failures": seen.failed(self.stage),
+            "limit": failed_limit(self.stage, seen.reached),
+            "tolerated": self.status.tolerated,
+            **{str(state): count for state, count in seen.attempts.items() if count},
+        }
+
+
+def _asks(spec: Spec, status: Status, wanted: Wanted) -> bool:
+    return spec.wanted is wanted and spec.revision > status.spec_revision
+
+
+def _lapse(status: Status, spec: Spec, counters: Counters) -> Status:
+    """Forget tolerance for failures that have healed, or it would excuse as many new ones."""
+    stage = spec.stages[min(status.stage, len(spec.stages) - 1)]
+    return replace(
+        status,
+        tolerated=min(status.tolerated, counters.failed(stage)),
+        tolerated_silent=min(status.tolerated_silent, counters.silent()),
+    )
+
+
+def _start(step: _Step) -> Next:
+    if step.spec.wanted is Wanted.PAUSE:
+        return step.to("paused", Why.MANUAL, state=State.PAUSED)
+    if step.spec.pinned:
+        return step.to("paused", Why.PINNED, state=State.PAUSED)
+    if step.spec.frozen:
+        return step.stay()
+    return _open(step, 0, "started")
+
+
+def _open(step: _Step, stage: int, name: str) -> Next:
+    """Open `stage` with the progress it needs, never with less than there was."""
+    empty = not step.counters.members
+    needed = 0 if empty else step.counters.candidates[stage]
+    return step.to(
+        name,
+        Why.NO_AGENTS if empty else Why.NONE,
+        EMPTY if empty else "",
+        state=State.RUNNING,
+        stage=stage,
+        stage_state=StageState.OPEN,
+        progress=max(step.status.progress, needed),
+        opened_at=step.now,
+        soaking_since=None,
+    )
+
+
+def _run(step: _Step) -> Next:
+    if halt := _failed_too_often(step):
+        return halt
+    if step.spec.wanted is Wanted.PAUSE:
+        return step.to("paused", Why.MANUAL, state=State.PAUSED)
+    if step.spec.pinned:
+        return step.to("paused", Why.PINNED, state=State.PAUSED)
+    if step.spec.frozen:
+        return _freeze(step)
+    if step.status.reason == Why.FROZEN:
+        return _open(step, step.status.stage, "unfrozen")
+    if step.spec.advance_to > step.status.stage:
+        return _pass(step, Why.ADVANCED)
+    if not step.counters.members:
+        return _wait(step, Why.NO_AGENTS, EMPTY)
+    if not step.counters.reached or step.status.reason == Why.NO_AGENTS:
+        return _open(step, step.status.stage, "widened")
+    return _judge(step)
+
+
+def _judge(step: _Step) -> Next:
+    """Decide on a running stage that has agents: late, unfinished, too few, soaking or passed."""
+    if step.counters.waiting and step.status.stage_state is StageState.SOAKING:
+        return _reopen(step)
+    if halt := _took_too_long(step):
+        return halt
+    if step.counters.waiting:
+        return step.stay(reason="", detail="")
+    if _outcomes(step) < _sample(step):
+        return _wait(
+            step, Why.MIN_SAMPLE, f"{_outcomes(step)} outcomes, {_sample(step)} wanted{_aside(step)}"
+        )
+    if step.status.soaking_since is None:
+        soaking = {"stage_state": StageState.SOAKING, "soaking_since": step.now}
+        return step.to("soaking", Why.FINISHED, _healthy(step), quiet=True, **soaking)
+    if step.now >= step.status.soaking_since + timedelta(seconds=step.stage.soak_s):
+        return _pass(step, Why.SOAKED)
+    return step.stay()
+
+
+def _reopen(step: _Step) -> Next:
+    """An agent came after all others had finished: it gets the whole deadline, and the soak starts anew."""
+    return step.to(
+        "reopened",
+        Why.UNFINISHED,
+        f"{step.counters.waiting} not finished",
+        quiet=True,
+        stage_state=StageState.OPEN,
+        opened_at=step.now,
+        soaking_since=None,
+    )
+
+
+def _outcomes(step: _Step) -> int:
+    ended = (AttemptState.HEALTHY, AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT)
+    return step.counters.of(*ended)
+
+
+def _sample(step: _Step) -> int:
+    """The outcomes a stage must see; never more than it can have, and one even when all stand aside."""
+    return min(step.stage.min_sample, step.counters.reached)
+
+
+def _healthy(step: _Step) -> str:
+    return f"{step.counters.of(AttemptState.HEALTHY)} of {step.counters.reached} healthy{_aside(step)}"
+
+
+def _aside(step: _Step) -> str:
+    if not step.counters.aside_count:
+        return ""
+    more = step.counters.aside_count - len(step.counters.aside)
+    names = ", ".join(step.counters.aside) + (f" and {more} more" if more else "")
+    return f"; {step.counters.aside_count} set aside: {names}"
+
+
+def _failed_too_often(step: _Step) -> Next | None:
+    stage, seen, status = step.stage, step.counters, step.status
+    failed, limit = seen.failed(stage), failed_limit(stage, seen.reached)
+    if failed - status.tolerated > limit:
+        seen_before = f", {status.tolerated} tolerated" if status.tolerated else ""
+        return _halt(step, Why.MAX_FAILED, f"{failed} of {seen.reached} failed (limit {limit}{seen_before})")
+    if stage.max_silent is not None and seen.silent() - status.tolerated_silent > stage.max_silent:
+        detail = f"{seen.silent()} of {seen.reached} silent (limit {stage.max_silent})"
+        return _halt(step, Why.MAX_SILENT, detail)
+    return None
+
+
+def _took_too_long(step: _Step) -> Next | None:
+    """Halt when agents that do report have not finished in time; an agent's time starts when it joins."""
+    opened_at = step.status.opened_at or step.now
+    allowed = timedelta(seconds=step.stage.deadline_s)
+    seen = step.counters
+    if seen.waiting and step.now >= max(opened_at, seen.waiting_since or opened_at) + allowed:
+        return _halt(
+            step, Why.DEADLINE, f"{seen.waiting} of {seen.reached} not finished in {step.stage.deadline_s} s"
+        )
+    if not seen.waiting and _outcomes(step) < _sample(step) and step.now >= opened_at + allowed:
+        detail = (
+            f"{_outcomes(step)} outcomes, {_sample(step)} wanted in {step.stage.deadline_s} s{_aside(step)}"
+        )
+        return _halt(step, Why.MIN_SAMPLE, detail)
+    return None
+
+
+def _halt(step: _Step, reason: Why, detail: str) -> Next:
+    return step.to(
+        "halted", reason, detail, state=State.PAUSED, stage_state=StageState.HALTED, soaking_since=None
+    )
+
+
+def _wait(step: _Step, reason: Why, detail: str) -> Next:
+    if step.status.reason == reason:
+        return step.stay()
+    return step.to("waiting", reason, detail, stage_state=StageState.OPEN, soaking_since=None)
+
+
+def _freeze(step: _Step) -> Next:
+    if step.status.reason == Why.FROZEN:
+        return step.stay()
+    return step.to("frozen", Why.FROZEN)
+
+
+def _pass(step: _Step, reason: Why) -> Next:
+    """Leave the stage: the next one opens in the same step, or the rollout is complete."""
+    here = step.status.stage
+    passed = Event("stage-passed", here, str(reason), _healthy(step), step.numbers())
+    if here + 1 < len(step.spec.stages):
+        opened = _open(step, here + 1, "stage-opened")
+        return Next(opened.status, (passed, *opened.events))
+    done = step.to(
+        "completed",
+        state=State.COMPLETED,
+        stage_state=StageState.PASSED,
+        progress=PROGRESS_FULL,
+        finished_at=step.now,
+    )
+    return Next(done.status, (passed, *done.events))
+
+
+def _resume(step: _Step) -> Next:
+    if not _asks(step.spec, step.status, Wanted.RESUME) or step.spec.pinned:
+        return step.stay()
+    if step.status.stage_state is StageState.PENDING:
+        return step.to("resumed", state=State.SCHEDULED)
+    halted = step.status.stage_state is StageState.HALTED
+    failed, silent = step.counters.failed(step.stage), step.counters.silent()
+    return step.to(
+        "resumed",
+        "",
+        f"{failed} failed so far, tolerated" if halted and failed else "",
+        state=State.RUNNING,
+        stage_state=StageState.OPEN,
+        opened_at=step.now,
+        soaking_since=None,
+        tolerated=failed if halted else step.status.tolerated,
+        tolerated_silent=silent if halted else step.status.tolerated_silent,
+    )
+
+
+def _abort(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
+    """Stop for good; agents are asked to go back only when any was ever offered the release."""
+    step = _Step(spec, status, counters, now)
+    reached = status.stage_state is not StageState.PENDING
+    if spec.wanted is Wanted.ABORT_ROLLBACK and reached:
+        return step.to("rolling-back", Why.MANUAL, state=State.ROLLING_BACK, progress=0, finished_at=None)
+    return step.to("aborted", Why.MANUAL, state=State.ABORTED, progress=0, finished_at=now)
+
+
+def _go_back(step: _Step) -> Next:
+    if step.counters.on_version:
+        return step.stay()
+    return step.to("rolled-back", Why.GONE_BACK, state=State.ROLLED_BACK, finished_at=step.now)
+
+
+# --- the directive ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CohortFacts:
+    """What a directive needs of a cohort.
+
+    Attributes:
+        base: the version the cohort has settled on; None before any.
+        pin_is_older, base_is_older: agents may run something newer, so they must be let back.
+    """
+
+    product: str
+    name: str
+    base: str | None = None
+    pin: str | None = None
+    pin_is_older: bool = False
+    base_is_older: bool = False
+    frozen: bool = False
+    window: Window | None = None
+    splay_s: int = 0
+    poll_s: int = 60
+    report_s: int = 300
+    retry_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutFacts:
+    """What a directive needs of the cohort's newest rollout; `is_older`: it goes to an older release."""
+
+    version: str
+    salt: str
+    state: State
+    progress: int
+    is_older: bool = False
+
+
+@dataclass(frozen=True)
+class _Word:
+    """The part of a directive that a cohort's situation decides."""
+
+    release: str | None
+    base: str | None
+    progress: int
+    salt: str = ""
+    rollback: bool = False
+    mode: Mode = Mode.ENABLED
+
+
+def directive_for(cohort: CohortFacts, rollout: RolloutFacts | None, revision: int) -> Directive:
+    """The word to one cohort: a pin goes before a rollout, and a freeze before both."""
+    word = _word(cohort, rollout)
+    return Directive(
+        product=cohort.product,
+        cohort=cohort.name,
+        release=word.release,
+        base=word.base,
+        progress=word.progress,
+        salt=word.salt,
+        revision=revision,
+        rollback=word.rollback,
+        mode=Mode.SUSPENDED if cohort.frozen else word.mode,
+        window=cohort.window,
+        splay_s=cohort.splay_s,
+        poll_s=cohort.poll_s,
+        report_s=cohort.report_s,
+        retry_epoch=cohort.retry_epoch,
+    )
+
+
+def _word(cohort: CohortFacts, rollout: RolloutFacts | None) -> _Word:
+    base = cohort.base
+    if cohort.pin is not None:
+        return _Word(cohort.pin, cohort.pin, PROGRESS_FULL, rollback=cohort.pin_is_older)
+    if rollout is None:
+        return _Word(base, base, PROGRESS_FULL, rollback=cohort.base_is_older)
+    older, salt = rollout.is_older, rollout.salt
+    match rollout.state:
+        case State.RUNNING:
+            return _Word(rollout.version, base, rollout.progress, salt, rollback=older)
+        case State.PAUSED:
+            # The progress stays to be seen; nobody is offered anything while the mode is suspended.
+            return _Word(rollout.version, base, rollout.progress, salt, older, Mode.SUSPENDED)
+        case State.COMPLETED:
+            return _Word(base, base, PROGRESS_FULL, salt, rollback=cohort.base_is_older)
+        case State.ROLLING_BACK | State.ROLLED_BACK:
+            # Also after the last has gone back: an agent that was away then goes back when it returns.
+            return _Word(base, base, PROGRESS_FULL, salt, rollback=True)
+        case State.ABORTED | State.SUPERSEDED:
+            # Agents on the new version stay, others stay at base, and one with nothing at all gets the base.
+            return _Word(base, base, 0, salt, mode=Mode.SUSPENDED)
+        case _:
+            return _Word(base, base, PROGRESS_FULL)

@@ -1,0 +1,89 @@
+"""The online keys: they say who gets a release and when, and that metadata is fresh; never what may run.
+
+Only the jobs process opens them. Web processes know the public halves from `trust/online.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from agent_core.errors import MalformedError, NotFoundError
+from keys import roles, signers
+from keys.ceremony import OnlineKeys
+from release_server.blobs import write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+    from pathlib import Path
+
+    from securesystemslib.signer import Key, Signer
+    from tuf.api.metadata import Metadata
+
+ONLINE = roles.ONLINE_ROLES
+
+
+def key_path(directory: Path, role: str) -> Path:
+    return directory / f"{role}{signers.SUFFIX}"
+
+
+class OnlineSigner:
+    """Signs cohorts, snapshot and timestamp.
+
+    Args:
+        signer_of: one signer for each online role.
+    """
+
+    def __init__(self, signer_of: Mapping[str, Signer]) -> None:
+        self._signer_of = signer_of
+
+    @classmethod
+    def open(cls, directory: Path) -> OnlineSigner:
+        """Load the key of each online role from the server's `keys/`.
+
+        Raises:
+            NotFoundError: one is missing.
+            TrustError: others can read one.
+        """
+        return cls({role: signers.load(key_path(directory, role)) for role in ONLINE})
+
+    def public(self, role: str) -> Key:
+        return self._signer_of[role].public_key
+
+    def sign(self, role: str, metadata: Metadata[Any]) -> None:
+        metadata.sign(self._signer_of[role])
+
+
+def make_keys(directory: Path, now: datetime) -> None:
+    """Make the key of each online role; one that is there already is kept."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for role in ONLINE:
+        if not key_path(directory, role).exists():
+            signers.create(key_path(directory, role), role=role, now=now, passphrase=None)
+
+
+def public_halves(directory: Path) -> OnlineKeys:
+    """What a root ceremony needs of the online keys; the private halves stay closed."""
+    return OnlineKeys(**{role: signers.read(key_path(directory, role)).public for role in ONLINE})
+
+
+def write_public(place: Path, halves: OnlineKeys) -> None:
+    """Leave the public halves where web processes read them."""
+    write_file(place, json.dumps(halves.to_json(), indent=2).encode() + b"\n")
+
+
+def read_public(place: Path) -> OnlineKeys:
+    """The public online keys.
+
+    Raises:
+        NotFoundError: the server was never initialised.
+        MalformedError: the file was changed by hand.
+    """
+    try:
+        decoded = json.loads(place.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"{place} does not exist", then="release-server init") from None
+    except ValueError as error:
+        raise MalformedError(f"{place} cannot be read", why=str(error)) from None
+    return OnlineKeys.from_json(decoded, place.name)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import logging
+import threading
+
+import pytest
+from sqlalchemy import select
+
+from agent_core.errors import TrustError
+from release_server import fleet, jobs
+from release_server.jobs import Jobs, LostLeaseError
+from release_server.models import Lease, MetadataFile
+
+
+@pytest.fixture
+def make_jobs(config, clock):
+    made = []
+
+    def make():
+        made.append(Jobs(config, clock=clock))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def lease(sessions):
+    with sessions.read() as session:
+        return session.scalars(select(Lease)).one()
+
+
+def test_one_process_works_and_the_others_wait(make_jobs):
+    first, second = make_jobs(), make_jobs()
+    assert [first.tick(), second.tick(), first.tick(), second.tick()] == [True, False, True, False]
+
+
+def test_another_takes_over_when_the_holder_is_silent(make_jobs, clock, config):
+    first, second = make_jobs(), make_jobs()
+    first.tick()
+    clock.now += config.lease
+    assert second.tick() is True
+    assert first.tick() is False
+
+
+def test_another_takes_over_at_once_when_the_holder_leaves(make_jobs):
+    first, second = make_jobs(), make_jobs()
+    first.tick()
+    first.close()
+    assert second.tick() is True
+
+
+def test_the_fence_grows_with_every_change_of_hands_and_not_with_renewals(make_jobs, clock, config, sessions):
+    first, second = make_jobs(), make_jobs()
+    first.tick()
+    first.tick()
+    assert lease(sessions).fence == 1
+    clock.now += config.lease
+    second.tick()
+    assert lease(sessions).fence == 2
+
+
+def test_a_lease_from_a_clock_that_was_far_ahead_does_not_last(make_jobs, clock):
+    first, second = make_jobs(), make_jobs()
+    clock.step(days=3650)
+    first.tick()
+    clock.step(days=-3650)
+    assert second.tick() is True
+
+
+def test_a_process_that_lost_the_lease_within_a_tick_writes_nothing(
+    make_jobs, published_targets, clock, config, sessions, monkeypatch
+):
+    """It was paused between taking the lease and its work, for longer than the lease lasts."""
+    first, second = make_jobs(), make_jobs()
+    take = jobs.take_lease
+
+    def pause(session, holder, now, length):
+        fence = take(session, holder, now, length)
+        if holder == first.holder:
+            session.commit()
+            clock.now += config.lease
+            assert second.tick()
+        return fence
+
+    monkeypatch.setattr(jobs, "take_lease", pause)
+    with sessions.read() as session:
+        before = session.query(MetadataFile).count()
+    with pytest.raises(LostLeaseError):
+        first.tick()
+    with sessions.read() as session:
+        rows = list(session.scalars(select(MetadataFile)))
+    assert len(rows) == before + 3  # what the second process signed: cohorts, snapshot, timestamp
+    assert lease(sessions).holder == second.holder
+
+
+@pytest.fixture
+def published_targets(trusted, blobs, accept):
+    metadata = trusted.targets()
+    trusted.add(metadata, blobs, "1.0", 10)
+    accept(metadata)
+
+
+def test_a_tick_publishes_what_was_accepted(make_jobs, published_targets, config):
+    assert make_jobs().tick() is True
+    timestamp = json.loads((config.repository / "metadata" / "timestamp.json").read_bytes())
+    assert timestamp["signed"]["version"] == 1
+
+
+def test_the_fleet_is_reconciled_in_the_same_transaction(make_jobs, monkeypatch, sessions):
+    seen = []
+    monkeypatch.setattr(fleet, "tick", lambda session, now: seen.append((session.in_transaction(), now)))
+    one = make_jobs()
+    one.tick()
+    assert seen == [(True, one.clock())]
+
+
+def test_a_start_after_a_crash_exports_what_was_committed(make_jobs, published_targets, config, monkeypatch):
+    first = make_jobs()
+    with monkeypatch.context() as patched:
+        patched.setattr("release_server.repository.export", lambda *_: None)
+        first.tick()
+    assert not (config.repository / "metadata" / "timestamp.json").exists()
+    first.close()
+    make_jobs().tick()
+    assert (config.repository / "metadata" / "timestamp.json").exists()
+
+
+def test_published_bundles_that_were_lost_come_back_at_start(make_jobs, published_targets, config):
+    first = make_jobs()
+    first.tick()
+    first.close()
+    lost = sorted((config.repository / "targets").rglob("*.*"))
+    lost = [place for place in lost if place.is_file()]
+    assert len(lost) == 2
+    for place in lost:
+        place.unlink()
+    make_jobs().tick()
+    assert all(place.exists() for place in lost)
+
+
+def test_nothing_that_goes_wrong_in_a_tick_ends_the_loop(make_jobs, monkeypatch, caplog):
+    one = make_jobs()
+    stop = threading.Event()
+    ticks = []
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 1:
+            raise OSError("the disk is gone")
+        if len(ticks) == 2:
+            raise LostLeaseError
+        stop.set()
+
+    monkeypatch.setattr(one, "tick", tick)
+    with caplog.at_level(logging.INFO):
+        one.run(stop)
+    assert len(ticks) == 3
+    assert "a tick failed" in caplog.text
+
+
+def test_exposed_online_keys_are_refused(make_jobs, published_targets, config):
+    (config.keys / "timestamp.key.json").chmod(0o644)
+    with pytest.raises(TrustError) as caught:
+        make_jobs().tick()
+    assert caught.value.reason == "exposed"
+
+
+def test_what_an_operator_asks_is_signed_within_a_tick(make_jobs, published_targets, sign_in, config):
+    asked = {"product": "demo", "name": "eu", "match": "region=eu", "release": "1.0"}
+    assert sign_in("operator")("POST", "/cohorts", json=asked).status_code == 201
+    make_jobs().tick()
+    newest = max((config.repository / "metadata").glob("*.cohorts.json"))
+    custom = json.loads(newest.read_bytes())["signed"]["targets"]["cohorts/demo/eu.json"]["custom"]
+    assert (custom["base"], custom["cohort"]) == ("1.0", "eu")
