@@ -77,6 +77,8 @@ def decide(record: Optional[slots.Record], complete: frozenset[str], dead_man: b
 
 def start(root: str, mode: str, dead_man: bool = False) -> int:
     """Become the version that should run; returns, with an exit code, only when none can be started."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # one that comes before the agent listens must not end it
     try:
         record = slots.recover(root)
     except OSError as error:
@@ -89,7 +91,7 @@ def start(root: str, mode: str, dead_man: bool = False) -> int:
         _roll_back(root, plan.reason)
     for name in plan.order:
         say(f"{name} cannot be started: {_become(root, name, mode)}")
-    say(f"{root}: {plan.reason or 'nothing can be started'}\n  next: `agent install FILE --root {root}`")
+    say(f"{root}: {plan.reason or 'nothing can be started'}\n  next: agent run --root {root}")
     return 1
 
 
@@ -120,8 +122,7 @@ def _become(root: str, name: str, mode: str, alarm_s: int = 0) -> OSError:
     place = os.path.join(os.path.realpath(root), "versions", name)
     own = os.path.join(place, "python", "bin", "python3")
     python = own if os.path.exists(own) else sys.executable
-    program = os.path.join(place, "agent.py")
-    words = [python, "-I", "-S", "-B", program, "run", "--root", os.path.realpath(root)]
+    words = [python, "-I", "-S", "-B", f"{place}/agent.py", "run", "--root", os.path.realpath(root)]
     environment = {**os.environ, "RELFLEET_BOOT": mode, "RELFLEET_LAUNCHER": str(LAUNCHER)}
     # The alarm outlives exec, and so does an ignored or blocked SIGALRM, which would disarm it.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -158,8 +159,7 @@ def supervise(root: str, least_s: float = 1.0, most_s: float = 60.0) -> int:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-    restarts = Restarts(least_s, most_s)
-    code = 0
+    restarts, code = Restarts(least_s, most_s), 0
     while True:
         before, began_s = slots.seq_on_trial(root), time.monotonic()
         code, stop = _watch(_spawn(root, mask, dead_man=code == -signal.SIGALRM))

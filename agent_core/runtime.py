@@ -11,6 +11,7 @@ Exit-code contract with the launcher: 0 after TERM or INT, 75 when `stop(Exit.RE
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import heapq
 import itertools
@@ -25,7 +26,7 @@ import subprocess
 import sys
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from agent_core import clock
 
@@ -137,7 +138,7 @@ def spawn(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(tied, start_new_session=True, **options)
 
 
-def signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
+def signal_group(child: subprocess.Popen[bytes] | Copy, signum: int) -> None:
     """Send a signal to a child of `spawn` and to everything in its group, dead leader or not."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signum)
@@ -301,6 +302,56 @@ def _said_already(words: bytes) -> int:
     return reading
 
 
+class Copy:
+    """A child forked from this very process, with the face of a `Popen` whose three streams are pipes.
+
+    It gets a session of its own and dies with its parent, as a child of `spawn` does.
+    """
+
+    def __init__(self, serve: Callable[[], int]) -> None:
+        pipes = [os.pipe() for _ in range(3)]
+        theirs = (pipes[0][0], pipes[1][1], pipes[2][1])
+        parent = os.getpid()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _serve_as_copy(serve, theirs, parent)
+        for fd in theirs:
+            os.close(fd)
+        self.stdin = os.fdopen(pipes[0][1], "wb", buffering=0)
+        self.stdout = os.fdopen(pipes[1][0], "rb", buffering=0)
+        self.stderr = os.fdopen(pipes[2][0], "rb", buffering=0)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _serve_as_copy(serve: Callable[[], int], streams: Sequence[int], parent: int) -> NoReturn:
+    """What the copy does; nothing of the parent's but its memory and the three streams comes along."""
+    code = 1
+    try:
+        os.setsid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+        for wanted, fd in enumerate(streams):
+            os.dup2(fd, wanted)
+        os.closerange(3, 65_536)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM):
+            signal.signal(signum, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        logging.getLogger().handlers.clear()
+        if os.getppid() == parent:
+            code = serve()
+    except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        os._exit(code)
+
+
 class Helper:
     """A child that answers requests, one line of JSON each, for as long as they come, then ends by itself.
 
@@ -316,7 +367,7 @@ class Helper:
         self._runtime = runtime
         self._argv = tuple(argv)
         self.name = name
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | Copy | None = None
         self._waiting: deque[_Request] = deque()
         self._asked: _Request | None = None
         self._timer: Timer | None = None
@@ -331,6 +382,16 @@ class Helper:
     @property
     def is_alive(self) -> bool:
         return self._child is not None
+
+    def start_as_copy(self, serve: Callable[[], int]) -> None:
+        """Make the first child a copy of this process, which has most of what it needs loaded already.
+
+        Only for a process that has one thread; later children are started by `argv`, as new as any.
+
+        Args:
+            serve: what the copy does with its standard input and output; its exit code.
+        """
+        self._child = self._watch(Copy(serve))
 
     def ask(self, request: str, on_done: Callable[[JobResult], None], *, deadline_s: float) -> None:
         """Send one line; `on_done` is called in the loop, exactly once, however it ends."""
@@ -388,12 +449,14 @@ class Helper:
             return
         self._timer = self._runtime.call_later(asked.deadline_s, lambda: self._end("deadline"))
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes] | Copy:
         pipe = subprocess.PIPE
-        child = spawn(self._argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._child = self._watch(spawn(self._argv, stdin=pipe, stdout=pipe, stderr=pipe))
+        return self._child
+
+    def _watch(self, child: subprocess.Popen[bytes] | Copy) -> subprocess.Popen[bytes] | Copy:
         assert child.stdout is not None
         assert child.stderr is not None
-        self._child = child
         self._output.clear()
         self._errors.clear()
         self._runtime.read_from(child.stdout.fileno(), self._take_output)

@@ -372,11 +372,6 @@ AGENT = Table(
             low=4096,
         ),
         Setting("workload.log_files", int, 3, "how many older output files are kept", low=0, high=100),
-        Setting("telemetry.interval_s", float, 60.0, "how often figures are taken", "s", low=1, high=86_400),
-        Setting(
-            "spool.max_samples", int, 2000, "figures kept while the server is away; oldest go first", low=0
-        ),
-        Setting("spool.max_bytes", int, 4 * 2**20, "the same, by size", "bytes", low=0),
         Setting(
             "log.level",
             str,
@@ -414,9 +409,6 @@ class AgentSettings:
     workload_max_backoff_s: float
     workload_log_bytes: int
     workload_log_files: int
-    telemetry_interval_s: float
-    spool_max_samples: int
-    spool_max_bytes: int
     log_level: str
     log_file: str
     log_max_bytes: int

@@ -105,6 +105,7 @@ def first_version(device: Device, progress: Progress | None = None) -> Outcome:
     outcome = poll.check(device, progress=progress)
     if outcome.candidate and slots.read(device.layout.root) is None:
         activate_first(device, outcome)
+        poll.tell(device)
     return outcome
 
 

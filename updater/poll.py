@@ -81,20 +81,23 @@ def check(device: Device, *, progress: Callable[[int, int], None] | None = None)
         What came of it; also kept for the resident agent, `status` and the reports.
     """
     if device.identity.cohort is None or report.has_news(device):
-        device = _report(device)
+        device = tell(device)
     before = device.outcome()
-    outcome = _guarded(device, progress)
+    outcome, memory = _guarded(device, progress)
     try:
         device.remember_outcome(outcome)
+        if memory is not None:
+            # Last: a check that is cut short must be done again, so no 304 may stand for it before its end.
+            freshness.remember(device.layout.poll, memory)
         _collect(device)
     except (RelfleetError, OSError) as error:
         log.warning("the outcome could not be kept", extra={"why": str(error)})
     if before is None or before.reason != outcome.reason or report.has_news(device):
-        _report(device)
+        tell(device)
     return outcome
 
 
-def _report(device: Device) -> Device:
+def tell(device: Device) -> Device:
     """Tell the server; that it does not hear us is no reason not to update (case 18)."""
     try:
         device, _ = report.send_signed(device)
@@ -103,23 +106,27 @@ def _report(device: Device) -> Device:
     return device
 
 
-def _guarded(device: Device, progress: Callable[[int, int], None] | None) -> Outcome:
-    verified = False
+def _guarded(
+    device: Device, progress: Callable[[int, int], None] | None
+) -> tuple[Outcome, freshness.Memory | None]:
+    """The outcome, and what is to be remembered of the refresh if it was verified."""
+    memory = None
     try:
         from updater.catalog import Catalog
 
         bootstrap = device.layout.trust_root.read_bytes()
         with Catalog(device.layout.tuf, device.transport(), device.identity.product, bootstrap) as catalog:
-            now = _refresh(device, catalog)
-            verified = True
-            return _Check(device, catalog, now, progress).run()
+            memory = _refresh(device, catalog)
+            now = freshness.trusted_time(memory, clock.now())
+            return _Check(device, catalog, now, progress).run(), memory
     except RelfleetError as error:
-        return _failed(error.reason, str(error), verified=verified, error=error)
+        return _failed(error.reason, str(error), verified=memory is not None, error=error), memory
     except OSError as error:
-        return _failed(Reason.DISK, str(error), verified=verified)
+        return _failed(Reason.DISK, str(error), verified=memory is not None), memory
     except Exception as error:
         log.exception("check failed")
-        return _failed(Reason.INTERNAL, f"{type(error).__name__}: {error}", verified=verified)
+        detail = f"{type(error).__name__}: {error}"
+        return _failed(Reason.INTERNAL, detail, verified=memory is not None), memory
 
 
 def _failed(reason: str, detail: str, *, verified: bool, error: RelfleetError | None = None) -> Outcome:
@@ -135,14 +142,10 @@ def _failed(reason: str, detail: str, *, verified: bool, error: RelfleetError | 
     )
 
 
-def _refresh(device: Device, catalog: Catalog) -> datetime:
-    """Full TUF refresh, remembered; the trusted time from here on."""
-    memory = freshness.recall(device.layout.poll)
-    now = clock.now()
-    verified = catalog.refresh(now, memory.high_water)
-    memory = verified.memory(clock.boot_s(), freshness.boot_id())
-    freshness.remember(device.layout.poll, memory)
-    return freshness.trusted_time(memory, now)
+def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
+    """Full TUF refresh; what is to be remembered of it."""
+    verified = catalog.refresh(clock.now(), freshness.recall(device.layout.poll).high_water)
+    return verified.memory(clock.boot_s(), freshness.boot_id())
 
 
 @dataclass
@@ -173,6 +176,8 @@ class _Check:
         device = self.device
         record = slots.read(device.layout.root)
         policy = self.catalog.policy()
+        if record is not None and policy.floor_seq > record.floor:
+            record = slots.raise_floor(device.layout.root, policy.floor_seq)
         facts = Facts(
             agent_id=device.identity.agent_id,
             product=device.identity.product,
@@ -234,7 +239,7 @@ class _Check:
         with Spool(self.device.layout.spool) as spool:
             if not again:
                 report.record_transition(self.device, spool, attempt)
-                _report(self.device)  # a download may take hours
+                tell(self.device)  # a download may take hours
             try:
                 name, index = self._stage(release)
             except (RelfleetError, OSError) as error:

@@ -25,7 +25,8 @@ from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from updater import attempt as attempts
-from updater import control, poll, report, stage
+from updater import control, internal, poll, report, stage
+from updater import identity as identities
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
 from updater.device import Device, Outcome
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent_core.runtime import Ended, JobResult
+    from updater.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class Service:
         self.figures = Figures()
         self._checking = False
         self._checker = Helper(self.runtime, self._argv("checker"), "checker")
+        self._checker.start_as_copy(lambda: internal.checker(self.root))
         self._start_workload(version_dir)
         news = self._settle()
         self._forced = self.in_trial or news
@@ -103,22 +106,26 @@ class Service:
         self._live = Live(lambda: load_agent(device.layout), self._apply)
         self._watcher = Watcher(
             [device.layout.settings, device.layout.settings_dir],
-            lambda: self.runtime.call_soon(self._live.reload),
+            lambda: self.runtime.call_soon(self._reload_settings),
         )
 
     def run(self) -> int:
         log.info("agent started", extra={"version": self.name, "phase": self.record.phase})
-        self._show(poll="not yet")
         if self.in_trial:
             self.runtime.repeat("trial", self._judge)
         elif self.record.phase != slots.IDLE:
             self.runtime.call_later(NEXT_BOOT_S, lambda: self.runtime.stop(Exit.RESTART))
         self._watcher.start()
-        self._heed_request()
+        self.runtime.call_soon(self._begin)
         try:
             return self.runtime.run()
         finally:
             self._watcher.stop()
+
+    def _begin(self) -> None:
+        """In the loop, where signals are heard: whoever finds this process in the status may wake it."""
+        self._show(poll="not yet")
+        self._heed_request()
 
     @property
     def in_trial(self) -> bool:
@@ -150,9 +157,10 @@ class Service:
         self.runtime.repeat("health", self._step_health)
 
     def _step_health(self) -> float:
-        """Often on trial; a committed version is looked at for the reports only."""
-        self.monitor.step(self.runtime.now_s())
-        return self.device.settings.health_step_s if self.in_trial else IDLE_HEALTH_S
+        """Often on trial and until all is well; a good version is looked at for the reports only."""
+        verdict = self.monitor.step(self.runtime.now_s())
+        quick = self.in_trial or not verdict.ready
+        return self.device.settings.health_step_s if quick else IDLE_HEALTH_S
 
     def _workload_ended(self, _ended: Ended) -> None:
         if self.in_trial:
@@ -194,11 +202,8 @@ class Service:
         self.workload.exits_allowed = None
         log.info("trial committed", extra={"version": self.name, "why": detail})
         self._show(trial="")
-        outcome = self.device.outcome()
-        if self._settle() and outcome and outcome.version == self.index.version:
-            self._report_now()
-        else:
-            self._look_now()
+        self._settle()
+        self._look_now()
 
     def _roll_back(self, reason: str, detail: str) -> None:
         log.warning("trial rolled back", extra={"version": self.name, "reason": reason, "why": detail})
@@ -328,7 +333,7 @@ class Service:
 
     def _heartbeat_sent(self, sent: Any, error: Exception | None) -> None:
         if error is None:
-            self.device = replace(self.device, identity=sent[0].identity)
+            self._belong(sent[0].identity)
         elif isinstance(error, RelfleetError) and error.reason not in ("offline", "overloaded"):
             self.device.session_file.unlink(missing_ok=True)
             self._report_now()
@@ -359,7 +364,18 @@ class Service:
         return figures | {"healthy": float(self.monitor.verdict().ready)}
 
     def _reload_identity(self) -> None:
-        self.device = replace(self.device, identity=Device.load(self.root).identity)
+        """The checker may have learned of another cohort. A note that cannot be read changes nothing."""
+        try:
+            self._belong(identities.load(self.device.layout))
+        except RelfleetError as error:
+            log.warning("identity kept", extra={"why": str(error)})
+
+    def _belong(self, identity: Identity) -> None:
+        """Another cohort has another directive, in metadata that the next poll would call unchanged."""
+        is_moved = identity.cohort != self.device.identity.cohort
+        self.device = replace(self.device, identity=identity)
+        if is_moved:
+            self._look_now()
 
     # --- the operator ----------------------------------------------------------------------------------
 
@@ -392,6 +408,10 @@ class Service:
                 self.record = slots.refund(self.root)
             except (slots.IllegalTransitionError, OSError) as error:
                 log.warning("boot not given back", extra={"why": str(error)})
+
+    def _reload_settings(self) -> None:
+        self._live.reload()
+        self._show()  # a file that cannot be used shows at once, not with the next poll that finds something
 
     def _apply(self, settings: AgentSettings) -> None:
         self.device = replace(self.device, settings=settings)

@@ -406,6 +406,68 @@ def test_a_helper_that_cannot_be_started_still_answers(runtime: Runtime) -> None
     assert "cannot be started" in result.errors
 
 
+COPY = """
+import json, os, sys
+from agent_core.runtime import Helper, Runtime
+
+loaded = "by the parent"
+
+def serve():
+    for line in sys.stdin:
+        print(json.dumps({"said": line.strip(), "loaded": loaded, "pid": os.getpid()}), flush=True)
+        if line.strip() == "end":
+            return 0
+
+runtime = Runtime()
+echo = "import json; print(json.dumps({'said': input(), 'loaded': 'anew'}), flush=True)"
+helper = Helper(runtime, [sys.executable, "-c", echo], "copy")
+helper.start_as_copy(serve)
+answers = []
+def done(result):
+    answers.append(result.answer)
+    if len(answers) == 2:
+        runtime.call_later(0.2, lambda: helper.ask("third", done, deadline_s=10))
+    if len(answers) == 3:
+        runtime.stop()
+helper.ask("first", done, deadline_s=10)
+helper.ask("end", done, deadline_s=10)
+runtime.run()
+print(json.dumps({"answers": answers, "parent": os.getpid()}))
+"""
+
+
+def test_a_helper_begins_as_a_copy_with_all_loaded_and_goes_on_as_a_new_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COPY], cwd=REPO, capture_output=True, text=True, timeout=30, check=True
+    )
+    said = json.loads(done.stdout)
+    assert [(answer["said"], answer["loaded"]) for answer in said["answers"]] == [
+        ("first", "by the parent"),
+        ("end", "by the parent"),
+        ("third", "anew"),
+    ]
+    assert said["answers"][0]["pid"] != said["parent"]
+
+
+def test_a_copy_dies_with_its_parent(tmp_path: Path) -> None:
+    program = f"""
+import os, pathlib, time
+from agent_core.runtime import Copy
+def serve():
+    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+    time.sleep(60)
+    return 0
+Copy(serve)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: is_gone(pid))
+
+
 def test_stopping_the_agent_answers_what_a_helper_was_asked(runtime: Runtime) -> None:
     made = helper(runtime, "import time; time.sleep(60)")
     problems: list[str] = []
