@@ -799,7 +799,11 @@ def _why_release(session: Session, agent: Agent, wanted: str, directive: Directi
         links.append(Link(False, agent.reason, f"it says {agent.reason}: {agent.detail}".rstrip(": "), then))
     if attempt := _failed_attempt(session, agent, directive.salt):
         links.append(
-            Link(False, attempt.state, f"{wanted} {attempt.state} here: {attempt.reason} {attempt.detail}")
+            Link(
+                False,
+                attempt.state,
+                f"{wanted} {attempt.state.replace('_', ' ')} here: {attempt.reason} {attempt.detail}".strip(),
+            )
         )
     return links
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
+from agent_core.clock import iso
 from release_server.models import AuditEntry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from sqlalchemy.orm import Session
 
@@ -26,9 +27,10 @@ def record(session: Session, now: datetime, actor: str, action: str, subject: st
         actor: the person's name, or `server` for what the server decided by itself.
         action: a verb of the glossary with its noun, e.g. `cohort.pin`.
         subject: what it was done to, e.g. `warehouse-agent/eu`.
-        detail: plain JSON values; never a secret.
+        detail: plain JSON values and times; never a secret.
     """
-    session.add(AuditEntry(at=now, actor=actor, action=action, subject=subject[:256], detail=detail))
+    plain = {name: iso(value) if isinstance(value, datetime) else value for name, value in detail.items()}
+    session.add(AuditEntry(at=now, actor=actor, action=action, subject=subject[:256], detail=plain))
 
 
 def entries(

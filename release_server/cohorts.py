@@ -384,7 +384,7 @@ def freeze(
         raise UsageError("the freeze would be over already", then="give a time in the future")
     cohort = find(session, product, name)
     _change(session, now, actor, cohort, reason=reason, frozen=True, frozen_until=until)
-    _note(session, now, actor, "cohort.freeze", cohort, until=str(until or ""), reason=reason)
+    _note(session, now, actor, "cohort.freeze", cohort, until=until, reason=reason)
     return cohort
 
 

@@ -41,6 +41,7 @@ class Processes:
     def __init__(self, home: Path, log: Path) -> None:
         self._log = log
         self._kept: dict[str, subprocess.Popen[bytes]] = {}
+        self._again: dict[str, Callable[[], None]] = {}
         own = {name: value for name, value in os.environ.items() if not name.startswith("RELFLEET_")}
         self.environ = {
             **own,
@@ -97,7 +98,8 @@ class Processes:
         return json.loads(self.run(command, *words, "--json", cwd=cwd))
 
     def keep(self, name: str, argv: list[str], log: Path) -> None:
-        """Start something that goes on until `stop`."""
+        """Start something that goes on until `stop`; `revive` starts it again when it is killed."""
+        self._again[name] = lambda: self.keep(name, argv, log)
         with log.open("ab") as out:
             self._kept[name] = subprocess.Popen(
                 argv,
@@ -116,11 +118,20 @@ class Processes:
         """What goes on, by name."""
         return {name: child.pid for name, child in self._kept.items()}
 
-    def check(self, name: str) -> None:
-        """Raise when something that should go on has ended."""
-        child = self._kept[name]
-        if child.poll() is not None:
-            raise RelfleetError(f"{name} ended with {child.returncode}", then=f"read the end of {self._log}")
+    def revive(self) -> None:
+        """Start again what was killed, as an init system would."""
+        for name, child in list(self._kept.items()):
+            if child.poll() is not None:
+                self._again[name]()
+
+    def wait_for(self, what: str, found: Callable[[], Any], *, within_s: float) -> Any:
+        """As the function of that name, with everything kept alive meanwhile."""
+
+        def look() -> Any:
+            self.revive()
+            return found()
+
+        return wait_for(what, look, within_s=within_s)
 
     def stop(self) -> None:
         """End everything: TERM, then KILL for what does not listen."""
@@ -137,7 +148,7 @@ class Processes:
         self._kept.clear()
 
 
-def wait_for(what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.2) -> Any:
+def wait_for(what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.5) -> Any:
     """Ask again until the answer is true.
 
     Raises:

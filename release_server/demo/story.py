@@ -10,6 +10,8 @@ import fcntl
 import json
 import secrets
 import shutil
+import signal
+import socket
 import sys
 import time
 from datetime import datetime
@@ -19,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from agent_core.errors import ConflictError, RelfleetError, UsageError
-from release_server.demo.processes import Processes, wait_for
+from release_server.demo.processes import Processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 PRODUCT = "warehouse-agent"
 COHORT = "main"
 MARK = ".relfleet-demo"
-AT_ONCE = 4
+AT_ONCE = 6
 STEPS = "1,5,100%"
 SITES = ("nord", "sued", "west", "ost")
 
@@ -46,6 +48,7 @@ SITES = ("nord", "sued", "west", "ost")
 @click.option("--exit", "leave", is_flag=True, help="End when the story is told.")
 def demo(agents: int, data: Path, leave: bool) -> None:
     """A real server and real agents on this machine: one good release, one bad one, one tampered byte."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     story = Story(data.absolute(), data, agents)
     try:
         story.tell()
@@ -119,20 +122,24 @@ class Story:
     # --- the parts -------------------------------------------------------------------------------------
 
     def serve(self) -> None:
+        shutil.copytree(example(), self.project)
+        self._begin_build("1.0.0")
         server = self.home / "server"
         data = ("--data", str(server))
-        self.processes.environ["RELFLEET_JOBS_TICK_S"] = "0.3"
+        self.processes.environ["RELFLEET_JOBS_TICK_S"] = "0.5"
         self.processes.run("release-server", "init", *data)
         log = self.home / "server.log"
-        self.processes.keep_command("server", "release-server", "run", *data, "--port", "0", log=log)
+        port = str(_free_port())
+        self.processes.keep_command("server", "release-server", "run", *data, "--port", port, log=log)
         url_file = server / "run" / "url"
-        self.url = wait_for(
+        self.url = self.processes.wait_for(
             "the server", lambda: url_file.exists() and url_file.read_text(), within_s=30
         ).strip()
+        reader = self.client.post("/tokens", {"name": "demo-page", "role": "reader", "expires_s": 86_400})
         self.line("server", f"{self.url}   data in {self.shown}")
+        self.line("", f"sign-in link: {self.url}/#token={reader['token']}")
 
     def make_keys(self) -> None:
-        shutil.copytree(example(), self.project)
         passphrase = self.home / "passphrase"
         passphrase.touch(0o600)
         passphrase.write_text(secrets.token_urlsafe(16) + "\n")
@@ -146,11 +153,10 @@ class Story:
         self.line("keys", "root + release key made, threshold 1: fine for a demo, see `release key gen`")
 
     def first_release(self) -> None:
-        self._begin_build("1.0.0")
-        self._begin_build("1.1.0")
         self._publish("1.0.0")
-        every = ("--poll", "3s", "--report", "10s")
+        every = ("--poll", "2s", "--report", "10s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
+        self._begin_build("1.1.0")
 
     def _begin_build(self, version: str) -> None:
         """Build the next version while something else waits."""
@@ -179,8 +185,7 @@ class Story:
             self.processes.finish(child)
             self._start(name)
         enrolled = len(self._agents())
-        done = wait_for("all agents on 1.0.0", lambda: self._on("1.0.0") == len(self.names), within_s=60)
-        assert done
+        self._await_all_on("1.0.0", 240)
         count = len(self.names)
         text = f"{count} started as processes, {enrolled} enrolled, {self._on('1.0.0')} on 1.0.0"
         self.line("agents", text, since)
@@ -205,6 +210,12 @@ class Story:
     def _agents(self) -> list[dict[str, Any]]:
         return self.client.items("/agents", product=PRODUCT)
 
+    def _await_all_on(self, version: str, within_s: float) -> None:
+        every = len(self.names)
+        self.processes.wait_for(
+            f"all agents on {version}", lambda: self._on(version) == every, within_s=within_s
+        )
+
     def _on(self, version: str) -> int:
         return sum(agent["version"] == version for agent in self._agents())
 
@@ -218,7 +229,7 @@ class Story:
             raise RelfleetError(
                 "the good rollout did not complete", why=ended["detail"], then=f"read {self.log}"
             )
-        wait_for("the last report", lambda: self._on("1.1.0") == len(self.names), within_s=30)
+        self._await_all_on("1.1.0", 120)
         healthy = ended["counters"]["healthy"]
         way = f"{ended['name']}  {ended['base']} → {ended['version']}   {self._stages(ended)} agents"
         self.line("rollout", f"{way}     {healthy}/{len(self.names)} healthy", since)
@@ -242,7 +253,7 @@ class Story:
         self._tell_rollback()
 
     def _tell_rollback(self) -> None:
-        wait_for("the agents that tried 1.2.0", lambda: self._on("1.1.0") == len(self.names), within_s=30)
+        self._await_all_on("1.1.0", 120)
         histories = {name: self.client.get(f"/agents/{name}")["events"] for name in self.names}
         saw = {name: events for name, events in histories.items() if _tried(events, "1.2.0")}
         for name, events in saw.items():
@@ -281,7 +292,7 @@ class Story:
             found: dict[str, Any] = self.client.get(f"/rollouts/{rollout}")
             return found if found["state"] in states else None
 
-        found: dict[str, Any] = wait_for(f"rollout r-{rollout}", ended, within_s=180)
+        found: dict[str, Any] = self.processes.wait_for(f"rollout r-{rollout}", ended, within_s=300)
         return found
 
     def _unexpected(self, what: str, rollout: dict[str, Any]) -> RelfleetError:
@@ -314,7 +325,7 @@ class Story:
         self.names.append(name)
         self.processes.finish(self.processes.begin("agent", "once", "--root", str(self._root(name))))
         self._start(name)
-        wait_for("the new host", lambda: self._on("1.1.0") == len(self.names), within_s=30)
+        self._await_all_on("1.1.0", 120)
         self.line("", f"the byte put back → {name} installed 1.1.0")
 
     def close(self) -> None:
@@ -322,7 +333,7 @@ class Story:
         click.echo(f" Done in {took:.0f} s.  Logs: {self.shown / 'demo.log'}, {self.shown / 'agents'}/*.log")
         place = f"cd {self.shown / 'product'}"
         click.echo(f" Try:  {place} && . ../env")
-        click.echo(f"       release rollout status r-2 · release agents why {self.bad}")
+        click.echo(f"       release rollout status r-2 · release agents why {self.bad} · open the link")
         self._write_env()
 
     def _write_env(self) -> None:
@@ -342,7 +353,15 @@ class Story:
         click.echo(" The server and the agents go on. Ctrl-C ends them all.")
         while True:
             time.sleep(1)
-            self.processes.check("server")
+            self.processes.revive()
+
+
+def _free_port() -> int:
+    """A port for the server, the same one when it is started again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _platform() -> str:
