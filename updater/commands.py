@@ -23,7 +23,7 @@ from agent_core.errors import (
 )
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, load_agent
-from updater import control, install
+from updater import control, install, poll
 from updater.decide import Action, Hold
 from updater.device import Device, Outcome
 
@@ -133,8 +133,6 @@ def run(root: Path, supervise: bool) -> int:
 @click.option("--detailed-exitcode", is_flag=True, help="Wait for the trial: 10 updated, 11 rolled back.")
 def once(root: Path, detailed_exitcode: bool) -> int:
     """Look for an update now."""
-    from updater import poll
-
     device = Device.load(root)
     outcome = poll.check(device, progress=_bar())
     activated = bool(outcome.candidate) and _activate(device, outcome)
@@ -154,6 +152,7 @@ def _activate(device: Device, outcome: Outcome) -> bool:
     """Put the staged version on trial; True when a running agent does it now."""
     if slots.read(device.layout.root) is None:
         install.activate_first(device, outcome)
+        poll.tell(device)
         return False
     if control.wake(device.layout):
         return True

@@ -25,7 +25,7 @@ from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from updater import attempt as attempts
-from updater import control, internal, poll, report, stage
+from updater import checker, control, poll, report, stage
 from updater import identity as identities
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
@@ -45,6 +45,7 @@ CHECK_MARGIN_S = 900.0
 REPORT_DEADLINE_S = 120.0
 BACKOFF_BASE_S = 2.0
 IDLE_HEALTH_S = 10.0
+TRIAL_STEP_S = 0.25
 NEXT_BOOT_S = 60.0
 """When the launcher could not start the candidate and ran the good version: how soon it tries again."""
 
@@ -97,7 +98,7 @@ class Service:
         self.figures = Figures()
         self._checking = False
         self._checker = Helper(self.runtime, self._argv("checker"), "checker")
-        self._checker.start_as_copy(lambda: internal.checker(self.root))
+        self._checker.start_as_copy(lambda: checker.serve(self.root))
         self._start_workload(version_dir)
         news = self._settle()
         self._forced = self.in_trial or news
@@ -159,8 +160,10 @@ class Service:
     def _step_health(self) -> float:
         """Often on trial and until all is well; a good version is looked at for the reports only."""
         verdict = self.monitor.step(self.runtime.now_s())
-        quick = self.in_trial or not verdict.ready
-        return self.device.settings.health_step_s if quick else IDLE_HEALTH_S
+        step_s = self.device.settings.health_step_s
+        if self.in_trial:
+            return min(step_s, TRIAL_STEP_S)
+        return IDLE_HEALTH_S if verdict.ready else step_s
 
     def _workload_ended(self, _ended: Ended) -> None:
         if self.in_trial:
@@ -170,7 +173,6 @@ class Service:
 
     def _judge(self) -> float:
         """One look at the trial of this version; what the gate says is one call."""
-        step_s = min(0.5, self.device.settings.health_step_s)
         if not self.in_trial or self.runtime.is_stopping:
             return 3600.0
         health = self.monitor.verdict()
@@ -194,7 +196,7 @@ class Service:
                 self._commit(verdict.detail)
             case Step.ROLL_BACK:
                 self._roll_back(str(verdict.reason), verdict.detail)
-        return step_s
+        return TRIAL_STEP_S
 
     def _commit(self, detail: str) -> None:
         disarm_deadman()

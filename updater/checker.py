@@ -1,0 +1,72 @@
+"""The checker: a short-lived process for what is heavy to load; one request a line, one answer a line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import select
+import sys
+from typing import TYPE_CHECKING, Any
+
+from agent_core.errors import Exit, RelfleetError
+from updater.device import Device
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MOST_LINE = 65_536
+IDLE_S = 30.0
+"""Long enough for the stages of a rollout to find it loaded, short enough to be gone on a quiet day."""
+
+
+def serve(root: Path) -> int:
+    """Answer `check` and `report FIGURES`, one line each, until nobody asks any more."""
+    from updater import catalog, download, poll, stage  # noqa: F401 - loaded once, for all that is asked
+
+    gc.enable()
+    _log_to_stderr()
+    while line := _next_line(IDLE_S):
+        verb, _, rest = line.partition(" ")
+        try:
+            device = Device.load(root)
+            if verb == "check":
+                answer(poll.check(device).to_json())
+            else:
+                answer(_report(device, rest))
+        except (RelfleetError, OSError, ValueError) as error:
+            answer({"problem": str(error)})
+    return Exit.DONE
+
+
+def report_once(root: Path) -> int:
+    """Report under the host's key, while the checker is busy; the figures come on stdin."""
+    _log_to_stderr()
+    answer(_report(Device.load(root), sys.stdin.buffer.read(MOST_LINE).decode()))
+    return Exit.DONE
+
+
+def _report(device: Device, figures: str) -> dict[str, Any]:
+    from updater.report import send_signed
+
+    _, said = send_signed(device, figures=json.loads(figures or "{}"))
+    return {"cohort": said.cohort, "accepted": said.accepted}
+
+
+def answer(value: dict[str, Any]) -> None:
+    """One line of JSON on standard output, at once."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _next_line(idle_s: float) -> str:
+    """The next request; empty when there is none for `idle_s` seconds, or never will be."""
+    ready, _, _ = select.select([sys.stdin.buffer], [], [], idle_s)
+    return sys.stdin.buffer.readline(MOST_LINE).decode().strip() if ready else ""
+
+
+def _log_to_stderr() -> None:
+    """What is logged goes to the resident agent, which keeps the end of it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s: %(why)s", defaults={"why": ""}))
+    logging.getLogger().addHandler(handler)
