@@ -490,6 +490,16 @@ def test_other_signals_are_handed_on_and_stop_nothing(device, number):
     assert process.poll() is None
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name
+)
+def test_a_signal_that_comes_before_the_agent_listens_does_not_end_it(device, number):
+    device.version(A, f"os.kill(os.getpid(), {int(number)})\n{STAY}")
+    device.start("--supervise")
+    device.wait(f"ready {A}")
+    assert device.started == [A]
+
+
 def test_the_agent_goes_when_its_launcher_is_killed(device):
     device.version(A, f"print(os.getpid(), flush=True)\n{STAY}")
     process = device.start("--supervise")

@@ -1,0 +1,99 @@
+"""Versions that are no good: each is tried on a host of its own, all at once, and each host goes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from agent_core import slots
+from tests.integration.world import Host, until
+
+# What becomes of each: the reason in the skip list, starts of it, and what the server hears in the end.
+ENDS = {
+    "2.0.0-exits-at-once": ("workload-exited", 1, "rolled_back"),
+    "2.1.0-never-healthy": ("unhealthy", 1, "rolled_back"),
+    "2.2.0-cannot-import": ("preflight", 0, "failed"),
+    "2.3.0-hangs": ("dead-man", 2, "rolled_back"),
+    "2.4.0-agent-exits": ("boots-used-up", 2, "rolled_back"),
+    "2.6.0-lies": ("preflight-version", 0, "failed"),
+}
+RECORDS_OF_A_TRIAL = 3
+"""Besides one for each start: armed, rolling back, rolled back."""
+
+
+@dataclass(frozen=True)
+class Story:
+    host: Host
+    rollout: int
+    before: slots.Record
+
+
+@pytest.fixture(scope="module")
+def stories(world):
+    """A host and a rollout for each version, all under way."""
+    versions = [*ENDS, "2.5.0-exits-when-good"]
+    world.publish(*versions)
+    hosts = world.hosts(*(world.cohort() for _ in versions))
+    return {
+        version: Story(host, world.roll_out(version, host.cohort), host.record)
+        for version, host in zip(versions, hosts, strict=True)
+    }
+
+
+@pytest.fixture(params=ENDS)
+def bad(request):
+    return request.param
+
+
+def test_a_bad_version_is_left_for_the_good_one_within_its_boots(stories, world, bad):
+    reason, boots, _ = ENDS[bad]
+    story = stories[bad]
+    assert story.host.await_skip(bad) == reason
+    story.host.await_good("1.0.0")
+    written = story.host.record.seq - story.before.seq
+    assert written == (RECORDS_OF_A_TRIAL + boots if boots else 1)
+    assert boots <= 2
+    assert slots.link(story.host.root, slots.CURRENT) == story.before.good
+
+
+def test_the_server_hears_why_a_version_was_left_and_its_rollout_halts(stories, world, bad):
+    reason, boots, state = ENDS[bad]
+    story = stories[bad]
+    halted = world.await_rollout(story.rollout, "paused")
+    assert (halted["reason"], halted["counters"][state]) == ("max-failed", 1)
+    last = story.host.events(bad)[-1]
+    assert (last["state"], last["reason"]) == (state, reason)
+    assert story.host.states(bad)[:2] == (["downloading", "staged"] if boots else ["downloading", "failed"])
+    assert story.host.await_seen(version="1.0.0", phase="idle")
+
+
+def test_a_version_that_failed_here_is_not_installed_again(stories, world, bad):
+    host = stories[bad].host
+    host.await_skip(bad)
+    host.await_good("1.0.0")
+    world.pin(host.cohort, bad)
+    host.await_reason("skipped")
+    before = host.record
+    assert host.look() == "skipped"
+    assert host.record == before
+    assert host.states(bad).count("downloading") == 1
+
+
+def test_a_committed_version_whose_workload_exits_is_restarted_and_never_flipped(stories, world):
+    host = stories["2.5.0-exits-when-good"].host
+    host.await_good("2.5.0-exits-when-good")
+    committed, agent, workload = host.record, host.await_agent(), host.news["workload_pid"]
+    (host.root / "leave").touch()
+    seen = {workload}
+
+    def has_come_and_gone() -> bool:
+        host.look()
+        seen.add(host.news["workload_pid"])
+        return len(seen - {None}) >= 3
+
+    until("the workload to be started again and again", has_come_and_gone)
+    assert host.record == committed
+    assert committed.skip == ()
+    assert host.pid() == agent
+    assert host.states("2.5.0-exits-when-good")[-1] == "healthy"

@@ -1,0 +1,107 @@
+"""A server, or something before it, that serves what it should not: refused, told, and over when mended."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+
+from tests.integration.world import until
+
+
+@contextmanager
+def served(file, content):
+    """Have the server give out `content` in the place of a file, and the right one again afterwards."""
+    right, mode = file.read_bytes(), file.stat().st_mode
+    file.chmod(0o644)
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(right)
+        file.chmod(mode)
+
+
+def with_one_byte_changed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def cut_short(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+# --- bundles ---------------------------------------------------------------------------------------------
+
+
+def test_a_changed_and_a_truncated_bundle_are_refused_until_the_server_is_mended(world):
+    world.publish("1.1.0", "1.2.0")
+    changed, truncated = world.hosts(world.cohort(), world.cohort())
+    agents = {host: host.await_agent() for host in (changed, truncated)}
+    one, other = world.target("1.1.0"), world.target("1.2.0")
+    with (
+        served(one, with_one_byte_changed(one.read_bytes())),
+        served(other, cut_short(other.read_bytes())),
+    ):
+        world.pin(changed.cohort, "1.1.0")
+        world.pin(truncated.cohort, "1.2.0")
+        changed.await_seen(reason="digest-mismatch", version="1.0.0", phase="idle")
+        truncated.await_seen(reason="length-mismatch", version="1.0.0", phase="idle")
+        for host, agent in agents.items():
+            assert (host.good, host.record.phase, host.skipped) == ("1.0.0", "idle", {})
+            assert host.pid() == agent
+            assert not list(host.layout.download.glob("*.part"))
+    changed.await_good("1.1.0")
+    truncated.await_good("1.2.0")
+
+
+# --- metadata --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host(world):
+    host = world.host(world.cohort())
+    assert host.look() == "up-to-date"
+    return host
+
+
+def replayed(world, host):
+    """The timestamp before the one that the host has verified."""
+    old = world.timestamp()
+    world.client.patch(f"/cohorts/probe/{host.cohort}", {"splay_s": 0, "report_s": 2})
+    until("a newer timestamp", lambda: world.timestamp() != old)
+    until("the host to have it", lambda: (host.layout.tuf / "timestamp.json").read_bytes() != old)
+    return old
+
+
+def unsigned(world, _host):
+    timestamp = json.loads(world.timestamp())
+    timestamp["signatures"] = []
+    timestamp["signed"]["version"] += 1
+    return json.dumps(timestamp).encode()
+
+
+def garbage(_world, _host):
+    return b"<html>Sign in to this network</html>"
+
+
+@pytest.mark.parametrize(
+    ("forged", "reason"),
+    [(replayed, "replayed"), (unsigned, "bad-signature"), (garbage, "bad-metadata")],
+    ids=["replayed", "unsigned", "garbage"],
+)
+def test_a_forged_timestamp_changes_nothing_and_the_next_honest_one_is_taken(world, host, forged, reason):
+    before, agent = host.record, host.await_agent()
+    content = forged(world, host)
+    with world.jobs_stopped(), served(world.metadata / "timestamp.json", content):
+        trusted = {file.name: file.read_bytes() for file in host.layout.tuf.glob("*.json")}
+        host.await_seen(reason=reason, version="1.0.0")
+        assert {file.name: file.read_bytes() for file in host.layout.tuf.glob("*.json")} == trusted
+        assert (host.record, host.pid()) == (before, agent)
+    host.await_seen(reason="up-to-date")
+
+
+def test_a_host_that_was_shown_forged_metadata_still_updates(world, host):
+    world.pin(host.cohort, "1.1.0")
+    host.await_good("1.1.0")

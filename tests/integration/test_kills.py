@@ -1,0 +1,117 @@
+"""SIGKILL at every moment of an upgrade, on the host and on the server: the end is the same as without."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+
+from agent_core import slots
+from tests.integration.world import Host, until
+
+NEW = "1.2.0"
+"""Its index allows four boots: the kills during its trial use up some of them."""
+
+SLOW = "[download]\nrate_bps = 8000000\n"
+"""Slow enough for a kill to come while the bundle is on its way."""
+
+
+def is_downloading(host: Host) -> bool:
+    return any(part.stat().st_size > 0 for part in host.layout.download.glob("*.part"))
+
+
+def is_staging(host: Host) -> bool:
+    return any(host.layout.staging.iterdir())
+
+
+def is_armed(host: Host) -> bool:
+    return host.record.phase == slots.TRIAL
+
+
+def is_tried(host: Host) -> bool:
+    return is_armed(host) and bool(host.record.is_up) and host.news["version"] == host.record.candidate
+
+
+def is_committed(host: Host) -> bool:
+    return host.record.phase == slots.IDLE and host.good == NEW
+
+
+MOMENTS = (is_downloading, is_staging, is_armed, is_tried, is_committed)
+
+
+def kill(number: int | None) -> None:
+    with suppress(ProcessLookupError):
+        if number:
+            os.kill(number, signal.SIGKILL)
+
+
+def kill_agent(host: Host) -> None:
+    kill(host.pid())
+
+
+def kill_launcher(host: Host) -> None:
+    host.kill()
+    host.start_again()
+
+
+def kill_everything(host: Host) -> None:
+    host.kill(everything=True)
+    host.start_again()
+
+
+@pytest.fixture
+def hosts(world):
+    """One for each victim; all of one cohort, so one rollout goes on while all are killed."""
+    world.publish(NEW)
+    cohort = world.cohort()
+    victims = (kill_agent, kill_launcher, kill_everything)
+    hosts = world.hosts(*[cohort] * len(victims), start=False)
+    for host in hosts:
+        (host.layout.settings_dir / "slow.toml").write_text(SLOW)
+        host.start()
+    return dict(zip(victims, hosts, strict=True))
+
+
+def test_an_upgrade_survives_kills_of_agent_launcher_and_everything_at_each_of_its_moments(world, hosts):
+    rollout = world.roll_out(NEW, next(iter(hosts.values())).cohort)
+    left = {host: list(MOMENTS) for host in hosts.values()}
+
+    def all_were_killed() -> bool:
+        for kill_victim, host in hosts.items():
+            # A moment that passed unseen (a busy machine) is not waited for; the others still come.
+            for moment in left[host]:
+                if moment(host):
+                    kill_victim(host)
+                    del left[host][: left[host].index(moment) + 1]
+                    break
+        return not any(left.values())
+
+    until("every victim to be killed at every moment", all_were_killed, every_s=0.002)
+    for host in hosts.values():
+        host.await_good(NEW)
+        host.await_agent()
+        assert host.skipped == {}
+        assert slots.links_follow(host.root, host.record)
+    ended = world.await_rollout(rollout, "completed")
+    assert ended["counters"]["healthy"] == len(hosts)
+
+
+def test_a_rollout_goes_on_to_its_end_after_the_server_was_killed_and_started_again(world):
+    cohort = world.cohort()
+    hosts = world.hosts(cohort, cohort)
+    rollout = world.roll_out("1.1.0", cohort, 1, "all")
+    until("the first trial", lambda: any(is_armed(host) for host in hosts))
+    agents = [host.await_agent() for host in hosts if not is_armed(host)]
+    world.kill_server()
+    tried = next(host for host in hosts if host.record.phase == slots.TRIAL)
+    until("the workload of the trial", lambda: tried.news.get("workload_pid"))
+    assert all(host.pid() in agents for host in hosts if host is not tried)
+    world.start_server()
+    ended = world.await_rollout(rollout, "completed")
+    assert (ended["counters"]["healthy"], ended["stage"]) == (2, 1)
+    for host in hosts:
+        host.await_good("1.1.0")
+        assert host.skipped == {}
+        assert host.states("1.1.0") == ["downloading", "staged", "trial", "healthy"]

@@ -1,0 +1,88 @@
+"""What a person on the host can do: hold, roll back, retry, look once, and stop it in mid-trial."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent_core import slots
+from tests.integration.world import until
+from updater.device import Device
+
+
+@pytest.fixture(scope="module")
+def host(world):
+    """Each story offers it a version that it has not had, so none depends on another."""
+    world.publish("1.1.0", "1.2.0", "1.3.0", "1.4.0", "2.0.0-exits-at-once")
+    return world.host(world.cohort())
+
+
+def test_a_held_host_takes_nothing_until_the_hold_ends(world, host):
+    before = host.record
+    assert host.agent("hold", "--reason", "stocktaking")[0] == 0
+    world.pin(host.cohort, "1.1.0")
+    host.await_reason("held")
+    host.await_seen(held=True, reason="held")
+    assert host.record == before
+    assert host.agent("unhold")[0] == 0
+    host.await_good("1.1.0")
+    host.await_seen(held=False, version="1.1.0")
+
+
+def test_a_rollback_by_hand_goes_back_and_skips_until_retry(world, host):
+    before = host.good
+    world.pin(host.cohort, "1.2.0")
+    host.await_good("1.2.0")
+    agent = host.await_agent()
+    assert host.agent("rollback", "--yes")[0] == 0
+    host.await_good(before)
+    assert host.skipped[world.digest("1.2.0")] == "operator"
+    host.await_agent(other_than=agent)
+    assert host.look() == "skipped"
+    assert host.good == before
+    host.await_seen(version=before, reason="skipped")
+    assert host.agent("retry")[0] == 0
+    host.await_good("1.2.0")
+
+
+def test_once_waits_for_the_trial_and_tells_its_end_by_the_exit_code(world, host):
+    good = host.good
+    polls_every(world, host, 600)  # so that `once` is the first to look
+    for version, code, after in (("2.0.0-exits-at-once", 11, good), ("1.3.0", 10, "1.3.0")):
+        published = world.timestamp()
+        world.pin(host.cohort, version)
+        until("the pin to be published", lambda published=published: world.timestamp() != published)
+        assert host.agent("once", "--detailed-exitcode")[0] == code
+        assert host.good == after
+        until("the host to have looked by itself", lambda: has_looked(host))
+    polls_every(world, host, 1)
+
+
+def has_looked(host) -> bool:
+    """Every start of a version after a trial is followed by one look."""
+    return host.news["version"] == host.record.good and host.news.get("poll", "not yet") != "not yet"
+
+
+def polls_every(world, host, poll_s):
+    world.client.patch(f"/cohorts/probe/{host.cohort}", {"poll_s": poll_s})
+
+    def has_heard() -> bool:
+        host.look()
+        return Device.load(host.root).seen().directive.poll_s == poll_s
+
+    until("the host to hear of its new period", has_heard)
+
+
+def test_a_stop_in_the_middle_of_a_trial_gives_the_boot_back_and_the_trial_goes_on(world, host):
+    world.pin(host.cohort, "1.4.0")
+
+    def is_tried() -> bool:
+        record = host.record
+        return record.phase == slots.TRIAL and record.is_up and host.news.get("version") == record.candidate
+
+    until("the trial", is_tried, every_s=0.01)
+    assert host.record.boots_left == host.record.boots_max - 1
+    host.stop()
+    assert (host.record.phase, host.record.boots_left) == (slots.TRIAL, host.record.boots_max)
+    host.start()
+    host.await_good("1.4.0")
+    assert world.digest("1.4.0") not in host.skipped
