@@ -9,6 +9,7 @@ import pytest
 from tests.integration.world import World
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if "/integration/" in str(item.path):

@@ -6,10 +6,11 @@ import itertools
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -240,11 +241,28 @@ class World:
     def jobs_stopped(self) -> Iterator[None]:
         """Nothing is signed or exported meanwhile; the web server goes on."""
         worker = next(one for one in self.server_processes() if "worker" in one.cmdline())
-        worker.suspend()
+
+        def is_stopped_between_transactions() -> bool:
+            worker.suspend()
+            if self._can_write():
+                return True
+            worker.resume()
+            return False
+
+        until("the jobs process to be outside a transaction", is_stopped_between_transactions)
         try:
             yield
         finally:
             worker.resume()
+
+    def _can_write(self) -> bool:
+        with closing(sqlite3.connect(self.server_data / "relfleet.db", timeout=0.5)) as database:
+            try:
+                database.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+            database.rollback()
+        return True
 
     @cached_property
     def client(self) -> Client:
