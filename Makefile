@@ -20,7 +20,7 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 	@$(BIN)/relfleet demo $(ARGS)
 
 test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
-	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadgroup)
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
 check: $(READY) ## lint, format, types, import contracts
 	@$(BIN)/ruff check .

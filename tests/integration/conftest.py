@@ -1,4 +1,4 @@
-"""One world for all stories of a worker; every test of this directory runs in the same worker."""
+"""One world for all stories of a worker; the stories of a file stay together."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ import subprocess
 import pytest
 
 from tests.integration.world import World
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/integration/" in str(item.path):
-            item.add_marker(pytest.mark.xdist_group("integration"))
 
 
 @pytest.fixture(scope="session")
