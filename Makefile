@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What `make crash` runs: the tiers that need nothing but this machine, as far as they are there.
+TIERS ?= $(foreach tier,model kill,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock clean
+.PHONY: help setup demo test crash crash-all check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +23,12 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 
 test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+
+crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]
+	@$(BIN)/python -m tests.crash $(TIERS)
+
+crash-all: $(READY) ## every tier of the crash proof; some need root
+	@$(BIN)/python -m tests.crash all
 
 check: $(READY) ## lint, format, types, import contracts
 	@$(BIN)/ruff check .
