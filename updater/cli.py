@@ -9,20 +9,20 @@ from agent_core import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WHERE = "updater.commands:"
+WHERE = "updater.commands."
 
 COMMANDS = {
-    "enroll": (WHERE + "enroll", "Make this host an agent: identity, trust, first version."),
-    "run": (WHERE + "run", "Run the agent; installs the first version if there is none."),
-    "once": (WHERE + "once", "Look for an update now."),
-    "status": (WHERE + "status", "What runs, what is on trial, how the last check went."),
-    "why": (WHERE + "why", "Why this host does, or does not, update."),
-    "rollback": (WHERE + "rollback", "Go back to the version before."),
-    "retry": (WHERE + "retry", "Let bundles that failed here be tried once more."),
-    "hold": (WHERE + "hold", "Take nothing new."),
-    "unhold": (WHERE + "unhold", "End a hold."),
-    "versions": (WHERE + "versions", "Versions on this host."),
-    "config": (WHERE + "config", "Check or show the settings."),
+    "enroll": (WHERE + "enroll:enroll", "Make this host an agent: identity, trust, first version."),
+    "run": (WHERE + "enroll:run", "Run the agent; installs the first version if there is none."),
+    "once": (WHERE + "once:once", "Look for an update now."),
+    "status": (WHERE + "status:status", "What runs, what is on trial, how the last check went."),
+    "why": (WHERE + "status:why", "Why this host does, or does not, update."),
+    "rollback": (WHERE + "steer:rollback", "Go back to the version before."),
+    "retry": (WHERE + "steer:retry", "Let bundles that failed here be tried once more."),
+    "hold": (WHERE + "steer:hold", "Take nothing new."),
+    "unhold": (WHERE + "steer:unhold", "End a hold."),
+    "versions": (WHERE + "status:versions", "Versions on this host."),
+    "config": (WHERE + "config:config", "Check or show the settings."),
 }
 
 cli = console.LazyGroup(

@@ -1,0 +1,85 @@
+"""Commands by which a host becomes an agent, and runs as one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import IO
+
+import click
+
+from agent_core import console
+from agent_core.errors import UsageError
+from agent_core.layout import Layout
+from updater import install
+from updater.commands.common import progress_bar, root_option, sentence
+from updater.device import Device
+
+
+@click.command()
+@root_option
+@click.option("--server", required=True, metavar="URL", help="The release server.")
+@click.option("--product", required=True, help="What this host is to run.")
+@click.option(
+    "--token-file", type=click.File("r"), required=True, help="Enrolment token; `-` reads standard input."
+)
+@click.option(
+    "--trust",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="root.json, as `release key export-trust` wrote it; bring it another way than from the server.",
+)
+@click.option("--name", default=socket.gethostname, help="What the host calls itself [default: its name].")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="What this host is; repeatable.")
+@click.option("--gate", default="", help="Only releases signed for this gate, e.g. canary.")
+@click.option("--install/--no-install", "wanted", default=True, help="Install the first version now.")
+def enroll(
+    root: Path,
+    server: str,
+    product: str,
+    token_file: IO[str],
+    trust: Path,
+    name: str,
+    labels: tuple[str, ...],
+    gate: str,
+    wanted: bool,
+) -> None:
+    """Make this host an agent: identity, trust, first version."""
+    token = token_file.read(4096).strip()
+    pairs = dict(_pair(label) for label in labels)
+    device = install.enroll(Layout(root), server, product, token, trust.read_bytes(), name, pairs, gate)
+    who = device.identity
+    console.say(f"enrolled as {who.agent_id} in cohort {who.cohort or '(none yet)'}")
+    outcome = None
+    if wanted:
+        outcome = install.first_version(device, progress=progress_bar())
+        console.say(sentence(outcome))
+    console.emit(
+        {
+            "agent_id": who.agent_id,
+            "cohort": who.cohort,
+            "root": str(root),
+            "outcome": outcome.to_json() if outcome else None,
+        },
+        text=who.agent_id,
+    )
+
+
+def _pair(label: str) -> tuple[str, str]:
+    key, equals, value = label.partition("=")
+    if not equals:
+        raise UsageError(f"{label!r} is no label", why="a label is KEY=VALUE", then="--label region=eu")
+    return key, value
+
+
+@click.command()
+@root_option
+@click.option(
+    "--supervise",
+    is_flag=True,
+    help="Stay and restart the agent when it ends: for containers, runit, or no service manager at all.",
+)
+def run(root: Path, supervise: bool) -> int:
+    """Run the agent; installs the first version if there is none."""
+    install.wait_for_first_version(Device.load(root), progress=progress_bar())
+    return install.exec_launcher(Layout(root), supervise=supervise)
