@@ -21,7 +21,7 @@ from agent_core.errors import SettingsError
 from agent_core.wire import LABEL_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from watchdog.events import FileSystemEvent
     from watchdog.observers.api import BaseObserver
@@ -296,7 +296,12 @@ AGENT = Table(
             "PEM file of the authorities the server is checked by; empty: the host's",
         ),
         Setting("server.client_cert", str, "", "PEM certificate this host shows to the server"),
-        Setting("server.client_key", str, "", "PEM private key of server.client_cert"),
+        Setting(
+            "server.client_key",
+            str,
+            "",
+            "PEM private key of server.client_cert, without a passphrase and with mode 0600",
+        ),
         Setting(
             "server.proxy",
             str,
@@ -304,6 +309,13 @@ AGENT = Table(
             "proxy for every request, with its password if it needs one; empty: the environment's",
             secret=True,
             form=r"https?://[^\s]+",
+        ),
+        Setting(
+            "server.no_proxy",
+            list,
+            [],
+            "what is reached without the proxy: names with all below them, addresses, networks"
+            " (`10.0.0.0/8`), each with a port if only that, `*` for everything; empty: the environment's",
         ),
         Setting(
             "server.timeout_s",
@@ -333,6 +345,15 @@ AGENT = Table(
             high=86_400,
         ),
         Setting("download.rate_bps", int, 0, "ceiling for downloads; 0: none", "bytes per second", low=0),
+        Setting(
+            "download.min_rate_bps",
+            int,
+            1024,
+            "a download that is slower than this after half a minute is given up for now, and resumed later;"
+            " never more than half of download.rate_bps counts",
+            "bytes per second",
+            low=0,
+        ),
         Setting(
             "download.deadline_s",
             float,
@@ -398,10 +419,12 @@ class AgentSettings:
     server_client_cert: str
     server_client_key: str
     server_proxy: str = field(repr=False)
+    server_no_proxy: Sequence[str]
     server_timeout_s: float
     poll_min_s: float
     poll_max_backoff_s: float
     download_rate_bps: int
+    download_min_rate_bps: int
     download_deadline_s: float
     disk_reserve: int
     health_step_s: float

@@ -18,7 +18,7 @@ from agent_core.settings import AgentSettings, load_agent
 from agent_core.wire import Directive, Getter, Reason, ReleaseFacts
 from updater import identity as identities
 from updater.decide import Action, Hold, Running
-from updater.transport import Transport
+from updater.transport import Transport, environment
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -212,14 +212,23 @@ class Device:
 def connect(server: str, settings: AgentSettings) -> Transport:
     """The way to a server, with the authorities, certificate and proxy that the settings name."""
     pair = (settings.server_client_cert, settings.server_client_key)
-    proxy = settings.server_proxy
     return Transport(
         server,
         ca_file=settings.server_ca_file or None,
         client_cert=pair if all(pair) else None,
-        proxies={"http": proxy, "https": proxy} if proxy else None,
+        proxies=_proxies(settings),
         timeout_s=settings.server_timeout_s,
     )
+
+
+def _proxies(settings: AgentSettings) -> dict[str, str]:
+    """The proxy and the hosts reached without it: each as set, else as the environment says."""
+    found = environment()
+    if settings.server_proxy:
+        found |= {"http": settings.server_proxy, "https": settings.server_proxy}
+    if settings.server_no_proxy:
+        found["no_proxy"] = ",".join(settings.server_no_proxy)
+    return found
 
 
 def skip_reason(record: slots.Record | None, digest: str, retry_epoch: int) -> str | None:

@@ -279,6 +279,7 @@ class _Check:
                 part,
                 progress=self.progress,
                 rate_limit_bps=device.settings.download_rate_bps or None,
+                min_rate_bps=device.settings.download_min_rate_bps,
                 deadline_s=device.settings.download_deadline_s,
             )
         device.keep_facts(name, release.facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import socket
 import ssl
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -83,9 +85,9 @@ class Transport:
     Args:
         base_url: `http://` or `https://`, with an optional path prefix.
         ca_file: certificates to trust besides the host's own.
-        client_cert: certificate and key files for mutual TLS.
-        proxies: `{"http": URL, "https": URL, "no_proxy": "host,.domain"}`; None asks the environment, an
-            empty mapping means none.
+        client_cert: certificate and key files for mutual TLS; the key must be its owner's alone.
+        proxies: `{"http": URL, "https": URL, "no_proxy": "host,.domain,10.0.0.0/8"}`; None asks the
+            environment, an empty mapping means none.
         timeout_s: for connecting and for each single read.
         user_agent: of every request.
         max_headers: bytes of status line and headers.
@@ -236,22 +238,25 @@ class Transport:
     def _tls(self) -> ssl.SSLContext:
         context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self._client_cert is not None:
+            _check_private(self._client_cert[1])
         try:
             if self._ca_file is not None:
                 context.load_verify_locations(self._ca_file)
             if self._client_cert is not None:
-                context.load_cert_chain(*self._client_cert)
+                # A passphrase is never asked for: nobody sits at the terminal of an agent.
+                context.load_cert_chain(*self._client_cert, password="")
         except (OSError, ssl.SSLError) as error:
             which = f"{self._ca_file or ''} {self._client_cert or ''}".strip()
             raise SettingsError(
                 "the TLS files cannot be used",
                 why=f"{which}: {error}",
-                then="check the paths and that they are PEM",
+                then="check the paths, that they are PEM, and that the key has no passphrase",
             ) from error
         return context
 
     def _proxy(self) -> _Proxy | None:
-        settings = _environment() if self._proxies is None else self._proxies
+        settings = environment() if self._proxies is None else self._proxies
         address = settings.get(self._url.scheme) or settings.get("all")
         if not address or _is_direct(self._host, self._port, settings.get("no_proxy", "")):
             return None
@@ -496,8 +501,8 @@ def _parse(address: str, what: str, *, bare: bool = True) -> SplitResult:
     return url
 
 
-def _environment() -> dict[str, str]:
-    """Proxy settings of the environment, as `Transport` takes them."""
+def environment() -> dict[str, str]:
+    """What the environment says of proxies, as `Transport` takes it."""
     found = {}
     for variable, name in ENVIRONMENT:
         if value := os.environ.get(variable):
@@ -506,16 +511,70 @@ def _environment() -> dict[str, str]:
 
 
 def _is_direct(host: str, port: int, no_proxy: str) -> bool:
-    """Whether `no_proxy` names this host: exactly, by parent domain, with a port, or as `*`."""
+    """Whether `no_proxy`, entries apart by commas or blanks, has one that names this host; see `_names`."""
     host = host.lower().rstrip(".")
-    for entry in no_proxy.lower().replace(" ", ",").split(","):
-        name, colon, wanted_port = entry.partition(":") if entry.count(":") == 1 else (entry, "", "")
-        if not name or (colon and wanted_port != str(port)):
-            continue
-        domain = name.strip("[]").removeprefix("*").lstrip(".")
-        if name == "*" or host == domain or (domain and host.endswith(f".{domain}")):
-            return True
-    return False
+    return any(_names(entry, host, port) for entry in re.split(r"[\s,]+", no_proxy.lower()) if entry)
+
+
+def _names(entry: str, host: str, port: int) -> bool:
+    """Whether one entry names a host: `*`, a domain (with all below it), an address or a network.
+
+    An entry may end in `:port`, and then names that port only. An address is compared as a number and with
+    networks (`10.0.0.0/8`), never by its text: it is no domain, so `0.0.1` does not name `10.0.0.1`. A name
+    is not looked up to see whether a network holds it: it may mean another address a moment later.
+    """
+    if entry == "*":
+        return True
+    name, wanted_port = _without_port(entry)
+    if wanted_port and wanted_port != str(port):
+        return False
+    address = _network(host)
+    if address is not None:
+        network = _network(name)
+        return network is not None and address.network_address in network
+    domain = name.removeprefix("*").lstrip(".")
+    return bool(domain) and (host == domain or host.endswith(f".{domain}"))
+
+
+def _without_port(entry: str) -> tuple[str, str]:
+    """`host:port`, `[v6]:port`, or either without a port; a bare v6 address has colons of its own."""
+    if entry.startswith("["):
+        name, _, rest = entry[1:].partition("]")
+        return name, rest.removeprefix(":")
+    if entry.count(":") != 1:
+        return entry, ""
+    name, _, port = entry.partition(":")
+    return name, port
+
+
+def _network(text: str) -> IPv4Network | IPv6Network | None:
+    """An address or network as numbers, host bits and all; None for a name."""
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _check_private(key_file: Path | str) -> None:
+    """Refuse a client key that others on the host can open: it would speak for this host.
+
+    Raises:
+        SettingsError: it can, or it cannot be looked at.
+    """
+    try:
+        mode = os.stat(key_file).st_mode  # noqa: PTH116 - a text or a path
+    except OSError as error:
+        raise SettingsError(
+            f"the client key {key_file} cannot be used",
+            why=error.strerror or str(error),
+            then="check server.client_key",
+        ) from error
+    if mode & 0o077:
+        raise SettingsError(
+            f"the client key {key_file} is not private",
+            why=f"its mode is {mode & 0o777:04o}: others can open it",
+            then=f"chmod 600 {key_file}",
+        )
 
 
 def _bracketed(host: str) -> str:

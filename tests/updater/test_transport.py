@@ -15,10 +15,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent_core import clock
 from agent_core.errors import SettingsError, TrustError, UnreachableError
+from agent_core.settings import AGENT, AgentSettings
 from tests.http_origin import Chunked, Endless, Gzip, Origin, Proxy, Raw, Slow, Status, Truncated
+from updater import transport as transport_module
+from updater.device import connect
 from updater.transport import Transport, retry_after_s
 
 if TYPE_CHECKING:
@@ -230,24 +235,69 @@ def test_the_environment_names_the_proxy_and_whom_to_reach_directly(
 
 
 @pytest.mark.parametrize(
-    ("no_proxy", "direct"),
+    ("host", "no_proxy", "direct"),
     [
-        ("*", True),
-        ("releases.example.org", True),
-        ("example.org", True),
-        (".example.org", True),
-        ("*.example.org", True),
-        ("example.org:8443", True),
-        ("example.org:443", False),
-        ("ample.org", False),
-        ("", False),
-        (",", False),
+        ("releases.example.org", "*", True),
+        ("releases.example.org", "releases.example.org", True),
+        ("releases.example.org", "example.org", True),
+        ("releases.example.org", ".example.org", True),
+        ("releases.example.org", "*.example.org", True),
+        ("releases.example.org", "other.net, EXAMPLE.org.net example.org", True),
+        ("releases.example.org.", "example.org", True),
+        ("releases.example.org", "example.org:8443", True),
+        ("releases.example.org", "example.org:443", False),
+        ("releases.example.org", "ample.org", False),
+        ("releases.example.org", "", False),
+        ("releases.example.org", ",", False),
+        ("releases.example.org", "0.0.0.0/0", False),
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("10.1.2.3", "10.1.2.200/24", True),
+        ("10.1.2.3", "10.1.2.3:8443", True),
+        ("10.1.2.3", "10.1.2.3:443", False),
+        ("10.1.2.3", "192.168.0.0/16", False),
+        ("10.1.2.3", "10.0.0.0/33", False),
+        ("10.1.2.3", "1.2.3", False),
+        ("10.1.2.3", "::/0", False),
+        ("[fd00::1]", "fd00::/8", True),
+        ("[fd00::1]", "fd00:0:0::1", True),
+        ("[fd00::1]", "[fd00::1]:8443", True),
+        ("[fd00::1]", "[fd00::1]:443", False),
+        ("[fd00::1]", "10.0.0.0/8", False),
     ],
 )
-def test_no_proxy_matches_hosts_domains_and_ports(no_proxy: str, direct: bool) -> None:
+def test_no_proxy_names_hosts_domains_addresses_networks_and_ports(
+    host: str, no_proxy: str, direct: bool
+) -> None:
     proxies = {"https": "http://127.0.0.1:9", "no_proxy": no_proxy}
-    transport = Transport("https://releases.example.org:8443", proxies=proxies)
+    transport = Transport(f"https://{host}:8443", proxies=proxies)
     assert (transport._proxy() is None) is direct
+
+
+@given(st.text(max_size=40), st.sampled_from(["releases.example.org", "10.1.2.3", "fd00::1"]))
+def test_no_text_whatever_in_no_proxy_stops_a_poll(no_proxy: str, host: str) -> None:
+    assert transport_module._is_direct(host, 443, no_proxy) in (True, False)
+
+
+def test_the_settings_name_the_proxy_and_the_environment_what_they_leave_open(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(**values: str | list[str]) -> None:
+        set_here = {f"server.{name}": value for name, value in values.items()}
+        settings = AgentSettings.of(AGENT.load(environ={}, flags=set_here))
+        connect(origin.url, settings).get("/file", max_length=len(CONTENT))
+
+    with Proxy() as ours, Proxy() as of_the_environment:
+        monkeypatch.setenv("http_proxy", of_the_environment.url)
+        ask()
+        assert (len(ours.heads), len(of_the_environment.heads)) == (0, 1)
+        ask(proxy=ours.url)
+        assert (len(ours.heads), len(of_the_environment.heads)) == (1, 1)
+        ask(no_proxy=["127.0.0.0/8"])
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        ask(proxy=ours.url)
+        assert (len(ours.heads), len(of_the_environment.heads)) == (1, 1)
+        ask(proxy=ours.url, no_proxy=["example.org"])
+        assert (len(ours.heads), len(of_the_environment.heads)) == (2, 1)
 
 
 def test_an_unsupported_proxy_is_a_settings_error(origin: Origin) -> None:
@@ -274,6 +324,7 @@ class Authority:
         files = (self.directory / f"{name}.pem", self.directory / f"{name}.key")
         files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         files[1].write_bytes(_pem(key))
+        files[1].chmod(0o600)
         return files
 
 
@@ -360,6 +411,35 @@ def test_mutual_tls_shows_the_client_certificate(
         assert known.get("/file", max_length=len(CONTENT)).body == CONTENT
         with pytest.raises(UnreachableError):
             Transport(origin.url, ca_file=authority.file, proxies={}).get("/file")
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666], ids=oct)
+def test_a_client_key_that_others_can_open_is_refused(
+    tmp_path: Path, authority: Authority, server_context: ssl.SSLContext, mode: int
+) -> None:
+    pair = authority.issue("client")
+    pair[1].chmod(mode)
+    with Origin(tmp_path, server_context) as origin:
+        transport = Transport(origin.url, ca_file=authority.file, client_cert=pair, proxies={})
+        with pytest.raises(SettingsError, match="is not private"):
+            transport.get("/file")
+        assert origin.requests == []
+
+
+def test_a_client_key_with_a_passphrase_is_refused_and_nobody_is_asked(
+    tmp_path: Path, authority: Authority, server_context: ssl.SSLContext
+) -> None:
+    certificate, key_file = authority.issue("client")
+    key = serialization.load_pem_private_key(key_file.read_bytes(), None)
+    sealed = serialization.BestAvailableEncryption(b"secret")
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealed)
+    )
+    with Origin(tmp_path, server_context) as origin:
+        pair = (certificate, key_file)
+        transport = Transport(origin.url, ca_file=authority.file, client_cert=pair, proxies={})
+        with pytest.raises(SettingsError, match="no passphrase"):
+            transport.get("/file")
 
 
 def test_https_goes_through_a_proxy_by_connect(
