@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from agent_core.errors import MalformedError
-from agent_core.runtime import Place, signal_group
+from agent_core.processes import signal_group
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from agent_core.workload import Place
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +236,7 @@ def weakness(
 
 
 class Workload(Protocol):
-    """What of the workload the checks look at; `runtime.Workload` is one."""
+    """What of the workload the checks look at; `workload.Workload` is one."""
 
     @property
     def pid(self) -> int | None: ...

@@ -20,10 +20,13 @@ from agent_core import clock, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
 from agent_core.health import Monitor, Subject, parse_checks
-from agent_core.runtime import BoundedLog, Helper, Place, Runtime, Workload, arm_deadman, disarm_deadman
+from agent_core.jobs import Helper
+from agent_core.processes import arm_deadman, disarm_deadman
+from agent_core.runtime import Runtime
 from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
+from agent_core.workload import BoundedLog, Place, Workload
 from updater import attempt as attempts
 from updater import checker, control, poll, report, stage
 from updater import identity as identities
@@ -35,7 +38,8 @@ from updater.gate import Step, TrialFacts, judge
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agent_core.runtime import Ended, JobResult
+    from agent_core.jobs import JobResult
+    from agent_core.workload import Ended
     from updater.identity import Identity
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from agent_core.errors import MalformedError
 from agent_core.health import Check, Kind, Monitor, Subject, parse_checks, run_check, weakness
-from agent_core.runtime import Place
+from agent_core.workload import Place
 
 
 @dataclass

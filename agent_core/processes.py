@@ -1,0 +1,122 @@
+"""Child processes whose lives are tied to ours, and our own to a timer of the kernel's."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# The child ties its own life to ours before it becomes the program: `preexec_fn` would run Python between
+# fork and exec of a process with threads. getppid() is asked afterwards, for a parent that died in between.
+# Ignored and blocked signals outlive an exec, and Python itself ignores two; a program begins with none.
+_TIED = """\
+import os, signal, sys
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+except (ImportError, OSError, AttributeError):
+    pass
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    try:
+        signal.signal(number, signal.SIG_DFL)
+    except (OSError, ValueError):
+        pass
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(126)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    print(f"{sys.argv[2]} cannot be started: {error.strerror}", file=sys.stderr)
+    sys.exit(127)
+"""
+
+
+def spawn(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own that the kernel kills when this process dies.
+
+    The thread that calls this must outlive the child: the kernel ties a child to its parent thread.
+
+    Raises:
+        OSError: no process could be made. A program that is missing ends with 127 instead.
+    """
+    tied = [sys.executable, "-I", "-S", "-B", "-c", _TIED, str(os.getpid()), *argv]
+    return subprocess.Popen(tied, start_new_session=True, **options)
+
+
+def signal_group(child: subprocess.Popen[bytes] | Copy, signum: int) -> None:
+    """Send a signal to a child of `spawn` and to everything in its group, dead leader or not."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signum)
+
+
+class Copy:
+    """A child forked from this very process, with the face of a `Popen` whose three streams are pipes.
+
+    It gets a session of its own and dies with its parent, as a child of `spawn` does.
+    """
+
+    def __init__(self, serve: Callable[[], int]) -> None:
+        pipes = [os.pipe() for _ in range(3)]
+        theirs = (pipes[0][0], pipes[1][1], pipes[2][1])
+        parent = os.getpid()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _serve_as_copy(serve, theirs, parent)
+        for fd in theirs:
+            os.close(fd)
+        self.stdin = os.fdopen(pipes[0][1], "wb", buffering=0)
+        self.stdout = os.fdopen(pipes[1][0], "rb", buffering=0)
+        self.stderr = os.fdopen(pipes[2][0], "rb", buffering=0)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _serve_as_copy(serve: Callable[[], int], streams: Sequence[int], parent: int) -> NoReturn:
+    """What the copy does; nothing of the parent's but its memory and the three streams comes along."""
+    code = 1
+    try:
+        os.setsid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+        for wanted, fd in enumerate(streams):
+            os.dup2(fd, wanted)
+        os.closerange(3, 65_536)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM):
+            signal.signal(signum, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        logging.getLogger().handlers.clear()
+        if os.getppid() == parent:
+            code = serve()
+    except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        os._exit(code)
+
+
+def arm_deadman(seconds: float) -> None:
+    """Let the kernel kill this process in `seconds` unless it is armed anew: a hung trial ends all the same.
+
+    The default action of SIGALRM needs no code of ours to run, and `exec` keeps an alarm of the launcher's.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+
+
+def disarm_deadman() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)
