@@ -7,17 +7,22 @@ What reads the disk and the network has collected `Facts` before; what acts on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, time, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from agent_core.directive import Assignment, assign
-from agent_core.wire import DAYS, Directive, Policy, Reason, ReleaseFacts, Window
+from agent_core.wire import Directive, Policy, Reason, ReleaseFacts
+from updater.window import is_open, next_opening, zone_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from agent_core.wire import Window
+
+UNKNOWN_ZONE_AGAIN = timedelta(hours=1)
+"""How soon a host that lacked its window's time zone looks whether somebody installed it."""
 
 
 class Action(StrEnum):
@@ -198,14 +203,25 @@ def _postponed(facts: Facts, now: datetime) -> Decision | None:
     if facts.running is None:
         return None
     if directive.window and not is_open(directive.window, now):
-        opens = next_opening(directive.window, now)
-        return Decision(Action.STAY, Reason.OUTSIDE_WINDOW, f"the window opens {opens:%a %H:%M} UTC", opens)
+        return _outside(directive.window, now)
     begins = facts.directive_seen + splay(facts.agent_id, directive)
     if now < begins:
         return Decision(
             Action.STAY, Reason.SPLAY, f"its turn in the splay comes {begins:%H:%M:%S} UTC", begins
         )
     return None
+
+
+def _outside(window: Window, now: datetime) -> Decision:
+    opens = next_opening(window, now)
+    if zone_of(window) is None:
+        detail = (
+            f"this host does not know the time zone {window.zone[:64]!r} of its window, which is closed"
+            " until it does: install the host's tzdata"
+        )
+        return Decision(Action.STAY, Reason.OUTSIDE_WINDOW, detail, now + UNKNOWN_ZONE_AGAIN)
+    detail = f"the window opens {opens:%a %H:%M} UTC" if opens else "the window does not open"
+    return Decision(Action.STAY, Reason.OUTSIDE_WINDOW, detail, opens)
 
 
 def _why_stay(facts: Facts, assignment: Assignment) -> str:
@@ -225,34 +241,3 @@ def splay(agent_id: str, directive: Directive) -> timedelta:
         return timedelta(0)
     head = sha256(f"splay:{directive.salt}:{agent_id}".encode()).digest()[:8]
     return timedelta(seconds=int.from_bytes(head, "big") * directive.splay_s / 2**64)
-
-
-def _zone(name: str) -> ZoneInfo:
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        return ZoneInfo("UTC")
-
-
-def is_open(window: Window, now: datetime) -> bool:
-    """Whether an update may begin now; a window past midnight belongs to the day it began on."""
-    local = now.astimezone(_zone(window.zone))
-    start, end = time.fromisoformat(window.start), time.fromisoformat(window.end)
-    today, yesterday = DAYS[local.weekday()], DAYS[local.weekday() - 1]
-    clock = local.time()
-    if start < end:
-        return today in window.days and start <= clock < end
-    return (today in window.days and clock >= start) or (yesterday in window.days and clock < end)
-
-
-def next_opening(window: Window, now: datetime) -> datetime:
-    """The next moment the window opens after `now`, in UTC."""
-    zone = _zone(window.zone)
-    local = now.astimezone(zone)
-    start = time.fromisoformat(window.start)
-    for ahead in range(9):
-        day = local.date() + timedelta(days=ahead)
-        opens = datetime.combine(day, start, zone).astimezone(now.tzinfo)
-        if opens > now and DAYS[day.weekday()] in window.days:
-            return opens
-    return now + timedelta(days=7)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_core.wire import Directive, Mode, Policy, Reason, ReleaseFacts, Window
-from updater.decide import Action, Facts, Hold, Offer, Running, decide, is_open, next_opening, splay
+from updater.decide import Action, Facts, Hold, Offer, Running, decide, splay
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
 
@@ -180,33 +180,17 @@ def test_a_held_agent_is_looked_at_again_when_the_hold_ends():
     assert decide(facts(hold=Hold(end, "audit")), NOW).again == end
 
 
-@pytest.mark.parametrize(
-    ("moment", "is_in"),
-    [
-        ("2026-03-02T21:59", False),
-        ("2026-03-02T22:00", True),
-        ("2026-03-03T03:59", True),
-        ("2026-03-03T04:00", False),
-        ("2026-03-03T22:30", False),
-        ("2026-03-02T01:00", False),
-    ],
-)
-def test_a_window_past_midnight_belongs_to_the_day_it_began_on(moment, is_in):
-    assert is_open(MONDAY_NIGHT, datetime.fromisoformat(moment).replace(tzinfo=UTC)) is is_in
+def test_outside_its_window_an_agent_is_looked_at_again_when_it_opens():
+    decision = decide(facts(directive=directive(window=MONDAY_NIGHT)), NOW)
+    assert decision.again == datetime(2026, 3, 2, 22, 0, tzinfo=UTC)
 
 
-def test_a_window_is_in_the_cohorts_own_time():
-    berlin = Window(("mon",), "12:00", "13:00", "Europe/Berlin")
-    assert is_open(berlin, datetime(2026, 3, 2, 11, 30, tzinfo=UTC))
-    summer = datetime(2026, 7, 6, 10, 30, tzinfo=UTC)
-    assert is_open(berlin, summer)
-
-
-@given(st.integers(0, 700 * 86_400).map(lambda seconds: NOW + timedelta(seconds=seconds)))
-def test_a_window_is_open_when_its_next_opening_has_come(moment):
-    opens = next_opening(MONDAY_NIGHT, moment)
-    assert opens > moment
-    assert is_open(MONDAY_NIGHT, opens)
+def test_a_host_that_does_not_know_the_zone_of_its_window_stays_says_so_and_looks_again():
+    nowhere = replace(MONDAY_NIGHT, zone="Europe/Nowhere")
+    decision = decide(facts(directive=directive(window=nowhere)), NOW)
+    assert (decision.action, decision.reason) == (Action.STAY, Reason.OUTSIDE_WINDOW)
+    assert "Europe/Nowhere" in decision.detail
+    assert decision.again == NOW + timedelta(hours=1)
 
 
 @given(st.text(min_size=1), st.integers(1, 86_400))
