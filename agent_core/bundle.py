@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
+from agent_core import disk
 from agent_core.errors import DiskError, MalformedError, TrustError, UsageError
 from agent_core.wire import NAME, PLATFORM, SCHEMA, SHA256, VERSION, Getter, Reason
 
@@ -411,7 +412,7 @@ def _pack_file(tree: Path, path: str, archive: BinaryIO, press: zstd.ZstdCompres
 class _Stream:
     """Gives out at most what is asked of one zstd frame, and hashes the archive as it goes by."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: int) -> None:
         self._raw = raw
         self._zstd = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WINDOW_LOG})
         self.digest = sha256()
@@ -419,7 +420,7 @@ class _Stream:
     def _next(self, most: int) -> bytes:
         chunk = b""
         if self._zstd.needs_input:
-            chunk = self._raw.read(CHUNK)
+            chunk = disk.read(self._raw, CHUNK)
             self.digest.update(chunk)
             if not chunk:
                 raise _refused("the archive ends too early")
@@ -446,7 +447,7 @@ class _Stream:
         while not self._zstd.eof:
             if self._next(1):
                 raise _refused("the archive holds more than the index lists")
-        if self._zstd.unused_data or self._raw.read(1):
+        if self._zstd.unused_data or disk.read(self._raw, 1):
             raise _refused("the archive has bytes after its end")
 
 
@@ -460,7 +461,8 @@ class _Sink(Protocol):
 
 def _read(archive: Path, index: Index, sink: _Sink) -> str:
     """Drive the archive by the index into `sink`; returns the archive's sha256."""
-    with archive.open("rb", buffering=0) as raw:
+    raw = disk.open(archive, os.O_RDONLY)
+    try:
         stream = _Stream(raw)
         for file in index.files:
             found = stream.exactly(BLOCK)
@@ -483,6 +485,8 @@ def _read(archive: Path, index: Index, sink: _Sink) -> str:
             raise _refused("the archive holds more than the index lists")
         stream.end()
         return stream.digest.hexdigest()
+    finally:
+        disk.close(raw)
 
 
 class _Nowhere:
@@ -499,7 +503,7 @@ class _Nowhere:
 class _Tree:
     """Writes files below one directory, each step relative to a directory handle that it made itself."""
 
-    _MAKE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    _MAKE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
     def __init__(self, root: int) -> None:
         self._open: list[tuple[str, int]] = [("", root)]
@@ -509,63 +513,47 @@ class _Tree:
     def begin(self, file: File) -> None:
         *parents, name = file.path.split("/")
         while [part for part, _ in self._open[1:]] != parents[: len(self._open) - 1]:
-            os.close(self._open.pop()[1])
+            disk.close(self._open.pop()[1])
         for part in parents[len(self._open) - 1 :]:
             above = self._open[-1][1]
-            os.mkdir(part, 0o700, dir_fd=above)
-            self._open.append((part, _open_directory(part, above)))
-        self._file = os.open(name, self._MAKE, 0o600, dir_fd=self._open[-1][1])
+            disk.mkdir(part, 0o700, dir_fd=above)
+            self._open.append((part, disk.open_dir(part, dir_fd=above)))
+        self._file = disk.open(name, self._MAKE, 0o600, dir_fd=self._open[-1][1])
         self._mode = file.mode & 0o555
 
     def write(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(self._file, view) :]
+        disk.write_all(self._file, chunk)
 
     def end(self) -> None:
-        os.fchmod(self._file, self._mode)
+        disk.fchmod(self._file, self._mode)
         done, self._file = self._file, -1
-        os.close(done)
+        disk.close(done)
 
     def close(self) -> None:
         """Let go of every handle except the root's, which its owner closes."""
         handles = [handle for _, handle in self._open[1:]] + ([self._file] if self._file >= 0 else [])
         for handle in handles:
             with suppress(OSError):
-                os.close(handle)
-
-
-def _open_directory(name: str | os.PathLike[str], above: int | None = None) -> int:
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-
-
-def _sync_file_system(handle: int) -> None:
-    """Start writing everything at once. Pure speed: the fsync of each file afterwards is the guarantee."""
-    import ctypes
-
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is not None and syncfs(handle) != 0 and ctypes.get_errno() != errno.ENOSYS:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+                disk.close(handle)
 
 
 def _settle(root: int, index: Index) -> None:
     """Make the tree durable and read-only; the root itself stays writable for whoever renames it."""
-    _sync_file_system(root)
+    disk.syncfs(root)
     for file in index.files:
-        handle = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        handle = disk.open(file.path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=root)
         try:
-            os.fsync(handle)
+            disk.fsync(handle)
         finally:
-            os.close(handle)
+            disk.close(handle)
     for directory in reversed(index.directories):
-        handle = _open_directory(directory, root)
+        handle = disk.open_dir(directory, dir_fd=root)
         try:
-            os.fchmod(handle, 0o555)
-            os.fsync(handle)
+            disk.fchmod(handle, 0o555)
+            disk.fsync(handle)
         finally:
-            os.close(handle)
-    os.fsync(root)
+            disk.close(handle)
+    disk.fsync(root)
 
 
 def unpack(archive: Path, index: Index, into: Path) -> str:
@@ -588,10 +576,10 @@ def unpack(archive: Path, index: Index, into: Path) -> str:
         DiskError: `no-room`, or `disk` for any other failure of the file system.
     """
     try:
-        into.mkdir(mode=0o755)
-        root = _open_directory(into)
+        disk.mkdir(into, 0o755)
+        root = disk.open_dir(into)
         try:
-            os.fchmod(root, 0o755)
+            disk.fchmod(root, 0o755)
             tree = _Tree(root)
             try:
                 digest = _read(archive, index, tree)
@@ -599,7 +587,7 @@ def unpack(archive: Path, index: Index, into: Path) -> str:
                 tree.close()
             _settle(root, index)
         finally:
-            os.close(root)
+            disk.close(root)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = Reason.NO_ROOM if full else Reason.DISK

@@ -1,7 +1,7 @@
 """This module starts the version that should run: it decides by the record, then becomes that version.
 
-It lies outside every bundle, as one file, and outlives the versions it starts. So it needs the standard
-library and `slots` only, and runs on the host's own Python as `python -I -S -B launcher.pyz --root ROOT`.
+It lies outside every bundle, as one file with `slots` and `disk`, and outlives the versions it starts. So it
+needs no other library, and runs on the host's own Python as `python -I -S -B launcher.pyz --root ROOT`.
 Without `--supervise` it replaces itself by the agent; with it, it stays, and starts the agent again. To it,
 exit 75 says start me again at once, exit 0 after TERM or INT says done, and all else is a crash.
 """
@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional, Tuple
 
-from agent_core import slots
+from agent_core import disk, slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +121,7 @@ def _become(root: str, name: str, mode: str, alarm_s: int = 0) -> OSError:
     """Replace this process by a version, by its own path; the error is why that failed."""
     place = os.path.join(os.path.realpath(root), "versions", name)
     own = os.path.join(place, "python", "bin", "python3")
-    python = own if os.path.exists(own) else sys.executable
+    python = own if disk.exists(own) else sys.executable
     words = [python, "-I", "-S", "-B", f"{place}/agent.py", "run", "--root", os.path.realpath(root)]
     environment = {**os.environ, "RELFLEET_BOOT": mode, "RELFLEET_LAUNCHER": str(LAUNCHER)}
     # The alarm outlives exec, and so does an ignored or blocked SIGALRM, which would disarm it.
@@ -273,10 +273,10 @@ def say(message: str) -> None:
 
 def lock(root: str) -> bool:
     """Take ROOT for this process and the agent it becomes (also after exec); false when another has it."""
-    descriptor = os.open(os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT, 0o600)
-    os.set_inheritable(descriptor, True)
+    handle = disk.open(os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT, 0o600)
+    os.set_inheritable(handle, True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -6,16 +6,15 @@ import errno
 import io
 import json
 import os
-import tempfile
+import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_core import slots
+from agent_core import disk, slots
 from agent_core.errors import DiskError, MalformedError
-from agent_core.slots import fsync_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
 BALLAST_LENGTH = 4 << 20
 PRIVATE_MODE = 0o700
 PUBLIC_MODE = 0o755
-_LAUNCHER_PARTS = ("__init__.py", "slots.py", "launcher.py")
+_LAUNCHER_PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py")
 _LAUNCHER_MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
 
 __all__ = [
     "Layout",
-    "fsync_dir",
     "launcher_archive",
     "read_json",
     "write_durable",
     "write_json",
     "write_launcher",
+    "write_news",
 ]
 
 
@@ -145,7 +144,7 @@ class Layout:
             DiskError: a directory or file cannot be made.
         """
         with _as_disk_error(self.root):
-            self.root.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_dirs(self.root.parent)
             made = [
                 _make_dir(self.root),
                 _make_dir(self.launcher_file.parent),
@@ -162,10 +161,10 @@ class Layout:
             _make_file(self.lock, 0)
             _make_ballast(self.ballast)
             if any(made):
-                fsync_dir(self.root.parent)
-            fsync_dir(self.state)
-            fsync_dir(self.root)
-        if not self.launcher_file.exists():
+                disk.fsync_dir(self.root.parent)
+            disk.fsync_dir(self.state)
+            disk.fsync_dir(self.root)
+        if not disk.exists(self.launcher_file):
             write_launcher(self)
 
 
@@ -180,7 +179,7 @@ def write_launcher(layout: Layout) -> Path:
     """
     archive = launcher_archive()
     with _as_disk_error(layout.launcher_file):
-        if not layout.launcher_file.exists() or layout.launcher_file.read_bytes() != archive:
+        if not disk.exists(layout.launcher_file) or disk.read_file(layout.launcher_file) != archive:
             write_durable(layout.launcher_file, archive, 0o755)
     return layout.launcher_file
 
@@ -211,22 +210,44 @@ def write_durable(path: str | os.PathLike[str], content: bytes, mode: int = 0o64
     Raises:
         DiskError: it was not replaced; the old file still stands.
     """
-    path = Path(path)
+    _replace(Path(path), content, mode, durable=True)
+
+
+def write_news(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) -> None:
+    """Replace a file in one step that a power cut may undo or empty: for what is only news.
+
+    Raises:
+        DiskError: it was not replaced; the old file still stands.
+    """
+    _replace(Path(path), content, mode, durable=False)
+
+
+def _replace(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
+    # A name of this thread's own: two writers never share one, and a cut one leaves no second behind.
+    fresh = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
     with _as_disk_error(path):
-        # mkstemp makes the file 0600 from the start, so that a key is never readable, not even for a moment.
-        descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fchmod(stream.fileno(), mode)
-                os.fsync(stream.fileno())
-            Path(fresh).rename(path)
+            disk.remove(fresh)
+            _write_new(fresh, content, mode, durable=durable)
+            disk.rename(fresh, path)
         except BaseException:
             with suppress(OSError):
-                Path(fresh).unlink()
+                disk.unlink(fresh)
             raise
-        fsync_dir(path.parent)
+        if durable:
+            disk.fsync_dir(path.parent)
+
+
+def _write_new(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
+    # 0600 from the start, so that a key is never readable, not even for a moment.
+    handle = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        disk.write_all(handle, content)
+        disk.fchmod(handle, mode)
+        if durable:
+            disk.fsync(handle)
+    finally:
+        disk.close(handle)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, mode: int = 0o644) -> None:
@@ -247,7 +268,7 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
     """
     with _as_disk_error(path):
         try:
-            content = Path(path).read_bytes()
+            content = disk.read_file(path)
         except FileNotFoundError:
             return default
     try:
@@ -259,25 +280,25 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
 def _make_dir(path: Path, mode: int = PUBLIC_MODE) -> bool:
     """Make a directory with exactly this mode unless it exists; say whether it was made."""
     try:
-        path.mkdir()
+        disk.mkdir(path)
     except FileExistsError:
         return False
-    path.chmod(mode)
+    disk.chmod(path, mode)
     return True
 
 
 def _make_file(path: Path, length: int) -> None:
     """A private file with all its room taken, now; what it holds already stays."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = disk.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        held = os.fstat(descriptor).st_size
+        held = disk.fstat(handle).st_size
         if held == 0:
-            os.fchmod(descriptor, 0o600)
+            disk.fchmod(handle, 0o600)
         if held < length:
-            os.posix_fallocate(descriptor, 0, length)
-            os.fsync(descriptor)
+            disk.allocate(handle, length)
+            disk.fsync(handle)
     finally:
-        os.close(descriptor)
+        disk.close(handle)
 
 
 def _make_ballast(path: Path) -> None:
@@ -285,7 +306,7 @@ def _make_ballast(path: Path) -> None:
     try:
         _make_file(path, BALLAST_LENGTH)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        disk.remove(path)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
 

@@ -2,7 +2,8 @@
 
 The record says what is good, the link follows: every change of mind is first written to `state/slots`, then
 shown by `current` and `previous`. Whatever is cut short in between, `recover` finishes. The launcher imports
-this file and runs on the host's own Python, so it needs the standard library only, Python 3.9 or newer.
+this file and runs on the host's own Python, so it needs the standard library and `disk` only, Python 3.9 or
+newer.
 
 | from    | function        | durable steps, in order                                         | to    |
 |---------|-----------------|-----------------------------------------------------------------|-------|
@@ -19,7 +20,6 @@ this file and runs on the host's own Python, so it needs the standard library on
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -31,6 +31,8 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Tuple
+
+from agent_core import disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,8 +57,6 @@ _HEAD = struct.Struct(">8sI32s")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")
 _CODE_LENGTH = 64
 _LOCK_WAIT_S = 5.0
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 Skip = Tuple[str, str, int]
 """A bundle that failed here: the first 12 hex of its digest, why, and the retry epoch it failed in."""
@@ -330,29 +330,29 @@ class Slots:
 
     def _both(self) -> list[Record | None]:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = disk.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return [None, None]
         try:
-            return [_decoded(os.pread(descriptor, SLOT_LENGTH, place * SLOT_LENGTH)) for place in (0, 1)]
+            return [_decoded(disk.pread(handle, SLOT_LENGTH, place * SLOT_LENGTH)) for place in (0, 1)]
         finally:
-            os.close(descriptor)
+            disk.close(handle)
 
     def _put(self, block: bytes, offset: int) -> None:
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            handle = disk.open(self.path, os.O_RDWR)
         except FileNotFoundError:
             # Somebody removed the file; one that is short is as good as one with two garbage slots.
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fsync_dir(os.path.dirname(self.path))
-            fsync_dir(self.root)
+            disk.make_dirs(os.path.dirname(self.path), 0o700)
+            handle = disk.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            disk.fsync_dir(os.path.dirname(self.path))
+            disk.fsync_dir(self.root)
         try:
-            if os.pwrite(descriptor, block, offset) != len(block):
+            if disk.pwrite(handle, block, offset) != len(block):
                 raise OSError(errno.EIO, "short write", self.path)
-            os.fdatasync(descriptor)
+            disk.fdatasync(handle)
         finally:
-            os.close(descriptor)
+            disk.close(handle)
 
 
 def read(root: Root) -> Record | None:
@@ -395,19 +395,10 @@ def _typed(key: str, value: Any) -> Any:
 # --- The two links --------------------------------------------------------------------------------
 
 
-def fsync_dir(path: Root) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def link(root: Root, name: str) -> str:
     """The version that `current` or `previous` points to; empty when there is no such link."""
     try:
-        return os.path.basename(os.readlink(os.path.join(root, name)))
+        return os.path.basename(disk.readlink(os.path.join(root, name)))
     except OSError:
         return ""
 
@@ -420,7 +411,7 @@ def links_follow(root: Root, record: Record) -> bool:
 def point(root: Root, name: str, version: str) -> None:
     """Make one link point to a version, whether or not it existed; there is no moment without it."""
     _with_room(root, lambda: _point(root, name, version))
-    fsync_dir(root)
+    disk.fsync_dir(root)
 
 
 def switch(root: Root, to: str, back: str = "") -> None:
@@ -444,9 +435,9 @@ def switch(root: Root, to: str, back: str = "") -> None:
 def is_complete(root: Root, name: str) -> bool:
     """Whether a version's directory is whole: it is renamed there only when every file is on the disk."""
     place = os.path.join(root, "versions", name)
-    if not _NAME.fullmatch(name) or os.path.islink(place):
+    if not _NAME.fullmatch(name) or disk.is_link(place):
         return False
-    return all(os.path.isfile(os.path.join(place, part)) for part in (".bundle.json", "agent.py"))
+    return all(disk.is_file(os.path.join(place, part)) for part in (".bundle.json", "agent.py"))
 
 
 def complete(root: Root, record: Record | None) -> frozenset[str]:
@@ -487,29 +478,20 @@ def _follow(root: Root, record: Record) -> None:
 
 def _point(root: Root, name: str, version: str) -> None:
     fresh = os.path.join(root, f".{name}.new")
-    with suppress(FileNotFoundError):
-        os.unlink(fresh)
-    os.symlink(os.path.join("versions", version), fresh)
-    os.rename(fresh, os.path.join(root, name))
+    disk.remove(fresh)
+    disk.symlink(os.path.join("versions", version), fresh)
+    disk.rename(fresh, os.path.join(root, name))
 
 
 def _exchange(root: Root, to: str) -> None:
     """Swap `current` and `previous`, the latter of which points to `to`, in one step of the file system."""
     try:
-        _rename_exchange(os.path.join(root, CURRENT), os.path.join(root, PREVIOUS))
-    except (OSError, AttributeError):
+        disk.rename_exchange(os.path.join(root, CURRENT), os.path.join(root, PREVIOUS))
+    except OSError:
         # An old kernel, C library or file system: `previous` shows `to` as well, until `switch` looks again.
         point(root, CURRENT, to)
     else:
-        fsync_dir(root)
-
-
-def _rename_exchange(one: str, other: str) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    paths = os.fsencode(one), os.fsencode(other)
-    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), one)
+        disk.fsync_dir(root)
 
 
 def _with_room(root: Root, step: Callable[[], None]) -> None:
@@ -518,9 +500,9 @@ def _with_room(root: Root, step: Callable[[], None]) -> None:
         step()
     except OSError as error:
         ballast = os.path.join(root, "ballast")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not os.path.exists(ballast):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not disk.exists(ballast):
             raise
-        os.unlink(ballast)
+        disk.unlink(ballast)
         step()
 
 
@@ -705,12 +687,12 @@ def _alone(root: Root) -> Iterator[None]:
     The lock is on the directory, so it needs no file and works on a read-only disk. A stopped command must
     not keep the launcher from starting the agent, so waiting ends, as an `OSError`.
     """
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    handle = disk.open_dir(root, follow=True)
     try:
         patience = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > patience:
@@ -718,7 +700,7 @@ def _alone(root: Root) -> Iterator[None]:
                 time.sleep(0.02)
         yield
     finally:
-        os.close(descriptor)
+        disk.close(handle)
 
 
 def _recovered(root: Root) -> Record | None:

@@ -31,7 +31,7 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from agent_core import clock, layout, wire
+from agent_core import clock, disk, layout, wire
 from agent_core.errors import ConflictError, DiskError, MalformedError, TrustError, UnreachableError
 from agent_core.wire import Reason
 from updater.download import hashed_path
@@ -503,12 +503,12 @@ def _sorted_errors() -> Iterator[None]:
 
 def _lock(directory: Path) -> int:
     """Take the one lock of this metadata directory; two writers would corrupt each other's cache."""
-    directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    disk.make_dirs(directory)
+    fd = disk.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     gives_up = clock.boot_s() + LOCK_WAIT_S
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            disk.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
         except BlockingIOError as error:
             if clock.boot_s() > gives_up:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agent_core import clock, slots
+from agent_core import clock, disk, slots
 from agent_core import layout as durable
 from agent_core.errors import RelfleetError
 from agent_core.wire import Getter
@@ -77,8 +77,8 @@ def read_request(layout: Layout) -> Request | None:
 
 
 def forget_request(layout: Layout) -> None:
-    _request_file(layout).unlink(missing_ok=True)
-    slots.fsync_dir(layout.state)
+    disk.remove(_request_file(layout))
+    disk.fsync_dir(layout.state)
 
 
 # --- who runs -------------------------------------------------------------------------------------------
@@ -87,16 +87,16 @@ def forget_request(layout: Layout) -> None:
 @contextmanager
 def alone(layout: Layout) -> Iterator[bool]:
     """Hold the launcher's lock for a moment; False when a launcher, and so an agent, has it."""
-    handle = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = disk.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
             yield True
     finally:
-        os.close(handle)
+        disk.close(handle)
 
 
 def wake(layout: Layout) -> bool:
@@ -135,10 +135,8 @@ def show(layout: Layout, name: str, workload_pid: int | None, **what: str) -> No
         status = {}
     status |= {"pid": os.getpid(), "version": name, "workload_pid": workload_pid, **what}
     status["at"] = clock.iso(clock.now())
-    fresh = layout.state / "status.json.new"
-    with suppress(OSError):
-        fresh.write_text(json.dumps(status))
-        fresh.replace(layout.state / "status.json")
+    with suppress(RelfleetError):
+        durable.write_news(layout.state / "status.json", json.dumps(status).encode())
 
 
 def read_status(layout: Layout) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def remember_backoff(layout: Layout, failures: int, wait_s: float) -> None:
     """Keep the backoff, so that a restart does not end it; nothing is written while all is well."""
     file = layout.state / "backoff.json"
     if failures == 0:
-        file.unlink(missing_ok=True)
+        disk.remove(file)
         return
     with suppress(RelfleetError):
         until_s = int(clock.now().timestamp() + wait_s)

@@ -6,7 +6,6 @@ earlier attempt is hashed again before anything is added to it.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
-from agent_core import clock
+from agent_core import clock, disk
 from agent_core.errors import DiskError, TrustError, UnreachableError
 from agent_core.wire import Reason
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 READ = 1024 * 1024
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
-FALLOC_FL_KEEP_SIZE = 1
 MIN_RATE_BPS = 1024.0
 GRACE_S = 30.0
 
@@ -140,21 +138,20 @@ def fetch_small(transport: Transport, path: str, sha256: str, length: int) -> by
 
 def _run(transport: Transport, wanted: _Wanted) -> bool | None:
     """One attempt: None when the file is right, else whether the wrong bytes include an older prefix."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(wanted.part, flags, 0o600)
+    fd = disk.open(wanted.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         digest, had = _rehash(fd, wanted.length)
         resumed = had > 0
         if had < wanted.length:
-            _reserve(fd, wanted.length)
+            disk.reserve(fd, wanted.length)
             digest, resumed = _transfer(transport, wanted, fd, digest, had)
         if digest.hexdigest() != wanted.sha256:
             return resumed
-        os.fsync(fd)
+        disk.fsync(fd)
     finally:
-        os.close(fd)
-    wanted.etag_file.unlink(missing_ok=True)
-    _sync_directory(wanted.part.parent)
+        disk.close(fd)
+    disk.remove(wanted.etag_file)
+    disk.fsync_dir(wanted.part.parent)
     return None
 
 
@@ -173,7 +170,7 @@ def _transfer(
         elif stream.status == 200:
             _check_whole(wanted, stream)
             if had:
-                os.ftruncate(fd, 0)
+                disk.ftruncate(fd, 0)
             digest, had = _new_digest(), 0
         else:
             # A part that the server does not know how to complete would block every later attempt.
@@ -185,13 +182,12 @@ def _transfer(
 
 
 def _receive(wanted: _Wanted, stream: Stream, fd: int, digest: hashlib._Hash, had: int) -> None:
-    os.lseek(fd, had, os.SEEK_SET)
     began, total = clock.boot_s(), had
     for piece in stream.chunks:
         if total + len(piece) > wanted.length:
             _clear(wanted)
             raise _wrong_length(wanted.path, total + len(piece), wanted.length)
-        _write(fd, piece)
+        _write(fd, piece, total)
         digest.update(piece)
         total += len(piece)
         if wanted.progress:
@@ -235,38 +231,25 @@ def _check_whole(wanted: _Wanted, stream: Stream) -> None:
 
 def _rehash(fd: int, length: int) -> tuple[hashlib._Hash, int]:
     """Hash what is there; more than `length` cannot be a prefix and is dropped."""
-    if os.fstat(fd).st_size > length:
-        os.ftruncate(fd, 0)
+    if disk.fstat(fd).st_size > length:
+        disk.ftruncate(fd, 0)
     digest, had = _new_digest(), 0
-    while piece := os.pread(fd, READ, had):
+    while piece := disk.pread(fd, READ, had):
         digest.update(piece)
         had += len(piece)
     return digest, had
 
 
-def _reserve(fd: int, length: int) -> None:
-    """Take the room for the whole file now, without growing it: its size says how much has arrived.
-
-    `posix_fallocate` would grow it, so the system call is asked directly. A file system that cannot (or a C
-    library that has no such call) only means that a full disk shows later, while writing.
-    """
-    if _fallocate is None:
-        return
-    if _fallocate(fd, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(length)) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(code, os.strerror(code))
-
-
-def _write(fd: int, piece: bytes) -> None:
+def _write(fd: int, piece: bytes, offset: int) -> None:
     view = memoryview(piece)
     while view:
-        view = view[os.write(fd, view) :]
+        written = disk.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _read_etag(wanted: _Wanted) -> str:
     try:
-        etag = wanted.etag_file.read_text("ascii")
+        etag = disk.read_file(wanted.etag_file).decode("ascii")
     except (OSError, ValueError):
         return ""
     return etag if STRONG_ETAG.fullmatch(etag) else ""
@@ -274,23 +257,18 @@ def _read_etag(wanted: _Wanted) -> str:
 
 def _keep_etag(wanted: _Wanted, etag: str) -> None:
     """Only strong ones: a weak one does not promise equal bytes. Losing it costs a rehash, no more."""
+    disk.remove(wanted.etag_file)
     if STRONG_ETAG.fullmatch(etag):
-        wanted.etag_file.write_text(etag, "ascii")
-    else:
-        wanted.etag_file.unlink(missing_ok=True)
+        handle = disk.open(wanted.etag_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            disk.write_all(handle, etag.encode("ascii"))
+        finally:
+            disk.close(handle)
 
 
 def _clear(wanted: _Wanted) -> None:
-    wanted.part.unlink(missing_ok=True)
-    wanted.etag_file.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.remove(wanted.part)
+    disk.remove(wanted.etag_file)
 
 
 @contextmanager
@@ -302,7 +280,7 @@ def _disk_errors(part: Path) -> Iterator[None]:
         if no_room:
             # Give the reserved room back; a half that keeps the disk full helps nobody.
             with suppress(OSError):
-                part.unlink(missing_ok=True)
+                disk.remove(part)
         raise DiskError(
             f"{part} cannot be written",
             why=error.strerror or str(error),
@@ -338,8 +316,3 @@ def _wrong_length(path: str, got: int, length: int) -> TrustError:
         why=f"it has {got} bytes or more instead of {length}",
         reason=Reason.LENGTH_MISMATCH,
     )
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-# On 32 bits glibc's plain name takes short offsets; musl has the plain name only, and it is long there.
-_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from agent_core import clock, layout, wire
+from agent_core import clock, disk, layout, wire
 from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError
 from agent_core.wire import SCHEMA, Getter, Reason
 
@@ -123,20 +123,19 @@ def next_counter(paths: Layout) -> int:
     otherwise sign numbers that the server has seen, and never be heard again.
     """
     with _disk_errors(paths.state / "counter"):
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(paths.state / "counter", flags, 0o600)
+        fd = disk.open(paths.state / "counter", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            disk.flock(fd, fcntl.LOCK_EX)
             counter = max(_stored(fd) + 1, int(clock.now().timestamp()))
-            os.pwrite(fd, f"{counter:0{COUNTER_DIGITS}d}\n".encode(), 0)
-            os.fsync(fd)
+            disk.pwrite(fd, f"{counter:0{COUNTER_DIGITS}d}\n".encode(), 0)
+            disk.fsync(fd)
         finally:
-            os.close(fd)
+            disk.close(fd)
     return counter
 
 
 def _stored(fd: int) -> int:
-    content = os.pread(fd, COUNTER_DIGITS + 1, 0)
+    content = disk.pread(fd, COUNTER_DIGITS + 1, 0)
     with suppress(ValueError):
         return min(int(content), 2**53 - 2)
     return 0
@@ -146,7 +145,7 @@ def _private_key(paths: Layout) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        fd = os.open(paths.key, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = disk.open(paths.key, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise NotFoundError(
             "this host has no key", why=f"there is no {paths.key}", then="agent enroll --server URL"

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from agent_core import clock, launcher, slots
+from agent_core import clock, disk, launcher, slots
 from agent_core.bundle import Index, host_platforms
 from agent_core.errors import RelfleetError, UnreachableError
 from agent_core.spool import Spool
@@ -285,7 +285,7 @@ class _Check:
         device.keep_facts(name, release.facts)
         reserve = device.settings.disk_reserve
         stage(device.layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
-        part.unlink(missing_ok=True)
+        disk.remove(part)
         return name, Index.from_bytes(index_bytes)
 
     def _preflight(self, name: str, release: Release) -> Outcome | None:
@@ -316,10 +316,10 @@ def _collect(device: Device) -> None:
     if record is None or record.phase != slots.IDLE or staged:
         return
     for name in collect(device.layout, record):
-        device.facts_file(name).unlink(missing_ok=True)
-    for part in device.layout.download.iterdir():
+        disk.remove(device.facts_file(name))
+    for part in disk.listdir(device.layout.download):
         if outcome is not None and not outcome.failed:
-            part.unlink(missing_ok=True)
+            disk.remove(device.layout.download / part)
 
 
 def poll_s(device: Device) -> float:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_core import clock, slots
+from agent_core import clock, disk, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
 from agent_core.health import Monitor, Subject, parse_checks
@@ -341,7 +341,7 @@ class Service:
         if error is None:
             self._belong(sent[0].identity)
         elif isinstance(error, RelfleetError) and error.reason not in ("offline", "overloaded"):
-            self.device.session_file.unlink(missing_ok=True)
+            disk.remove(self.device.session_file)
             self._report_now()
 
     def _report_now(self) -> None:

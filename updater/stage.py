@@ -7,7 +7,6 @@ never met. Callers hold the agent's lock.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -25,9 +24,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import IO, TYPE_CHECKING
 
+from agent_core import disk
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
-from agent_core.slots import fsync_dir, kept
+from agent_core.slots import kept
 from agent_core.wire import Getter, Reason, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ RESERVE = 32 * 2**20
 
 PREFLIGHT_S = 60.0
 MOST_OUTPUT = 64 * 1024
-RENAME_NOREPLACE = 1
-AT_FDCWD = -100
 
 
 def version_name(facts: ReleaseFacts) -> str:
@@ -98,15 +96,15 @@ def stage(
             try:
                 _unpack(archive, index, fresh, archive_sha256)
                 _write_index(fresh, index_bytes)
-                _rename_new(fresh, final)
+                disk.rename_new(fresh, final)
             except BaseException:
                 with _logged(name):
                     discard(layout, fresh)
                 raise
         # Also when it stood there already: an earlier call may have been killed right after the rename.
         _seal(final)
-        fsync_dir(layout.staging)
-        fsync_dir(layout.versions)
+        disk.fsync_dir(layout.staging)
+        disk.fsync_dir(layout.versions)
     return name
 
 
@@ -137,7 +135,7 @@ def believe(index_bytes: bytes, facts: ReleaseFacts) -> Index:
 def is_complete(directory: Path, index_bytes: bytes) -> bool:
     """Whether exactly this bundle stands there; its index is the last thing written before the rename."""
     try:
-        return (directory / INDEX_NAME).read_bytes() == index_bytes
+        return disk.read_file(directory / INDEX_NAME) == index_bytes
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -148,28 +146,28 @@ def hold(directory: Path) -> int:
     Raises:
         OSError: there is no such directory.
     """
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    fcntl.flock(handle, fcntl.LOCK_SH)
+    handle = disk.open_dir(directory)
+    disk.flock(handle, fcntl.LOCK_SH)
     return handle
 
 
 def in_use(directory: Path) -> bool:
     """Whether some process holds the directory by `flock`, as every running version `hold`s its own."""
     try:
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = disk.open_dir(directory)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
-        os.close(handle)
+        disk.close(handle)
     return False
 
 
 def _check_room(directory: Path, index: Index, reserve: int) -> None:
-    found = os.statvfs(directory)
+    found = disk.statvfs(directory)
     block = found.f_frsize or found.f_bsize or 4096
     need, free = index.room(block) + reserve, found.f_bavail * block
     if free < need:
@@ -187,38 +185,24 @@ def _unpack(archive: Path, index: Index, fresh: Path, archive_sha256: str) -> No
 
 
 def _write_index(directory: Path, index_bytes: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(directory / INDEX_NAME, flags, 0o444), "wb") as file:
-        file.write(index_bytes)
-        file.flush()
-        os.fchmod(file.fileno(), 0o444)
-        os.fsync(file.fileno())
-    fsync_dir(directory)
-
-
-def _rename_new(source: Path, target: Path) -> None:
-    """Rename, but never over something; a file system that cannot promise that is asked first."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is not None:
-        names = os.fsencode(source), os.fsencode(target)
-        if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_NOREPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code), str(target))
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)  # noqa: PTH104 - beside its atomic twin above
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    handle = disk.open(directory / INDEX_NAME, flags, 0o444)
+    try:
+        disk.write_all(handle, index_bytes)
+        disk.fchmod(handle, 0o444)
+        disk.fsync(handle)
+    finally:
+        disk.close(handle)
+    disk.fsync_dir(directory)
 
 
 def _seal(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    handle = disk.open_dir(directory)
     try:
-        os.fchmod(handle, 0o555)
-        os.fsync(handle)
+        disk.fchmod(handle, 0o555)
+        disk.fsync(handle)
     finally:
-        os.close(handle)
+        disk.close(handle)
 
 
 @contextmanager
@@ -356,19 +340,15 @@ def _drain(selector: selectors.BaseSelector, tails: dict[IO[bytes], bytes], wait
 def discard(layout: Layout, path: Path) -> None:
     """Take `path` out of sight by one rename into the trash, then delete it; nothing there is fine."""
     try:
-        status = path.lstat()
+        status = disk.stat(path, follow=False)
     except FileNotFoundError:
         return
     if stat.S_ISDIR(status.st_mode):
-        path.chmod(0o755)  # a directory that its owner may not write cannot be renamed elsewhere
+        disk.chmod(path, 0o755)  # a directory that its owner may not write cannot be renamed elsewhere
     gone = f"{path.name}.{secrets.token_hex(4)}"
-    path.rename(layout.trash / gone)
-    fsync_dir(path.parent)
-    trash = os.open(layout.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _delete(gone, trash)
-    finally:
-        os.close(trash)
+    disk.rename(path, layout.trash / gone)
+    disk.fsync_dir(path.parent)
+    _delete_trash(layout, gone)
 
 
 def collect(layout: Layout, record: Record | None) -> tuple[str, ...]:
@@ -391,11 +371,7 @@ def collect(layout: Layout, record: Record | None) -> tuple[str, ...]:
             discard(layout, layout.staging / name)
     for name in _names(layout.trash):
         with _logged(name):
-            handle = os.open(layout.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                _delete(name, handle)
-            finally:
-                os.close(handle)
+            _delete_trash(layout, name)
     return tuple(collected)
 
 
@@ -406,13 +382,13 @@ def _surplus(layout: Layout, record: Record | None) -> list[str]:
     keep = set(kept(record))
     for link in (layout.current, layout.previous):
         with suppress(OSError):
-            keep.add(os.path.basename(os.readlink(link)))  # noqa: PTH115, PTH119 - text, not a place
+            keep.add(os.path.basename(disk.readlink(link)))  # noqa: PTH119 - text, not a place
     return [name for name in names if name not in keep and not in_use(layout.versions / name)]
 
 
 def _names(directory: Path) -> list[str]:
     try:
-        return sorted(os.listdir(directory))  # noqa: PTH208 - names, not places
+        return sorted(disk.listdir(directory))
     except OSError:
         return []
 
@@ -425,17 +401,24 @@ def _logged(name: str) -> Iterator[None]:
         log.warning("could not be deleted", extra={"entry": name, "error": str(error)})
 
 
+def _delete_trash(layout: Layout, name: str) -> None:
+    trash = disk.open_dir(layout.trash, follow=True)
+    try:
+        _delete(name, trash)
+    finally:
+        disk.close(trash)
+
+
 def _delete(name: str, above: int) -> None:
     """Remove an entry and all below it, by directory handles: a link is removed and never followed."""
-    status = os.stat(name, dir_fd=above, follow_symlinks=False)
-    if not stat.S_ISDIR(status.st_mode):
-        os.unlink(name, dir_fd=above)
+    if not stat.S_ISDIR(disk.stat(name, dir_fd=above, follow=False).st_mode):
+        disk.unlink(name, dir_fd=above)
         return
-    handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    handle = disk.open_dir(name, dir_fd=above)
     try:
-        os.fchmod(handle, 0o700)
-        for inside in os.listdir(handle):  # noqa: PTH208 - of a handle, not of a place
+        disk.fchmod(handle, 0o700)
+        for inside in disk.listdir(handle):
             _delete(inside, handle)
     finally:
-        os.close(handle)
-    os.rmdir(name, dir_fd=above)
+        disk.close(handle)
+    disk.rmdir(name, dir_fd=above)

@@ -575,4 +575,6 @@ print(sorted(own - {{"__main__", "__mp_main__"}}), file=sys.stderr)
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-B", "-c", probe], capture_output=True, text=True, check=True
     )
-    assert done.stderr.strip() == "['agent_core', 'agent_core.launcher', 'agent_core.slots']"
+    assert (
+        done.stderr.strip() == "['agent_core', 'agent_core.disk', 'agent_core.launcher', 'agent_core.slots']"
+    )

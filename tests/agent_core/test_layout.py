@@ -184,6 +184,7 @@ def test_the_launcher_is_one_stored_file_with_the_same_bytes_every_time(device):
     assert [member.filename for member in members] == [
         "__main__.py",
         "agent_core/__init__.py",
+        "agent_core/disk.py",
         "agent_core/launcher.py",
         "agent_core/slots.py",
     ]

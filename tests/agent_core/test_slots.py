@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_core import slots
+from agent_core import disk, slots
 from agent_core.slots import IDLE, ROLLBACK, TRIAL, IllegalTransitionError, Record, Slots
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ def test_links_are_relative_so_that_a_root_may_be_moved(root):
 
 @pytest.mark.parametrize("works", [True, False], ids=["exchange", "no exchange"])
 def test_a_switch_ends_where_it_should_from_any_links(root, works):
-    with patch.object(slots, "_rename_exchange", slots._rename_exchange if works else lacking):
+    with patch.object(disk, "rename_exchange", disk.rename_exchange if works else lacking):
         for current in (P, A, B, None):
             for previous in (P, A, B, None):
                 for name, version in (("current", current), ("previous", previous)):
@@ -709,7 +709,7 @@ class Power:
         self.real = {
             name: getattr(os, name) for name in ("pwrite", "fdatasync", "symlink", "rename", "fsync")
         }
-        self.real_exchange = slots._rename_exchange
+        self.real_exchange = disk.rename_exchange
 
     def step(self) -> None:
         self.steps += 1
@@ -763,7 +763,7 @@ class Power:
     def on(self) -> Iterator[None]:
         try:
             with patch.multiple(os, **{name: getattr(self, name) for name in self.real}):
-                with patch.object(slots, "_rename_exchange", self.exchange):
+                with patch.object(disk, "rename_exchange", self.exchange):
                     yield
         finally:
             for twin in self.twins:
@@ -872,7 +872,7 @@ def test_power_cut_on_a_file_system_without_exchange_keeps_both_links(tmp_path):
     pytest.fail("the effects never ended")
 
 
-@pytest.mark.parametrize("name", ["slots.py", "launcher.py"])
+@pytest.mark.parametrize("name", ["disk.py", "slots.py", "launcher.py"])
 def test_what_the_launcher_is_made_of_parses_as_python_3_9(name):
     source = (Path(slots.__file__).parent / name).read_text()
     ast.parse(source, feature_version=(3, 9))

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agent_core import slots
+from agent_core import disk, slots
 from agent_core.launcher import ROLL_BACK, RUN, TRY, decide
 from agent_core.slots import IDLE, ROLLBACK, TRIAL, IllegalTransitionError, Record
 
@@ -38,12 +38,12 @@ def power(cut_at: int) -> Iterator[None]:
     steps = 0
 
     def counted(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*words: object) -> object:
+        def call(*words: object, **options: object) -> object:
             nonlocal steps
             steps += 1
             if steps == cut_at:
                 raise PowerCutError
-            return real(*words)
+            return real(*words, **options)
 
         return call
 
@@ -52,7 +52,7 @@ def power(cut_at: int) -> Iterator[None]:
     }
     # What fsync does cannot be seen from here; leaving it out keeps many examples cheap.
     with patch.multiple(os, fsync=counted(lambda descriptor: None), **calls):
-        with patch.object(slots, "_rename_exchange", counted(slots._rename_exchange)):
+        with patch.object(disk, "rename_exchange", counted(disk.rename_exchange)):
             yield
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from agent_core import disk
 from agent_core.errors import DiskError, TrustError, UnreachableError
 from tests.http_origin import Chunked, ContentRange, Origin, Slow, Status, Truncated, Whole, WithoutEtag
-from updater import download
 from updater.download import fetch, fetch_small, hashed_path
 from updater.transport import Transport
 
@@ -268,10 +268,10 @@ def test_the_bandwidth_ceiling_holds(transport: Transport, part: Path) -> None:
 def test_a_disk_that_refuses_is_a_disk_error(
     transport: Transport, part: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
 ) -> None:
-    def refuse(fd: int, piece: bytes) -> int:
+    def refuse(fd: int, piece: bytes, offset: int) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(download.os, "write", refuse)
+    monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(DiskError) as caught:
         get(transport, part)
     assert caught.value.reason == reason
@@ -292,7 +292,7 @@ def test_room_that_cannot_be_reserved_is_no_room_before_a_byte_is_fetched(
 def test_room_is_reserved_while_the_size_still_says_what_has_arrived(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
-        download._reserve(fd, 1_000_000)
+        disk.reserve(fd, 1_000_000)
         taken = os.fstat(fd)
     finally:
         os.close(fd)

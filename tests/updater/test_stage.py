@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent_core import bundle, slots
+from agent_core import bundle, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, pack
 from agent_core.errors import DiskError, RelfleetError, TrustError
 from agent_core.layout import Layout
@@ -288,8 +288,8 @@ def test_a_rename_never_replaces_what_is_there(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError):
-        stage._rename_new(tmp_path / "a", tmp_path / "b")
-    stage._rename_new(tmp_path / "a", tmp_path / "c")
+        disk.rename_new(tmp_path / "a", tmp_path / "b")
+    disk.rename_new(tmp_path / "a", tmp_path / "c")
     assert names(tmp_path) == ["b", "c"]
 
 
@@ -297,15 +297,15 @@ def test_a_file_system_without_that_rename_is_asked_first(tmp_path, monkeypatch)
     class Libc:
         @staticmethod
         def renameat2(*_):
-            stage.ctypes.set_errno(errno.EINVAL)
+            disk.ctypes.set_errno(errno.EINVAL)
             return -1
 
-    monkeypatch.setattr(stage.ctypes, "CDLL", lambda *_, **__: Libc)
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: Libc)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError):
-        stage._rename_new(tmp_path / "a", tmp_path / "b")
-    stage._rename_new(tmp_path / "a", tmp_path / "c")
+        disk.rename_new(tmp_path / "a", tmp_path / "b")
+    disk.rename_new(tmp_path / "a", tmp_path / "c")
     assert names(tmp_path) == ["b", "c"]
 
 

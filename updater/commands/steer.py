@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent_core import clock, console, slots
+from agent_core import clock, console, disk, slots
 from agent_core.errors import ConflictError, NotFoundError, UnreachableError, UsageError
 from updater import control
 from updater.commands.common import root_option
@@ -109,6 +109,6 @@ def _moment(text: str) -> datetime:
 def unhold(root: Path) -> None:
     """End a hold."""
     device = Device.load(root)
-    device.layout.hold.unlink(missing_ok=True)
+    disk.remove(device.layout.hold)
     control.wake(device.layout)
     console.emit({"held": False}, text="not held")
