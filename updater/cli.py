@@ -22,6 +22,8 @@ COMMANDS = {
     "hold": (WHERE + "steer:hold", "Take nothing new."),
     "unhold": (WHERE + "steer:unhold", "End a hold."),
     "versions": (WHERE + "status:versions", "Versions on this host."),
+    "install-service": (WHERE + "service:install_service", "Run the agent under systemd."),
+    "uninstall-service": (WHERE + "service:uninstall_service", "Take the agent's unit away."),
     "config": (WHERE + "config:config", "Check or show the settings."),
 }
 
