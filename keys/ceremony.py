@@ -169,6 +169,15 @@ def make_targets(cohorts_key: Key, now: datetime) -> Metadata[Targets]:
     return Metadata(Targets(version=1, expires=ROLES[TARGETS].expiry(now), delegations=delegations))
 
 
+def next_targets(current: Metadata[Targets], now: datetime) -> Metadata[Targets]:
+    """The targets after `current`: the same, held anew, not yet signed; `current` stays as it is."""
+    following = parse_targets(current.to_bytes())
+    following.signed.version += 1
+    following.signed.expires = ROLES[TARGETS].expiry(now)
+    following.signatures.clear()
+    return following
+
+
 def sign(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
     """Add these signers' signatures, each in place of its own older one; others' stay.
 

@@ -39,6 +39,10 @@ class RoleRule:
         """When a version signed now expires, in whole seconds as TUF writes times."""
         return now.replace(microsecond=0) + self.expires
 
+    def latest(self, now: datetime) -> datetime:
+        """The latest expiry that is taken for one signed lately; clocks may differ by a day."""
+        return self.expiry(now) + timedelta(days=1)
+
     def is_due(self, expires: datetime, now: datetime) -> bool:
         return expires - now <= self.resign_before
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.orm import Session
 
+    from release_server.repository import Lifetime
+
 data_option = click.option(
     "--data",
     envvar=DATA_VARIABLE,
@@ -382,25 +384,31 @@ def _examine_expiries(_config: Config, engine: Engine) -> list[dict[str, str]]:
     from release_server import repository
 
     with _session(engine) as session:
-        expiries = repository.expiries(session)
-    if "root" not in expiries:
-        then = "release key gen, then PUT /api/v1/trust/root"
+        found = repository.lifetimes(session, now())
+    if not any(lifetime.role == "root" for lifetime in found):
+        then = "release key gen"
         return [_finding("metadata", NOTE, "there is no root yet, so no agent can be told anything", then)]
-    return [_examine_expiry(role, expiry, now()) for role, expiry in expiries.items()]
+    return [_examine_lifetime(lifetime) for lifetime in found]
 
 
-def _examine_expiry(role: str, expiry: datetime, now: datetime) -> dict[str, str]:
+RENEWAL = {
+    "root": "make the next root with the root keys",
+    "targets": "release renew, where the release keys are",
+}
+"""What people type to make a role last longer; the others the jobs process signs."""
+
+
+def _examine_lifetime(lifetime: Lifetime) -> dict[str, str]:
     from agent_core.clock import iso
-    from keys.roles import ROLES
 
-    rule = ROLES[role]
-    then = "look at the jobs process" if rule.online else f"sign a new {role}"
-    if expiry <= now:
-        return _finding(role, BAD, f"expired at {iso(expiry)}: agents take nothing new", then)
-    late = rule.resign_before / 2 if rule.online else rule.resign_before
-    if expiry - now <= late:
-        return _finding(role, NOTE, f"expires at {iso(expiry)}", then)
-    return _finding(role, OK, f"good until {iso(expiry)}")
+    then = RENEWAL.get(lifetime.role, "look at the jobs process: it signs this by itself")
+    until = iso(lifetime.expires_at)
+    left = f"{lifetime.left.days} days" if lifetime.left.days > 1 else f"{lifetime.left.seconds // 3600} h"
+    if lifetime.is_expired:
+        return _finding(lifetime.role, BAD, f"expired at {until}: agents take nothing new", then)
+    if lifetime.is_due:
+        return _finding(lifetime.role, NOTE, f"expires in {left}, at {until}", then)
+    return _finding(lifetime.role, OK, f"good for {left}, until {until}")
 
 
 def _examine_lease(_config: Config, engine: Engine) -> list[dict[str, str]]:

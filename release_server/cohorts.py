@@ -147,16 +147,18 @@ def find(session: Session, product: str, name: str) -> Cohort:
 
 
 def require_release(session: Session, product: Product, version: str) -> Release:
-    """The release of that version.
+    """The release of that version, to be given to a cohort.
 
     Raises:
         NotFoundError: it was never published.
+        ConflictError: it was yanked.
     """
     release = releases.find_release(session, product, version)
     if release is None:
         raise NotFoundError(
             f"{product.name} has no release {version}", then=f"release list --product {product.name}"
         )
+    releases.refuse_yanked(release)
     return release
 
 

@@ -492,10 +492,12 @@ def resume(session: Session, now: datetime, actor: str, rollout_id: int, reason:
     """Let a paused rollout go on; after a halt this tolerates what has failed so far, and nothing more.
 
     Raises:
-        ConflictError: it is not paused, or its cohort is pinned.
+        ConflictError: it is not paused, its cohort is pinned, or its release was yanked.
     """
     status = _require(session, rollout_id, "resumed", State.PAUSED)
-    cohort = session.get_one(Rollout, status.rollout_id).cohort
+    rollout = session.get_one(Rollout, status.rollout_id)
+    releases.refuse_yanked(rollout.release)
+    cohort = rollout.cohort
     pinned = cohorts.newest_spec(session, cohort.id).pin
     if pinned is not None:
         raise ConflictError(

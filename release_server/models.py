@@ -55,7 +55,10 @@ class Product(Base):
 
 
 class Release(Base):
-    """One version of a product, as the verified targets metadata lists it; immutable once there."""
+    """One version of a product, as the verified targets metadata lists it; immutable once there.
+
+    Only whether it is offered may change: the server does not begin to hand out what was yanked.
+    """
 
     __tablename__ = "releases"
     __table_args__ = (
@@ -69,6 +72,9 @@ class Release(Base):
     notes: Mapped[str] = mapped_column(Text, default="")
     published_at: Mapped[datetime]
     published_by: Mapped[str] = mapped_column(String(128))
+    yanked_at: Mapped[datetime | None]
+    yanked_by: Mapped[str] = mapped_column(String(128), default="", server_default="")
+    yank_reason: Mapped[str] = mapped_column(Text, default="", server_default="")
     product: Mapped[Product] = relationship()
     bundles: Mapped[list[Bundle]] = relationship(back_populates="release")
 
@@ -312,10 +318,31 @@ class MetadataFile(Base):
 
     __tablename__ = "tuf_metadata"
     role: Mapped[str] = mapped_column(String(128), primary_key=True)
-    version: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     body: Mapped[bytes] = mapped_column(LargeBinary)
     expires_at: Mapped[datetime]
     created_at: Mapped[datetime]
+
+
+class Proposal(Base):
+    """Targets that too few have signed yet. The server publishes them when enough have, and serves no agent
+    anything of them before.
+
+    `body` is the metadata with the signatures so far; `signers` says which person brought which key's.
+    """
+
+    __tablename__ = "proposals"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, index=True)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    signers: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(128))
+    expires_at: Mapped[datetime]
+    closed_at: Mapped[datetime | None]
+    closed_by: Mapped[str] = mapped_column(String(128), default="")
+    reason: Mapped[str] = mapped_column(Text, default="")
 
 
 class Lease(Base):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
 from agent_core.errors import ConflictError, MalformedError, NotFoundError
 from agent_core.wire import NAME
 from release_server import audit
-from release_server.models import Product, Release
+from release_server.models import Agent, Cohort, CohortStatus, Product, Release, Rollout, RolloutStatus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,3 +92,64 @@ def list_releases(session: Session, product: str | None = None) -> Sequence[Rele
     if product is not None:
         query = query.where(Release.product_id == find_product(session, product).id)
     return session.scalars(query).all()
+
+
+# --- yanking ---------------------------------------------------------------------------------------------
+
+
+def refuse_yanked(release: Release) -> None:
+    """Raise ConflictError (`yanked`) when the release is not to be offered."""
+    if release.yanked_at is not None:
+        raise ConflictError(
+            f"{release.version} was yanked",
+            why=release.yank_reason,
+            then=f"choose another version, or release yank {release.version} --undo",
+            reason="yanked",
+        )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Who has to do with a release now.
+
+    Attributes:
+        agents: how many run it.
+        cohorts: whose base it is, or that are pinned to it.
+        rollouts: those of it that are not over.
+    """
+
+    agents: int
+    cohorts: tuple[str, ...]
+    rollouts: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        rollouts = [f"r-{number}" for number in self.rollouts]
+        return {"agents": self.agents, "cohorts": list(self.cohorts), "rollouts": rollouts}
+
+
+def reach(session: Session, release: Release) -> Reach:
+    """Who has to do with this release now."""
+    agents = session.scalar(
+        select(func.count(Agent.id)).where(
+            Agent.product_id == release.product_id,
+            Agent.version == release.version,
+            Agent.retired_at.is_(None),
+        )
+    )
+    cohorts = session.scalars(
+        select(Cohort.name)
+        .join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
+        .where(
+            Cohort.product_id == release.product_id,
+            Cohort.deleted_at.is_(None),
+            CohortStatus.base == release.version,
+        )
+        .order_by(Cohort.name)
+    )
+    rollouts = session.scalars(
+        select(Rollout.id)
+        .join(RolloutStatus, RolloutStatus.rollout_id == Rollout.id)
+        .where(Rollout.release_id == release.id, RolloutStatus.finished_at.is_(None))
+        .order_by(Rollout.id)
+    )
+    return Reach(agents or 0, tuple(cohorts), tuple(rollouts))

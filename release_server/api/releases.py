@@ -13,13 +13,16 @@ from agent_core.clock import iso
 from agent_core.errors import NotFoundError
 from agent_core.wire import NAME
 from keys.roles import TARGETS
-from release_server import releases, repository, signer
+from release_server import acceptance, releases, repository, signer, yanks
 from release_server.api import PREFIX, services
+from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
 from release_server.api.trust import signed_body
 from release_server.auth import requires
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from release_server.models import Product, Release
 
 blueprint = APIBlueprint(
@@ -55,6 +58,9 @@ def render_release(release: Release) -> dict[str, Any]:
         "notes": release.notes,
         "published_at": iso(release.published_at),
         "published_by": release.published_by,
+        "yanked": {"at": iso(release.yanked_at), "by": release.yanked_by, "reason": release.yank_reason}
+        if release.yanked_at
+        else None,
         "bundles": [
             {
                 "platform": bundle.platform,
@@ -98,9 +104,33 @@ def list_releases(query: ReleaseQuery) -> dict[str, Any]:
 @blueprint.get("/releases/<product>/<version>")
 @requires("reader")
 def show_release(path: ReleasePath) -> dict[str, Any]:
-    """One release."""
+    """One release, and who has to do with it now."""
     with services().sessions.read() as session:
-        return render_release(releases.get_release(session, path.product, path.version))
+        return _show(session, releases.get_release(session, path.product, path.version))
+
+
+def _show(session: Session, release: Release) -> dict[str, Any]:
+    return {**render_release(release), "reach": releases.reach(session, release).to_json()}
+
+
+@blueprint.post("/releases/<product>/<version>/yank")
+@requires("releaser", "operator")
+def yank_release(path: ReleasePath, body: Because) -> dict[str, Any]:
+    """Stop offering a release; rollouts of it pause."""
+    hub = services()
+    with hub.sessions.write() as session:
+        release = yanks.yank(session, hub.clock(), g.person.name, path.product, path.version, body.reason)
+        return _show(session, release)
+
+
+@blueprint.post("/releases/<product>/<version>/unyank")
+@requires("releaser", "operator")
+def unyank_release(path: ReleasePath, body: Because) -> dict[str, Any]:
+    """Let a yanked release be offered again."""
+    hub = services()
+    with hub.sessions.write() as session:
+        release = yanks.unyank(session, hub.clock(), g.person.name, path.product, path.version, body.reason)
+        return _show(session, release)
 
 
 @blueprint.get("/metadata/targets")
@@ -122,7 +152,7 @@ def push_targets() -> tuple[dict[str, Any], int]:
     body = signed_body(hub)
     online = signer.read_public(hub.config.trust)
     with hub.sessions.write() as session:
-        version = repository.accept_targets(
+        version = acceptance.accept_targets(
             session, hub.blobs, body, now=hub.clock(), actor=g.person.name, online=online
         )
     return {"version": version}, 202

@@ -9,7 +9,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from keys.roles import ROOT, TARGETS
-from release_server import repository, signer
+from release_server import acceptance, repository, signer
 from release_server.api import PREFIX, services
 from release_server.api.people import SECURITY
 from release_server.auth import requires
@@ -44,7 +44,7 @@ def put_root() -> tuple[dict[str, Any], int]:
     body = signed_body(hub)
     online = signer.read_public(hub.config.trust)
     with hub.sessions.write() as session:
-        version = repository.accept_root(session, body, now=hub.clock(), actor=g.person.name, online=online)
+        version = acceptance.accept_root(session, body, now=hub.clock(), actor=g.person.name, online=online)
     return {"version": version}, 202
 
 

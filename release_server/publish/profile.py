@@ -79,6 +79,14 @@ def server_options() -> list[click.Option]:
     ]
 
 
+def trust_option() -> Callable[[Any], Any]:
+    return click.option(
+        "--trust",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="The trusted root (RELFLEET_TRUST; else the profile's, else root.json beside the keys).",
+    )
+
+
 def _remember(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def store(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
         if value is not None:

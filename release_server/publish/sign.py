@@ -26,9 +26,9 @@ from agent_core.errors import (
     TrustError,
     UnreachableError,
 )
-from agent_core.wire import Policy, Reason, ReleaseFacts, bundle_path, index_path, policy_path
-from keys import ceremony, signers
-from keys.roles import ROLES, TARGETS
+from agent_core.wire import Reason, ReleaseFacts, bundle_path, index_path, policy_path
+from keys import ceremony, changes, signers
+from keys.roles import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
     from tuf.api.metadata import Root, Targets
 
+    from agent_core.wire import Policy
     from release_server.publish.client import Client
 
 CHUNK = 64 * 1024
@@ -220,19 +221,13 @@ def releases(targets: Targets, product: str) -> dict[str, ReleaseFacts]:
     }
 
 
-def policy(targets: Targets, product: str) -> Policy:
-    """A product's floor and revoked releases; nothing of either when none was signed."""
-    target = targets.targets.get(policy_path(product))
-    return Policy.from_json(target.custom, policy_path(product)) if target else Policy()
-
-
 def next_seq(targets: Targets, product: str, version: str) -> int:
     """The seq of a version: its own when a bundle of it is there, else one above all that was ever used."""
     known = releases(targets, product)
     for facts in known.values():
         if facts.version == version:
             return facts.seq
-    rule = policy(targets, product)
+    rule = changes.policy_of(targets.targets, product)
     return 1 + max([rule.floor_seq, *rule.revoked_seq, *(facts.seq for facts in known.values())])
 
 
@@ -278,21 +273,31 @@ def add(targets: Targets, release: Release) -> None:
     targets.targets[index.path] = index
 
 
+def next_targets(trusted: Trusted, now: datetime) -> Metadata[Targets]:
+    """The targets after the current ones: the same, held anew, not yet signed; `trusted` stays as it is."""
+    return ceremony.next_targets(trusted.targets, now)
+
+
 def with_releases(trusted: Trusted, added: Sequence[Release], now: datetime) -> Metadata[Targets]:
-    """The targets after the current ones, not yet signed; `trusted` stays as it is.
+    """The targets after the current ones with releases added, not yet signed.
 
     Args:
         added: releases that are not published yet; their seq is set here.
     """
-    metadata = ceremony.parse_targets(trusted.targets.to_bytes())
-    targets = metadata.signed
+    metadata = next_targets(trusted, now)
     for release in added:
         facts = release.facts
-        seq = next_seq(targets, facts.product, facts.version)
-        add(targets, replace(release, facts=replace(facts, seq=seq)))
-    targets.version += 1
-    targets.expires = ROLES[TARGETS].expiry(now)
-    metadata.signatures.clear()
+        seq = next_seq(metadata.signed, facts.product, facts.version)
+        add(metadata.signed, replace(release, facts=replace(facts, seq=seq)))
+    return metadata
+
+
+def with_policy(trusted: Trusted, product: str, rule: Policy, now: datetime) -> Metadata[Targets]:
+    """The targets after the current ones with another policy of one product, not yet signed."""
+    metadata = next_targets(trusted, now)
+    path = policy_path(product)
+    target = TargetFile(0, {"sha256": changes.EMPTY}, path, {"custom": rule.to_json()})
+    metadata.signed.targets[path] = target
     return metadata
 
 

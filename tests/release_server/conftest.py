@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata, TargetFile
 from agent_core.bundle import File, Index
 from agent_core.wire import Policy, ReleaseFacts, bundle_path, index_path, policy_path
 from keys import ceremony
-from release_server import auth, repository, signer
+from release_server import acceptance, auth, signer
 from release_server.blobs import Blobs
 from release_server.config import Config
 from release_server.database import Sessions, make_engine, upgrade
@@ -177,8 +177,19 @@ def managers(online, clock):
 def trusted(sessions, managers, clock, online):
     """The server trusts the managers' root."""
     with sessions.write() as session:
-        repository.accept_root(session, managers.root().to_bytes(), now=clock(), actor="ada", online=online)
+        acceptance.accept_root(session, managers.root().to_bytes(), now=clock(), actor="ada", online=online)
     return managers
+
+
+@pytest.fixture
+def accept_root(sessions, clock, online):
+    def send(metadata):
+        with sessions.write() as session:
+            return acceptance.accept_root(
+                session, metadata.to_bytes(), now=clock(), actor="ada", online=online
+            )
+
+    return send
 
 
 @pytest.fixture
@@ -187,7 +198,7 @@ def accept(sessions, blobs, clock, online, managers):
 
     def send(metadata, body=None):
         with sessions.write() as session:
-            return repository.accept_targets(
+            return acceptance.accept_targets(
                 session,
                 blobs,
                 managers.sign(metadata) if body is None else body,

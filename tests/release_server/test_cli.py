@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import stat
+from datetime import timedelta
 
 import pytest
 
 from agent_core.errors import Exit
-from release_server import repository
-from release_server.cli import main
+from keys.roles import ROLES
+from release_server import acceptance, repository
+from release_server.cli import _examine_lifetime, main
+from release_server.database import newest_revision
 
 
 @pytest.fixture
@@ -110,11 +113,12 @@ def test_config_check_refuses_an_unknown_key_with_the_nearest_name(made, call):
 
 
 def test_the_schema_is_shown_and_upgraded(made, call):
-    assert call("db", "current", "--data", str(made)) == (0, {"current": "0001", "wanted": "0001"})
+    newest = {"current": newest_revision(), "wanted": newest_revision()}
+    assert call("db", "current", "--data", str(made)) == (0, newest)
     (made / "relfleet.db").unlink()
     assert call("db", "current", "--data", str(made))[1]["current"] is None
     assert call("run", "--data", str(made))[1]["error"]["reason"] == "schema"
-    assert call("db", "upgrade", "--data", str(made)) == (0, {"current": "0001", "wanted": "0001"})
+    assert call("db", "upgrade", "--data", str(made)) == (0, newest)
 
 
 def test_the_trust_is_exported_once_there_is_a_root(
@@ -123,7 +127,7 @@ def test_the_trust_is_exported_once_there_is_a_root(
     assert main(["export", "trust", "--data", str(data)]) == Exit.NOT_FOUND
     body = managers.root().to_bytes()
     with sessions.write() as session:
-        repository.accept_root(session, body, now=clock(), actor="ada", online=online)
+        acceptance.accept_root(session, body, now=clock(), actor="ada", online=online)
     capsysbinary.readouterr()
     assert main(["export", "trust", "--data", str(data)]) == 0
     assert capsysbinary.readouterr().out == body
@@ -192,21 +196,29 @@ def test_doctor_names_what_is_wrong_and_what_to_do(made, call, harm, check):
     assert bad[0]["then"]
 
 
-def test_doctor_sees_every_role_that_has_expired(data, call, trusted, accept, clock):
-    """The test's clock stands at START; by the real clock, or by then, all of it may be past."""
-    from datetime import timedelta
-
-    from agent_core.clock import now
-    from release_server.cli import _examine_expiry
-
-    rest = {
-        "root": (timedelta(days=59), timedelta(days=61)),
-        "targets": (timedelta(days=13), timedelta(days=15)),
-        "cohorts": (timedelta(days=3), timedelta(days=5)),
-        "snapshot": (timedelta(days=3), timedelta(days=5)),
-        "timestamp": (timedelta(hours=8), timedelta(hours=10)),
-    }
-    for role, (late, early) in rest.items():
-        assert _examine_expiry(role, now() - timedelta(1), now())["state"] == "bad"
-        assert _examine_expiry(role, now() + late, now())["state"] == "note"
-        assert _examine_expiry(role, now() + early, now())["state"] == "ok"
+@pytest.mark.parametrize(
+    ("role", "late", "early"),
+    [
+        ("root", timedelta(days=59), timedelta(days=61)),
+        ("targets", timedelta(days=13), timedelta(days=15)),
+        ("cohorts", timedelta(days=3), timedelta(days=5)),
+        ("snapshot", timedelta(days=3), timedelta(days=5)),
+        ("timestamp", timedelta(hours=8), timedelta(hours=10)),
+    ],
+)
+def test_doctor_warns_before_a_role_expires_and_says_what_to_type(
+    sessions, trusted, accept, clock, online_signer, role, late, early
+):
+    accept(trusted.targets())
+    with sessions.write() as session:
+        repository.publish(session, online_signer, clock())
+        found = {lifetime.role: lifetime for lifetime in repository.lifetimes(session, clock())}
+    assert sorted(found) == sorted(ROLES)
+    assert (found[role].version, found[role].left) == (1, ROLES[role].expires)
+    for left, state in ((-timedelta(1), "bad"), (late, "note"), (early, "ok")):
+        with sessions.read() as session:
+            now = found[role].expires_at - left
+            lifetime = next(each for each in repository.lifetimes(session, now) if each.role == role)
+        finding = _examine_lifetime(lifetime)
+        assert finding["state"] == state
+        assert bool(finding["then"]) is (state != "ok")

@@ -1,0 +1,342 @@
+"""What the next version of targets may change, and what it does change: the rules both ends hold it to.
+
+The release manager who signs, the one who signs after him, and the server that takes it in each ask the same
+functions; none believes what another has found. Metadata in, values out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from agent_core.clock import iso
+from agent_core.errors import ConflictError, TrustError
+from agent_core.wire import NAME, Policy, Reason, ReleaseFacts, bundle_path, index_path, policy_path
+from keys.roles import ROLES, TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
+
+    from tuf.api.metadata import TargetFile, Targets
+
+    Files = Mapping[str, TargetFile]
+
+EMPTY = sha256(b"").hexdigest()
+BUNDLE = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.tar\.zst")
+INDEX = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.index\.json")
+POLICY = re.compile(rf"policy/({NAME.pattern})\.json")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One bundle of targets metadata, with what is signed of it."""
+
+    facts: ReleaseFacts
+    sha256: str
+    length: int
+
+    @property
+    def path(self) -> str:
+        return bundle_path(self.facts.product, self.facts.version, self.facts.platform)
+
+    @property
+    def name(self) -> str:
+        return f"{self.facts.product} {self.facts.version} for {self.facts.platform}"
+
+
+def _refuse(what: str, why: str, reason: str, then: str = "") -> TrustError:
+    return TrustError(what, why=why, reason=reason, then=then)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_listed(files: Files) -> dict[str, Listed]:
+    """The bundles of targets metadata by path; every other path must be an index or a policy.
+
+    Raises:
+        TrustError: `bad-metadata`, `wrong-path` or `bad-index`.
+        MalformedError: the facts of a release do not have their form.
+    """
+    listed = {}
+    indexes = set()
+    for path, target in files.items():
+        if set(target.hashes) != {"sha256"}:
+            raise _refuse(f"{path} is refused", "its hashes must be sha256, alone", Reason.BAD_METADATA)
+        if BUNDLE.fullmatch(path):
+            listed[path] = _read_bundle(path, target, files)
+            facts = listed[path].facts
+            indexes.add(index_path(facts.product, facts.version, facts.platform))
+        elif not INDEX.fullmatch(path) and not POLICY.fullmatch(path):
+            raise _refuse(
+                f"{path} is refused", "top-level targets hold bundles and policies", Reason.BAD_METADATA
+            )
+    for path in files:
+        if INDEX.fullmatch(path) and path not in indexes:
+            raise _refuse(f"{path} is refused", "it belongs to no bundle", Reason.BAD_METADATA)
+    return listed
+
+
+def _read_bundle(path: str, target: TargetFile, files: Files) -> Listed:
+    facts = ReleaseFacts.from_json(target.custom, path)
+    if bundle_path(facts.product, facts.version, facts.platform) != path:
+        raise _refuse(
+            f"{path} is refused",
+            f"its facts are of {facts.product} {facts.version} for {facts.platform}",
+            "wrong-path",
+        )
+    index = files.get(index_path(facts.product, facts.version, facts.platform))
+    if index is None:
+        raise _refuse(f"{path} is refused", "its index is not listed", Reason.BAD_INDEX)
+    if (index.hashes.get("sha256"), index.length) != (facts.index_sha256, facts.index_length):
+        raise _refuse(f"{path} is refused", "its facts name another index", Reason.BAD_INDEX)
+    return Listed(facts, target.hashes["sha256"], target.length)
+
+
+def policy_of(files: Files, product: str) -> Policy:
+    """A product's floor and revoked releases; nothing of either when none was signed."""
+    target = files.get(policy_path(product))
+    return Policy.from_json(target.custom, policy_path(product)) if target else Policy()
+
+
+# --- the rules -------------------------------------------------------------------------------------------
+
+
+def check_successor(before: Targets | None, after: Targets, now: datetime) -> list[Listed]:
+    """Hold the next targets to every rule that needs no key and no blob.
+
+    Args:
+        before: what is current; None before the first.
+        after: what is proposed.
+
+    Returns:
+        The bundles that are new in it.
+
+    Raises:
+        ConflictError: it is not the version after the current one.
+        TrustError: see the functions below, by `reason`.
+        MalformedError: facts or a policy do not have their form.
+    """
+    check_version(TARGETS, before.version if before else 0, after.version)
+    check_expiry(after, now)
+    old = before.targets if before else {}
+    listed = read_listed(after.targets)
+    check_kept(old, after.targets)
+    check_policies(old, after.targets)
+    fresh = [entry for path, entry in listed.items() if path not in old]
+    check_seqs(read_listed(old).values(), fresh)
+    return fresh
+
+
+def check_version(role: str, current: int, version: int) -> None:
+    """Refuse a version that is not the one after the current one: a jump, or a base that has gone by.
+
+    Raises:
+        ConflictError: with what to do about it.
+    """
+    if version == current + 1:
+        return
+    jump = version > current
+    raise ConflictError(
+        f"the {role} is not the next version",
+        why=f"it is {version}, the current one is {current}",
+        then="versions go up by one: find out who made this" if jump else "make it anew from the current one",
+        reason="version-jump" if jump else "old-base",
+    )
+
+
+def check_expiry(after: Targets, now: datetime) -> None:
+    """Refuse targets that have expired, or that would hold longer than the role does.
+
+    Raises:
+        TrustError: `expired`, or `bad-metadata` when it would hold too long.
+    """
+    if after.is_expired(now):
+        raise _refuse("the targets is refused", f"it expired at {iso(after.expires)}", Reason.EXPIRED)
+    if after.expires > ROLES[TARGETS].latest(now):
+        days = ROLES[TARGETS].expires.days
+        raise _refuse(
+            "the targets is refused",
+            f"it would hold until {iso(after.expires)}; {days} days are the most",
+            Reason.BAD_METADATA,
+        )
+
+
+def check_kept(before: Files, after: Files) -> None:
+    """What was published stays, byte for byte and fact for fact; only its gates and notes may change.
+
+    Raises:
+        TrustError: `removed` or `changed`.
+    """
+    for path, old in before.items():
+        new = after.get(path)
+        if new is None:
+            raise _refuse(
+                f"{path} is gone", "what was published stays; revoke it in the policy instead", "removed"
+            )
+        if POLICY.fullmatch(path):
+            continue
+        if (old.length, old.hashes) != (new.length, new.hashes):
+            raise _refuse(
+                f"{path} has changed", "a version never changes", "changed", "publish a new version"
+            )
+        if BUNDLE.fullmatch(path) and _lasting(old) != _lasting(new):
+            raise _refuse(f"{path} has other facts", "only gates and notes may change", "changed")
+
+
+def _lasting(target: TargetFile) -> ReleaseFacts:
+    return replace(ReleaseFacts.from_json(target.custom), gates=(), notes="")
+
+
+def check_policies(before: Files, after: Files) -> None:
+    """Policies have no content of their own, and a floor never falls: agents remember it.
+
+    Raises:
+        TrustError: `bad-metadata` or `below-floor`.
+    """
+    for path, target in after.items():
+        if not POLICY.fullmatch(path):
+            continue
+        if (target.length, target.hashes) != (0, {"sha256": EMPTY}):
+            raise _refuse(f"{path} is refused", "a policy has no content of its own", Reason.BAD_METADATA)
+        policy = Policy.from_json(target.custom, path)
+        old = Policy.from_json(before[path].custom, path) if path in before else Policy()
+        if policy.floor_seq < old.floor_seq:
+            raise _refuse(
+                f"{path} is refused",
+                f"its floor {policy.floor_seq} is lower than {old.floor_seq}, which agents remember",
+                Reason.BELOW_FLOOR,
+            )
+
+
+def check_seqs(known: Iterable[Listed], fresh: Iterable[Listed]) -> None:
+    """A new version's seq is above all of its product; a version's platforms share one seq.
+
+    Raises:
+        TrustError: `seq`.
+    """
+    seqs: dict[str, dict[str, int]] = {}
+    for entry in known:
+        seqs.setdefault(entry.facts.product, {})[entry.facts.version] = entry.facts.seq
+    for entry in sorted(fresh, key=lambda entry: entry.facts.seq):
+        facts, own = entry.facts, seqs.setdefault(entry.facts.product, {})
+        if facts.version in own:
+            if own[facts.version] != facts.seq:
+                why = f"the version has seq {own[facts.version]}, not {facts.seq}"
+                raise _refuse(f"{entry.name} is refused", why, "seq")
+        elif own and facts.seq <= max(own.values()):
+            raise _refuse(
+                f"{facts.product} {facts.version} is refused",
+                f"its seq {facts.seq} is not above {max(own.values())}",
+                "seq",
+                "make it anew from the current targets",
+            )
+        own[facts.version] = facts.seq
+
+
+# --- what changes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of what a person is asked to sign.
+
+    Attributes:
+        kind: `added`, `removed`, `changed`, `policy`, `delegation` or `expiry`.
+        what: the thing, in words.
+        before, after: what is said of it; empty where there is nothing.
+    """
+
+    kind: str
+    what: str
+    before: str = ""
+    after: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def changes(before: Targets, after: Targets) -> list[Change]:
+    """Everything that differs, also what the rules forbid: who signs sees it all."""
+    return [
+        *_file_changes(before.targets, after.targets),
+        *_policy_changes(before.targets, after.targets),
+        *_delegation_changes(before, after),
+        Change("expiry", "targets", iso(before.expires), iso(after.expires)),
+    ]
+
+
+def _file_changes(before: Files, after: Files) -> Iterator[Change]:
+    for path in sorted({*before, *after}):
+        old, new = before.get(path), after.get(path)
+        if POLICY.fullmatch(path) or old == new:
+            continue
+        if new is None:
+            yield Change("removed", path, _said(old))
+        elif old is not None:
+            yield Change("changed", path, _said(old), _said(new))
+        elif not INDEX.fullmatch(path):
+            yield Change("added", path, "", _said(new))
+
+
+def _said(target: TargetFile | None) -> str:
+    """What is signed of one path, in a line."""
+    if target is None:
+        return ""
+    words = [f"{target.length} bytes", f"sha256 {target.hashes.get('sha256', '')[:12]}"]
+    if target.custom:
+        facts = ReleaseFacts.from_json(target.custom)
+        words.insert(0, f"seq {facts.seq}")
+        words += [f"gates {', '.join(facts.gates)}"] if facts.gates else []
+        words += [f"from seq {facts.upgrade_from_seq} on"] if facts.upgrade_from_seq else []
+        words += [f"notes {facts.notes[:60]!r}"] if facts.notes else []
+    return ", ".join(words)
+
+
+def _policy_changes(before: Files, after: Files) -> Iterator[Change]:
+    for path in sorted({*before, *after}):
+        if (found := POLICY.fullmatch(path)) is None or before.get(path) == after.get(path):
+            continue
+        product = found.group(1)
+        versions = versions_by_seq(after, product)
+        old, new = policy_of(before, product), policy_of(after, product)
+        yield Change("policy", product, describe_policy(old, versions), describe_policy(new, versions))
+
+
+def versions_by_seq(files: Files, product: str) -> dict[int, str]:
+    """The versions of a product, by seq."""
+    return {
+        entry.facts.seq: entry.facts.version
+        for entry in read_listed(files).values()
+        if entry.facts.product == product
+    }
+
+
+def describe_policy(policy: Policy, versions: Mapping[int, str]) -> str:
+    """A policy in a line, with versions where seqs have one."""
+
+    def named(seqs: Sequence[int]) -> str:
+        return ", ".join(f"{versions[seq]} (seq {seq})" if seq in versions else f"seq {seq}" for seq in seqs)
+
+    floor = f"floor {named([policy.floor_seq])}" if policy.floor_seq else "no floor"
+    return f"{floor}; revoked: {named(policy.revoked_seq) or 'none'}"
+
+
+def _delegation_changes(before: Targets, after: Targets) -> Iterator[Change]:
+    old, new = _delegated(before), _delegated(after)
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            yield Change("delegation", name, old.get(name, ""), new.get(name, ""))
+
+
+def _delegated(targets: Targets) -> dict[str, str]:
+    roles = targets.delegations.roles if targets.delegations else None
+    return {
+        name: f"{', '.join(role.paths or ())} to {role.threshold} of "
+        f"{', '.join(sorted(keyid[:12] for keyid in role.keyids))}"
+        f"{'' if role.terminating else ', not terminating'}"
+        for name, role in (roles or {}).items()
+    }
