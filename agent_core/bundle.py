@@ -19,7 +19,6 @@ import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from agent_core import disk
@@ -122,8 +121,7 @@ class Index:
     @property
     def directories(self) -> tuple[str, ...]:
         """Every directory the files need, parents before children."""
-        found = {str(parent) for file in self.files for parent in PurePosixPath(file.path).parents}
-        return tuple(sorted(found - {"."}))
+        return tuple(sorted({parent for file in self.files for parent in _with_parents(file.path)[1:]}))
 
     def room(self, block: int) -> int:
         """Bytes the unpacked bundle takes on a file system that hands out blocks of `block` bytes."""
@@ -251,8 +249,12 @@ def fault_of_files(files: tuple[File, ...]) -> str:
 
 
 def _with_parents(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    """The path and every directory above it, longest first."""
+    found = [path]
+    while (end := path.rfind("/")) >= 0:
+        path = path[:end]
+        found.append(path)
+    return found
 
 
 def host_platforms() -> list[str]:

@@ -61,27 +61,56 @@ NEVER = (
 NOT_IN_LIB = ("*.c", "*.h", "*.pyx", "*.pxd", "py.typed", "tests", "test", "test_data")
 """Left out of every distribution that is carried along: nothing imports these."""
 
-NOT_ON_DEVICES = ("urllib3",)
-"""The agent does without these (see `updater.without_urllib3`), but a product may ask for them."""
-
-UNUSED = {
-    "backports-zstd": ("backports/zstd/_cffi", "backports/zstd/tarfile.py", "backports/zstd/zipfile"),
-    "cffi": ("cffi",),
-    "click": ("click/testing.py", "click/_winconsole.py"),
+NOT_ON_LINUX = {
+    "click": ("click/_winconsole.py",),
     "psutil": ("psutil/_ps[!lpu]*.py", "psutil/_psutil_[!l]*"),
-    "pycparser": ("pycparser",),
-    "securesystemslib": ("*/test_*.py",),
-    "tuf": ("tuf/repository",),
-    "urllib3": ("urllib3",),
     "watchdog": (
-        "watchdog/watchmedo.py",
-        "watchdog/tricks",
         "watchdog/observers/fsevents*.py",
+        "watchdog/observers/kqueue.py",
         "watchdog/observers/read_directory_changes.py",
         "watchdog/observers/winapi.py",
     ),
 }
-"""What Linux devices never load of their dependencies, by distribution; a test imports everything else."""
+"""What cannot be loaded on any device, by distribution."""
+
+NOT_FOR_THE_AGENT = {
+    "backports-zstd": ("backports/zstd/_cffi", "backports/zstd/tarfile.py", "backports/zstd/zipfile"),
+    "cffi": ("cffi",),
+    "click": ("click/testing.py",),
+    "cryptography": (
+        "cryptography/cobblestone.py",
+        "cryptography/fernet.py",
+        "cryptography/x509",
+        "cryptography/hazmat/asn1",
+        "cryptography/hazmat/primitives/kdf",
+        "cryptography/hazmat/primitives/serialization/pkcs*.py",
+        "cryptography/hazmat/primitives/twofactor",
+        *(
+            f"cryptography/hazmat/primitives/{name}.py"
+            for name in ("cmac", "hmac", "hpke", "keywrap", "padding", "poly1305")
+        ),
+    ),
+    "packaging": ("packaging",),
+    "pycparser": ("pycparser",),
+    "securesystemslib": ("*/test_*.py", "*/science.py"),
+    # The agent fetches by `updater.transport`; `updater.without_urllib3` stands in for tuf's own client.
+    "tuf": (
+        "tuf/repository",
+        "tuf/ngclient/_internal/proxy.py",
+        "tuf/ngclient/requests_fetcher.py",
+        "tuf/ngclient/urllib3_fetcher.py",
+    ),
+    "urllib3": ("urllib3",),
+    "watchdog": (
+        "watchdog/__main__.py",
+        "watchdog/tricks",
+        "watchdog/utils/echo.py",
+        "watchdog/utils/process_watcher.py",
+        "watchdog/watchmedo.py",
+    ),
+}
+"""What the agent never loads of its own libraries: each file is one more to write, sync and read on every
+host. What the product names in `vendor`, and what that needs, is carried whole. A test imports the rest."""
 
 _METADATA = (".dist-info", ".egg-info")
 LICENSE_FILES = ("licen[cs]e*", "copying*", "notice*", "authors*")
@@ -317,7 +346,7 @@ def build(
         _copy_device(tree)
         product = _closure(plan.vendor)
         device = _closure(_base_requirements())
-        unused = {name: UNUSED[name] for name in UNUSED if name not in NOT_ON_DEVICES or name not in product}
+        unused = {name: NOT_FOR_THE_AGENT[name] for name in NOT_FOR_THE_AGENT.keys() - product.keys()}
         _copy_distributions(device | product, unused, tree)
         _copy_product(plan, version, tree)
         progress("compile", 1, 3)
@@ -532,7 +561,7 @@ def _copy_distributions(
         if not any(file.suffix in (".py", ".so") for file in modules):
             why = "it is installed in editable mode, or has no list of its files"
             raise UsageError(f"{name} cannot be carried along", why=why, then=f"pip install --no-deps {name}")
-        left_out = (*NEVER, *NOT_IN_LIB, *unused.get(name, ()))
+        left_out = (*NEVER, *NOT_IN_LIB, *NOT_ON_LINUX.get(name, ()), *unused.get(name, ()))
         carried = [file for file in modules if not _matches(file.as_posix(), left_out)]
         for file in carried:
             _copy(Path(str(file.locate())), tree / "lib" / file.as_posix())
