@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from agent_core import disk
 from agent_core.errors import DiskError, MalformedError, TrustError, UsageError
+from agent_core.hooks import NO_HOOKS, Hooks, parse_hooks
 from agent_core.wire import NAME, PLATFORM, SCHEMA, SHA256, VERSION, Getter, Reason
 
 if sys.version_info >= (3, 14):
@@ -99,6 +100,7 @@ class Index:
         boots: how often the launcher may start the version while it is on trial.
         deadman_s: seconds without a passed check after which a trial is killed from outside.
         health: the checks, `{kind, …}`; `agent_core.health` gives each its meaning.
+        hooks: what runs before and after the version is activated.
         files: every file, sorted by path.
     """
 
@@ -108,6 +110,7 @@ class Index:
     entry: tuple[str, ...]
     files: tuple[File, ...]
     health: tuple[dict[str, Any], ...] = ()
+    hooks: Hooks = NO_HOOKS
     observe_s: float = 60
     boots: int = 3
     deadman_s: int = 120
@@ -140,6 +143,7 @@ class Index:
             "deadman_s": self.deadman_s,
             "min_launcher": self.min_launcher,
             "health": list(self.health),
+            "hooks": self.hooks.to_json(),
             "files": [file.to_json() for file in self.files],
         }
 
@@ -171,6 +175,7 @@ class Index:
             entry=entry,
             files=files,
             health=tuple(health),
+            hooks=parse_hooks(get.object("hooks", {}), f"{path}.hooks"),
             observe_s=get.number("observe_s", high=30 * 86_400),
             boots=get.integer("boots", low=1, high=100),
             deadman_s=get.integer("deadman_s", low=1, high=86_400),

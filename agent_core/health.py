@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
-import os
 import queue
-import selectors
-import signal
 import socket
 import subprocess
 import threading
@@ -24,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from agent_core.errors import MalformedError
-from agent_core.processes import signal_group
+from agent_core.processes import finish
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
@@ -285,49 +282,10 @@ def _run_exec(check: Check, subject: Subject) -> Outcome:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    assert child.stdout is not None
-    try:
-        tail = _listen(child, child.stdout.fileno(), check.timeout_s)
-    except TimeoutError:
+    code, words = finish(child, check.timeout_s)
+    if code is None:
         return Outcome(False, f"took longer than {check.timeout_s:g} s")
-    finally:
-        signal_group(child, signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-    if child.returncode == 0:
-        return Outcome(True)
-    words = " ".join(tail.decode(errors="replace").split())
-    return Outcome(False, f"exit {child.returncode}{': ' if words else ''}{words}")
-
-
-def _listen(child: subprocess.Popen[bytes], fd: int, timeout_s: float) -> bytes:
-    """The last of what a child says until it ends; what it leaves behind may hold the pipe open for ever.
-
-    Raises:
-        TimeoutError: it did not end in time.
-    """
-    os.set_blocking(fd, False)
-    deadline_s = time.monotonic() + timeout_s
-    tail = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        is_open, reads_left = True, 16
-        while reads_left:
-            ended = child.poll() is not None
-            if ended:
-                reads_left -= 1
-            elif time.monotonic() >= deadline_s:
-                raise TimeoutError
-            if not is_open:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(0.05)
-            elif selector.select(0 if ended else 0.05):
-                chunk = os.read(fd, 65_536)
-                is_open = bool(chunk)
-                tail = (tail + chunk)[-LONGEST_DETAIL:]
-            if ended and not is_open:
-                break
-    return bytes(tail)
+    return Outcome(code == 0, "" if code == 0 else f"exit {code}{': ' if words else ''}{words}")
 
 
 def _run_http(check: Check, _subject: Subject) -> Outcome:

@@ -6,13 +6,18 @@ import contextlib
 import ctypes
 import logging
 import os
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+LAST_WORDS = 200
+"""Bytes of a child's output that are kept to say why it failed."""
 
 # The child ties its own life to ours before it becomes the program: `preexec_fn` would run Python between
 # fork and exec of a process with threads. getppid() is asked afterwards, for a parent that died in between.
@@ -56,6 +61,51 @@ def signal_group(child: subprocess.Popen[bytes] | Copy, signum: int) -> None:
     """Send a signal to a child of `spawn` and to everything in its group, dead leader or not."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signum)
+
+
+def finish(child: subprocess.Popen[bytes], limit_s: float) -> tuple[int | None, str]:
+    """Wait for a child that leads a session of its own, then end whatever it started.
+
+    Args:
+        child: its output is a pipe; errors go there too.
+        limit_s: seconds, of which a host that sleeps uses up none.
+
+    Returns:
+        Its exit code, None when it had to be killed for taking longer; and its last words in one line.
+    """
+    assert child.stdout is not None
+    try:
+        ended, tail = _listen(child, child.stdout.fileno(), limit_s)
+    finally:
+        # The leader is reaped after its group was killed: until then its number can be nobody else's.
+        signal_group(child, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    return child.returncode if ended else None, " ".join(tail.decode(errors="replace").split())
+
+
+def _listen(child: subprocess.Popen[bytes], fd: int, limit_s: float) -> tuple[bool, bytes]:
+    """Whether it ended in time, and the last it said; what it left behind may hold the pipe open for ever."""
+    os.set_blocking(fd, False)
+    deadline_s = time.monotonic() + limit_s
+    tail, ended, reads_left = b"", False, 16
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while reads_left and time.monotonic() < deadline_s + (1.0 if ended else 0.0):
+            ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            reads_left -= ended
+            if not selector.get_map():
+                if ended:
+                    break
+                time.sleep(0.02)
+            elif selector.select(0 if ended else 0.05):
+                chunk = os.read(fd, 65_536)
+                tail = (tail + chunk)[-LAST_WORDS:]
+                if not chunk:
+                    selector.unregister(fd)
+            elif ended:
+                break
+    return ended, tail
 
 
 class Copy:

@@ -119,6 +119,8 @@ class Reason(StrEnum):
     # How a trial ended.
     PREFLIGHT = "preflight"
     PREFLIGHT_VERSION = "preflight-version"
+    PRE_ACTIVATE = "pre-activate"
+    POST_ACTIVATE = "post-activate"
     UNHEALTHY = "unhealthy"
     WORKLOAD_EXITED = "workload-exited"
     BOOTS_USED_UP = "boots-used-up"

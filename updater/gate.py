@@ -1,8 +1,8 @@
 """The gate of a trial: given what is known of the new version, wait, re-arm, commit or roll back. Pure.
 
 Local facts decide a rollback; the network only delays a commit (design section 4). A version is committed
-when it has been healthy for the whole observation time in one run, every check passes right now, and this
-very version fetched and verified the manifest: a version that could not update itself again is never kept.
+when it has been healthy for the whole observation time in one run, its hook is done, every check passes right
+now, and this very version fetched and verified the manifest: one that could not update itself is never kept.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class TrialFacts:
         manifest_verified: this version itself fetched and verified the manifest, in this run.
         workload_exits: how often the workload ended in this run without being asked to.
         exits_allowed: how many of these are tolerated.
+        hooked_s: when the hook after the activation ended well in this run, boot clock (its beginning when
+            the version has none); None before that.
+        hook_failure: why that hook failed; empty when it did not.
         boots_left: what the launcher left in the record when it began this run; below 0 is one too many.
         failures: the failing checks in words, for the reason people read.
     """
@@ -49,6 +52,8 @@ class TrialFacts:
     manifest_verified: bool
     workload_exits: int = 0
     exits_allowed: int = 0
+    hooked_s: float | None = 0.0
+    hook_failure: str = ""
     boots_left: int = 0
     failures: tuple[str, ...] = ()
 
@@ -63,10 +68,10 @@ class Verdict:
 
 
 def observed_s(facts: TrialFacts, now_s: float) -> float:
-    """How long this run has been healthy; nothing from an earlier run or from the future counts."""
-    if facts.healthy_since_s is None:
+    """How long this run has been healthy with its hook done; no earlier run and no future counts."""
+    if facts.healthy_since_s is None or facts.hooked_s is None:
         return 0.0
-    return max(0.0, now_s - max(facts.healthy_since_s, facts.started_s))
+    return max(0.0, now_s - max(facts.healthy_since_s, facts.hooked_s, facts.started_s))
 
 
 def judge(facts: TrialFacts, now_s: float) -> Verdict:
@@ -89,8 +94,12 @@ def judge(facts: TrialFacts, now_s: float) -> Verdict:
         return Verdict(
             Step.ROLL_BACK, Reason.UNHEALTHY, _with("a check failed more often than allowed", facts)
         )
+    if facts.hook_failure:
+        return Verdict(Step.ROLL_BACK, Reason.POST_ACTIVATE, _with(facts.hook_failure, facts))
     if not facts.ready or facts.healthy_since_s is None:
         return Verdict(Step.WAIT, Reason.IN_TRIAL, _with("not every check passes yet", facts))
+    if facts.hooked_s is None:
+        return Verdict(Step.REARM, Reason.IN_TRIAL, "healthy; its hook after the activation is running")
     seen_s = observed_s(facts, now_s)
     if seen_s < facts.observe_s:
         return Verdict(Step.REARM, Reason.IN_TRIAL, f"healthy for {seen_s:.0f} s of {facts.observe_s:.0f} s")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agent_core import clock, disk, launcher, slots
 from agent_core.bundle import Index, host_platforms
 from agent_core.errors import RelfleetError, UnreachableError
+from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
@@ -250,9 +251,9 @@ class _Check:
                     failed = attempt.to(AttemptState.FAILED, str(reason), str(error))
                     report.record_transition(self.device, spool, failed)
                 raise
-            refused = self._preflight(name, release)
+            refused = self._preflight(name, release) or self._pre_activate(name, index, release)
             if refused is not None:
-                # A version that cannot even import is remembered like one that failed its trial.
+                # A version that cannot even import, or says no, is remembered like one that failed its trial.
                 if slots.read(self.device.layout.root) is not None:
                     slots.refuse(self.device.layout.root, name, refused.reason, directive.retry_epoch)
                 report.record_transition(
@@ -296,9 +297,27 @@ class _Check:
         if verdict.ok:
             return None
         detail = f"{release.facts.version} did not pass its preflight: {verdict.detail}"
+        return self._refusal(release, verdict.reason or Reason.PREFLIGHT, detail)
+
+    def _pre_activate(self, name: str, index: Index, release: Release) -> Outcome | None:
+        """The refusal of a version whose own hook says no; a version without one does not."""
+        from agent_core.workload import Place
+
+        hook = index.hooks.pre_activate
+        if hook is None:
+            return None
+        layout, running = self.device.layout, self.device.running()
+        place = Place(layout.root, layout.version_dir(name), index.version)
+        failure = run_hook(PRE_ACTIVATE, hook, place, running.version if running else "")
+        if not failure:
+            return None
+        detail = f"{release.facts.version} says no: {failure}"
+        return self._refusal(release, Reason.PRE_ACTIVATE, detail)
+
+    def _refusal(self, release: Release, reason: Reason, detail: str) -> Outcome:
         return Outcome(
             action=Action.REFUSE,
-            reason=str(verdict.reason or Reason.PREFLIGHT),
+            reason=str(reason),
             detail=detail[:1000],
             at=clock.iso(clock.now()),
             verified=True,

@@ -20,6 +20,7 @@ from agent_core import clock, disk, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
 from agent_core.health import Monitor, Subject, parse_checks
+from agent_core.hooks import POST_ACTIVATE, run_hook
 from agent_core.jobs import Helper
 from agent_core.processes import arm_deadman, disarm_deadman
 from agent_core.runtime import Runtime
@@ -160,6 +161,23 @@ class Service:
         self.monitor = Monitor(checks, Subject(place, self.workload), self.started_s)
         self.workload.start()
         self.runtime.repeat("health", self._step_health)
+        self._post_activate(place)
+
+    def _post_activate(self, place: Place) -> None:
+        """On trial, run the version's hook; its end is one of the facts of the trial."""
+        hook = self.index.hooks.post_activate
+        self.hooked_s: float | None = self.started_s
+        self.hook_failure = ""
+        if hook is not None and self.in_trial:
+            self.hooked_s = None
+            before = slots.version_of(self.record.good)
+            self._in_thread(lambda: run_hook(POST_ACTIVATE, hook, place, before), self._hooked)
+
+    def _hooked(self, failure: str | None, error: Exception | None) -> None:
+        self.hook_failure = str(error or failure or "")
+        self.hooked_s = None if self.hook_failure else self.runtime.now_s()
+        log.info("hook ended", extra={"hook": POST_ACTIVATE, "failure": self.hook_failure})
+        self._judge()
 
     def _step_health(self) -> float:
         """Often on trial and until all is well; a good version is looked at for the reports only."""
@@ -188,6 +206,8 @@ class Service:
             healthy_since_s=health.healthy_since_s,
             manifest_verified=self.verified,
             workload_exits=self.workload.exits,
+            hooked_s=self.hooked_s,
+            hook_failure=self.hook_failure,
             boots_left=self.record.boots_left,
             failures=tuple(str(failure) for failure in health.failures),
         )

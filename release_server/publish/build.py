@@ -31,6 +31,7 @@ from packaging.utils import canonicalize_name
 from agent_core.bundle import File, Index, host_platforms, pack, verify
 from agent_core.errors import DiskError, MalformedError, NotFoundError, SettingsError, UsageError
 from agent_core.health import parse_checks, weakness
+from agent_core.hooks import NO_HOOKS, POST_ACTIVATE, PRE_ACTIVATE, Hooks, parse_hooks
 from agent_core.wire import NAME, VERSION, Getter, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class Project:
     observe_s: float = 60
     boots: int = 3
     deadman_s: int = 120
+    hooks: Hooks = NO_HOOKS
     gates: tuple[str, ...] = ()
     upgrade_from_seq: int = 0
     min_launcher: int = 1
@@ -186,6 +188,7 @@ TABLES = {
     "server": {"url"},
     "build": {"source", "overlays", "entry", "vendor", "exclude"},
     "health": {"checks", "observe_s", "boots", "deadman_s"},
+    "hooks": {"pre_activate", "post_activate"},
     "release": {"gates", "upgrade_from_seq", "min_launcher"},
 }
 
@@ -245,6 +248,7 @@ def _project(directory: Path, document: Getter) -> Project:
         observe_s=health.number("observe_s", Project.observe_s),
         boots=health.integer("boots", Project.boots, high=100),
         deadman_s=health.integer("deadman_s", Project.deadman_s, low=1, high=86_400),
+        hooks=parse_hooks(document.object("hooks", {}), "hooks"),
         gates=release.texts("gates", [], most=32),
         upgrade_from_seq=release.integer("upgrade_from_seq", 0),
         min_launcher=release.integer("min_launcher", 1),
@@ -358,12 +362,13 @@ def build(
         product=plan.product,
         version=version,
         platform=platform,
-        entry=_entry(entry or plan.entry, files),
+        entry=_program(shlex.split(entry) if isinstance(entry, str) else entry or plan.entry, "entry", files),
         files=files,
         health=plan.checks,
         observe_s=plan.observe_s,
         boots=plan.boots,
         deadman_s=plan.deadman_s,
+        hooks=_hooks(plan.hooks, files),
         min_launcher=plan.min_launcher,
     )
     index_file = _index_file(archive)
@@ -422,22 +427,29 @@ def _platform(asked: str | None) -> str:
     return best
 
 
-def _entry(asked: str | Sequence[str], files: Iterable[File]) -> tuple[str, ...]:
-    """The workload's argv, when what it names is in the bundle."""
-    entry = tuple(shlex.split(asked)) if isinstance(asked, str) else tuple(asked)
+def _hooks(hooks: Hooks, files: Iterable[File]) -> Hooks:
+    """The hooks, when the bundle holds the programs they name: a missing one would refuse the version."""
+    for name, hook in ((PRE_ACTIVATE, hooks.pre_activate), (POST_ACTIVATE, hooks.post_activate)):
+        if hook is not None:
+            _program(hook.argv, f"hook {name}", files)
+    return hooks
+
+
+def _program(argv: Sequence[str], what: str, files: Iterable[File]) -> tuple[str, ...]:
+    """An argv, when what it names is in the bundle; one of the host's programs has an absolute path."""
     modes = {file.path: file.mode for file in files}
-    if not entry:
-        raise UsageError("the entry is empty", then='[build] entry = ["{python}", "app/main.py"]')
-    script = entry[1] if entry[0] == "{python}" and len(entry) > 1 else entry[0]
-    if script.startswith(("-", "{")):
-        return entry
+    if not argv:
+        raise UsageError(f"the {what} is empty", then='for example ["{python}", "app/main.py"]')
+    script = argv[1] if argv[0] == "{python}" and len(argv) > 1 else argv[0]
+    if script.startswith(("-", "{", "/")):
+        return tuple(argv)
     if script not in modes:
-        raise UsageError(f"the entry names {script}", why="the bundle has no such file")
-    if script == entry[0] and modes[script] != 0o755:
+        raise UsageError(f"the {what} names {script}", why="the bundle has no such file")
+    if script == argv[0] and modes[script] != 0o755:
         raise UsageError(
-            f"the entry {script} cannot be run", why="it is not executable", then=f"chmod +x {script}"
+            f"the {what} {script} cannot be run", why="it is not executable", then=f"chmod +x {script}"
         )
-    return entry
+    return tuple(argv)
 
 
 def _copy_product(plan: Project, version: str, tree: Path) -> None:

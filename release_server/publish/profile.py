@@ -103,7 +103,7 @@ def said() -> Said:
 # --- files -------------------------------------------------------------------------------------------------
 
 
-TABLES = ("product", "server", "build", "health", "release")
+TABLES = ("product", "server", "build", "health", "hooks", "release")
 KEYS = {"product": ("name",), "server": ("url",)}
 
 

@@ -17,6 +17,8 @@ ENDS = {
     "2.3.0-hangs": ("dead-man", 2, "rolled_back"),
     "2.4.0-agent-exits": ("boots-used-up", 2, "rolled_back"),
     "2.6.0-lies": ("preflight-version", 0, "failed"),
+    "2.7.0-says-no": ("pre-activate", 0, "failed"),
+    "2.8.0-hook-fails": ("post-activate", 1, "rolled_back"),
 }
 RECORDS_OF_A_TRIAL = 3
 """Besides one for each start: armed, rolling back, rolled back."""

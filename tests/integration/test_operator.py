@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_core import slots
+from agent_core.hooks import POST_ACTIVATE, PRE_ACTIVATE
 from tests.integration.world import until
 from updater.device import Device
 
@@ -30,8 +31,10 @@ def test_a_held_host_takes_nothing_until_the_hold_ends(world, host):
 
 def test_a_rollback_by_hand_goes_back_and_skips_until_retry(world, host):
     before = host.good
+    hooks = [f"{name} {before}" for name in (PRE_ACTIVATE, POST_ACTIVATE)]
     world.pin(host.cohort, "1.2.0")
     host.await_good("1.2.0")
+    assert (host.root / "hooks").read_text().splitlines() == hooks
     agent = host.await_agent()
     assert host.agent("rollback", "--yes")[0] == 0
     host.await_good(before)
@@ -40,8 +43,10 @@ def test_a_rollback_by_hand_goes_back_and_skips_until_retry(world, host):
     assert host.look() == "skipped"
     assert host.good == before
     host.await_seen(version=before, reason="skipped")
+    assert (host.root / "hooks").read_text().splitlines() == hooks  # going back runs none
     assert host.agent("retry")[0] == 0
     host.await_good("1.2.0")
+    assert (host.root / "hooks").read_text().splitlines() == hooks + hooks
 
 
 def test_once_waits_for_the_trial_and_tells_its_end_by_the_exit_code(world, host):

@@ -21,6 +21,7 @@ import psutil
 
 from agent_core import clock, slots
 from agent_core.bundle import Index, host_platforms, pack, unpack
+from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
 from agent_core.slots import Record
 from release_server.demo.processes import Processes, wait_for
@@ -44,6 +45,10 @@ while not pathlib.Path(os.environ["RELFLEET_ROOT"], "leave").exists():
     time.sleep(0.05)
 """
 
+SAYS_NO = Hooks(pre_activate=Hook(("/bin/sh", "-c", "echo the table is locked; exit 4")))
+FAILS_AFTER = Hooks(post_activate=Hook(("/bin/sh", "-c", "exit 5")))
+MARK = Hook(("/bin/sh", "-c", 'echo "$RELFLEET_HOOK $RELFLEET_VERSION_BEFORE" >> "$RELFLEET_ROOT/hooks"'))
+
 LIES = """\
 import json
 def main(verb, words):
@@ -63,7 +68,7 @@ class Variant:
 # Each is a whole bundle with the whole agent inside, packed anew and signed like any other.
 VARIANTS: dict[str, Variant] = {
     "1.1.0": Variant(),
-    "1.2.0": Variant({"app/notes.txt": "another good one\n"}, {"boots": 4}),
+    "1.2.0": Variant({"app/notes.txt": "another good one\n"}, {"boots": 4, "hooks": Hooks(MARK, MARK)}),
     "1.3.0": Variant(),
     "1.4.0": Variant(),
     "2.0.0-exits-at-once": Variant({"app/main.py": "raise SystemExit(3)\n"}),
@@ -75,6 +80,8 @@ VARIANTS: dict[str, Variant] = {
     "2.4.0-agent-exits": Variant({"lib/updater/service.py": "def serve(root):\n    return 3\n"}),
     "2.5.0-exits-when-good": Variant({"app/main.py": UNTIL_TOLD}),
     "2.6.0-lies": Variant({"lib/updater/internal.py": LIES}),
+    "2.7.0-says-no": Variant(index={"hooks": SAYS_NO}),
+    "2.8.0-hook-fails": Variant(index={"hooks": FAILS_AFTER}),
 }
 
 PROJECT = """\

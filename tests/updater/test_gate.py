@@ -97,6 +97,28 @@ GOOD = TrialFacts(
             {"boots_left": -1}, 1065.0, Step.ROLL_BACK, Reason.BOOTS_USED_UP, id="one boot too many goes back"
         ),
         pytest.param(
+            {"hooked_s": None},
+            1e6,
+            Step.REARM,
+            Reason.IN_TRIAL,
+            id="no commit before the hook is done",
+        ),
+        pytest.param(
+            {"hooked_s": 1060.0},
+            1119.0,
+            Step.REARM,
+            Reason.IN_TRIAL,
+            id="what the hook changed is observed for the whole time",
+        ),
+        pytest.param({"hooked_s": 1060.0}, 1120.0, Step.COMMIT, Reason.OBSERVED, id="and committed after it"),
+        pytest.param(
+            {"hooked_s": None, "hook_failure": "post_activate: exit 1"},
+            1010.0,
+            Step.ROLL_BACK,
+            Reason.POST_ACTIVATE,
+            id="a hook that fails goes back",
+        ),
+        pytest.param(
             {"healthy_since_s": 900.0},
             1030.0,
             Step.REARM,
@@ -134,6 +156,8 @@ facts_of_any_kind = st.builds(
     manifest_verified=st.booleans(),
     workload_exits=st.integers(0, 5),
     exits_allowed=st.integers(0, 5),
+    hooked_s=st.none() | moments,
+    hook_failure=st.sampled_from(["", "", "post_activate: exit 1"]),
     boots_left=st.integers(-2, 5),
     failures=st.lists(st.text(max_size=300), max_size=5).map(tuple),
 )
@@ -146,13 +170,16 @@ def test_a_commit_is_fully_earned(facts: TrialFacts, now_s: float) -> None:
         assert facts.ready
         assert facts.manifest_verified
         assert facts.healthy_since_s is not None
+        assert facts.hooked_s is not None
+        assert now_s - facts.hooked_s >= facts.observe_s
         assert now_s - facts.healthy_since_s >= facts.observe_s
         assert now_s - facts.started_s >= facts.observe_s
 
 
 @given(facts_of_any_kind, moments)
 def test_only_local_faults_roll_back(facts: TrialFacts, now_s: float) -> None:
-    local = not facts.healthy or facts.workload_exits > facts.exits_allowed or facts.boots_left < 0
+    ended = facts.workload_exits > facts.exits_allowed or facts.hook_failure != ""
+    local = not facts.healthy or ended or facts.boots_left < 0
     assert (judge(facts, now_s).step is Step.ROLL_BACK) == local
 
 

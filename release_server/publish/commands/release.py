@@ -44,6 +44,10 @@ vendor = []                             # distributions to carry along, e.g. "re
 [health]
 observe_s = 60                          # how long a new version must stay good before it is kept
 checks = [{{ kind = "process" }}]
+
+# [hooks]                               # programs that may refuse a version, or take it back
+# pre_activate = {{ argv = ["{{python}}", "app/check.py"], timeout_s = 60 }}
+# post_activate = {{ argv = ["{{python}}", "app/migrate.py"], timeout_s = 60 }}
 """
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from agent_core.bundle import Index, host_platforms, unpack
 from agent_core.errors import NotFoundError, SettingsError, TrustError, UsageError
+from agent_core.hooks import Hook, Hooks
 from release_server.publish import build as building
 from release_server.publish.build import build, open_bundle, read_project, verify_bundle
 
@@ -282,6 +283,9 @@ observe_s = 20
 boots = 2
 deadman_s = 90
 checks = [{kind = "process", interval_s = 1, grace_s = 0}]
+[hooks]
+pre_activate = {argv = ["{python}", "app/main.py", "--check"], timeout_s = 5}
+post_activate = {argv = ["/bin/true"]}
 [release]
 min_launcher = 1
 gates = ["canary"]
@@ -292,8 +296,16 @@ upgrade_from_seq = 4
     index = build(project, "1.0.0").index
     assert (index.observe_s, index.boots, index.deadman_s, index.min_launcher) == (20, 2, 90, 1)
     assert index.health == ({"kind": "process", "interval_s": 1, "grace_s": 0},)
+    before = Hook(("{python}", "app/main.py", "--check"), 5)
+    assert index.hooks == Hooks(before, Hook(("/bin/true",), 60))
     plan = read_project(project)
     assert (plan.gates, plan.upgrade_from_seq) == (("canary",), 4)
+
+
+def test_a_hook_whose_program_is_not_in_the_bundle_is_refused(quick, tmp_path):
+    project = make_project(tmp_path / "p", APP_ONLY + '[hooks]\npost_activate = {argv = ["app/migrate"]}\n')
+    with pytest.raises(UsageError, match="hook post_activate names app/migrate"):
+        build(project, "1.0.0")
 
 
 def test_progress_is_told_step_by_step(quick, tmp_path):
@@ -395,6 +407,11 @@ REFUSED = {
     "a key misspelt": (APP_ONLY + '[build]\nvendors = ["x"]\n', "did you mean vendor"),
     "a table that is text": ('product = "shop"\n', "product is not acceptable"),
     "a source that is a list": (APP_ONLY + '[build]\nsource = ["app"]\n', "build.source"),
+    "a hook nobody knows": (
+        APP_ONLY + '[hooks]\nactivate = {argv = ["x"]}\n',
+        "did you mean pre_activate",
+    ),
+    "a hook without a program": (APP_ONLY + "[hooks]\npre_activate = {}\n", "hooks.pre_activate.argv"),
     "an entry that is text": (APP_ONLY + '[build]\nentry = "app/main.py"\n', "build.entry"),
     "overlays that are text": (APP_ONLY + '[build.overlays]\n"1.1.0" = "more"\n', "overlays.1.1.0"),
     "a check nobody knows": (APP_ONLY + '[health]\nchecks = [{kind = "prayer"}]\n', "kind"),
