@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import threading
-import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,9 @@ if TYPE_CHECKING:
 BALLAST_LENGTH = 4 << 20
 PRIVATE_MODE = 0o700
 PUBLIC_MODE = 0o755
-_LAUNCHER_PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py")
-_LAUNCHER_MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
 
 __all__ = [
     "Layout",
-    "launcher_archive",
     "read_json",
     "write_durable",
     "write_json",
@@ -177,26 +172,13 @@ def write_launcher(layout: Layout) -> Path:
     Raises:
         DiskError: it cannot be written; the old one still stands.
     """
+    from agent_core.archive import launcher_archive  # zipfile is seldom needed
+
     archive = launcher_archive()
     with _as_disk_error(layout.launcher_file):
         if not disk.exists(layout.launcher_file) or disk.read_file(layout.launcher_file) != archive:
             write_durable(layout.launcher_file, archive, 0o755)
     return layout.launcher_file
-
-
-def launcher_archive() -> bytes:
-    """The launcher as one stored zip; the same sources give the same bytes everywhere."""
-    sources = Path(slots.__file__).parent
-    members = {f"agent_core/{name}": (sources / name).read_bytes() for name in _LAUNCHER_PARTS}
-    members["__main__.py"] = _LAUNCHER_MAIN
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, source in sorted(members.items()):
-            member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            member.create_system = 3
-            member.external_attr = 0o100644 << 16
-            archive.writestr(member, source)
-    return buffer.getvalue()
 
 
 def write_durable(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) -> None:

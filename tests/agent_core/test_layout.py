@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 import subprocess
 import sys
-import zipfile
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
 
 from agent_core import layout, slots
+from agent_core.archive import launcher_archive
 from agent_core.errors import DiskError, MalformedError
 from agent_core.layout import Layout, read_json, write_durable, write_json, write_launcher
 from agent_core.slots import Record, Slots
@@ -176,23 +175,6 @@ def test_json_that_is_missing_is_the_default_and_garbage_is_malformed(device):
 # The launcher's file
 
 
-def test_the_launcher_is_one_stored_file_with_the_same_bytes_every_time(device):
-    content = device.launcher_file.read_bytes()
-    assert content == layout.launcher_archive()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.infolist()
-    assert [member.filename for member in members] == [
-        "__main__.py",
-        "agent_core/__init__.py",
-        "agent_core/disk.py",
-        "agent_core/launcher.py",
-        "agent_core/slots.py",
-    ]
-    assert {(member.compress_type, member.date_time) for member in members} == {
-        (zipfile.ZIP_STORED, (1980, 1, 1, 0, 0, 0))
-    }
-
-
 def test_the_launcher_runs_isolated_and_without_site(device):
     words = [sys.executable, "-I", "-S", "-B", device.launcher_file, "--help"]
     answer = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -205,7 +187,7 @@ def test_make_leaves_an_installed_launcher_alone_and_write_launcher_replaces_it(
     device.make()
     assert device.launcher_file.read_bytes() == b"an older launcher"
     assert write_launcher(device) == device.launcher_file
-    assert device.launcher_file.read_bytes() == layout.launcher_archive()
+    assert device.launcher_file.read_bytes() == launcher_archive()
     before = device.launcher_file.stat().st_ino
     write_launcher(device)
     assert device.launcher_file.stat().st_ino == before
