@@ -57,7 +57,7 @@ def answer(tmp_path, archive: bytes, *flags: str) -> str:
 def test_it_compiles_nothing_when_it_starts(tmp_path):
     """The sources are damaged here; whoever reads one fails."""
     archive = launcher_archive()
-    damaged = archive.replace(b"from __future__ import annotations", b"from __future__ import annotation )")
+    damaged = archive.replace(b"from __future__ import annotations", b"from __future__ import annotation)")
     assert damaged != archive
     assert "--supervise" in answer(tmp_path, damaged)
 
