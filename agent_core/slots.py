@@ -11,6 +11,7 @@ newer.
 | idle    | `begin_trial`   | record trial{good A, candidate B, boots_left N} → links B, A    | trial |
 | trial   | `boot`          | links B, A → record boots_left - 1                              | trial |
 | trial   | `refund`        | record boots_left + 1 (bounded)                                 | trial |
+| trial   | `recover`       | the host itself went down: record boots_left + 1 (bounded)      | trial |
 | trial   | `commit`        | record idle{good B, previous A} → links B, A                    | idle  |
 | trial   | `roll_back`     | record rollback{reason} → links A, P → record idle{skip + B}    | idle  |
 | idle    | `go_back`       | record idle{good P, previous A, skip + A} → links P, A          | idle  |
@@ -48,6 +49,8 @@ SKIPS_MOST = 32
 """How many failed bundles are remembered; the oldest is forgotten first, so that a record always fits."""
 REFUNDS_MOST = 16
 """How many clean stops give a trial its boot back: what is stopped for ever must not be tried for ever."""
+REBOOTS_MOST = 8
+"""How many times a host that went down gives the boot back: it may be the candidate that takes it down."""
 
 # Reasons, as `agent_core.wire.Reason` spells them; this file may not import it.
 OBSERVED, OPERATOR, DISK = "observed", "operator", "disk"
@@ -86,7 +89,8 @@ class Record:
         retry_epoch: the directive's at the time of the trial; a skip lasts until it grows.
         boot_id: the host's boot in which the candidate was last started.
         is_up: a boot was counted and not given back since.
-        refunds: boots given back during this trial.
+        refunds: boots given back during this trial after clean stops.
+        reboots: boots given back during this trial because the host went down with the candidate.
         tried: the version the last trial, commit, rollback or operator's rollback was about.
         reason: how that ended.
         skip: bundles that failed here, oldest first.
@@ -105,6 +109,7 @@ class Record:
     boot_id: str = ""
     is_up: bool = False
     refunds: int = 0
+    reboots: int = 0
     tried: str = ""
     reason: str = ""
     skip: tuple[Skip, ...] = ()
@@ -182,6 +187,7 @@ def armed(record: Record, candidate: str, boots: int, deadman_s: int, retry_epoc
         boot_id="",
         is_up=False,
         refunds=0,
+        reboots=0,
         tried=candidate,
         reason="",
     )
@@ -202,6 +208,19 @@ def refunded(record: Record) -> Record:
         return record
     left = min(record.boots_left + 1, record.boots_max)
     return replace(record, boots_left=left, is_up=False, refunds=record.refunds + 1)
+
+
+def rebooted(record: Record, boot_id: str) -> Record:
+    """On trial, and the host went down under the candidate: the boot back, `REBOOTS_MOST` times a trial.
+
+    A power cut is no fault of the version that ran; but a version that takes its host down must not be tried
+    for ever either. A host that does not say which boot this is has not gone down.
+    """
+    went_down = record.is_up and boot_id and record.boot_id not in ("", boot_id[:64])
+    if record.phase != TRIAL or not went_down or record.reboots >= REBOOTS_MOST:
+        return record
+    left = min(record.boots_left + 1, record.boots_max)
+    return replace(record, boots_left=left, is_up=False, reboots=record.reboots + 1)
 
 
 def committed(record: Record) -> Record:
@@ -260,7 +279,7 @@ def healed(record: Record, complete: frozenset[str]) -> Record:
 def _rested(record: Record) -> Record:
     """Idle again, with nothing of the trial left but how it ended."""
     ended = replace(record, phase=IDLE, candidate="", boots_left=0, boots_max=0, deadman_s=0)
-    return replace(ended, is_up=False, refunds=0)
+    return replace(ended, is_up=False, refunds=0, reboots=0)
 
 
 def _need(record: Record, phase: str, reason: str) -> None:
@@ -712,7 +731,7 @@ def _recovered(root: Root) -> Record | None:
         return None
     if record.phase == ROLLBACK:
         return _finish_rollback(root, record)
-    whole = healed(record, complete(root, record))
+    whole = rebooted(healed(record, complete(root, record)), host_boot_id())
     if whole != record:
         record = Slots(root).write(whole)
     if record.good:

@@ -264,6 +264,14 @@ def test_a_candidate_without_boots_is_rolled_back_and_the_good_version_runs(devi
     assert slots.link(device.root, "current") == A
 
 
+def test_a_host_that_went_down_in_a_trial_does_not_use_up_its_boots(device):
+    device.version(B, "")
+    device.put(replace(ON_TRIAL, boots_left=0, is_up=True, boot_id="of-yesterday"))
+    assert device.run() == 0
+    assert device.started == [B]
+    assert (device.record.boots_left, device.record.reboots) == (0, 1)
+
+
 def test_a_rollback_that_was_cut_short_is_finished(device):
     device.version(A, "")
     device.put(GOING_BACK)

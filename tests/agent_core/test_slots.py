@@ -99,6 +99,12 @@ def plain(record: Record | None) -> Record | None:
             id="clean TERM: the boot is given back",
         ),
         pytest.param(
+            replace(ON_TRIAL, is_up=True, boot_id="yesterday"),
+            lambda record: slots.rebooted(record, "today"),
+            {"phase": TRIAL, "boots_left": 3, "is_up": False, "reboots": 1, "refunds": 0},
+            id="the host went down with the candidate: the boot is given back",
+        ),
+        pytest.param(
             ON_TRIAL,
             slots.committed,
             {"phase": IDLE, "good": B, "previous": A, "candidate": "", "reason": "observed", "boots_left": 0},
@@ -199,6 +205,49 @@ def test_boots_given_back_come_to_an_end_so_that_a_stopped_candidate_is_not_trie
     assert boots == 3 + slots.REFUNDS_MOST
 
 
+@pytest.mark.parametrize(
+    ("record", "boot_id"),
+    [
+        pytest.param(replace(ON_TRIAL, is_up=True, boot_id="today"), "today", id="the same boot of the host"),
+        pytest.param(replace(ON_TRIAL, boot_id="yesterday"), "today", id="not up: given back already"),
+        pytest.param(replace(ON_TRIAL, is_up=True), "today", id="never started"),
+        pytest.param(replace(ON_TRIAL, is_up=True, boot_id="yesterday"), "", id="a host that does not say"),
+        pytest.param(replace(RESTING, is_up=True, boot_id="yesterday"), "today", id="idle"),
+        pytest.param(replace(GOING_BACK, is_up=True, boot_id="yesterday"), "today", id="going back"),
+    ],
+)
+def test_only_a_host_that_went_down_under_a_trial_gives_its_boot_back(record, boot_id):
+    assert slots.rebooted(record, boot_id) == record
+
+
+def test_a_version_that_takes_its_host_down_is_not_tried_for_ever():
+    record, boots = slots.armed(RESTING, B, 3, 60), 0
+    while (record := slots.rebooted(record, f"boot {boots}")).boots_left:
+        record = slots.booted(record, f"boot {boots}")
+        boots += 1
+    assert boots == 3 + slots.REBOOTS_MOST
+    assert slots.REBOOTS_MOST > 3
+
+
+def test_a_host_that_goes_down_before_its_boot_is_given_back_gives_it_back_once(root):
+    slots.begin_trial(root, B, 3, 60)
+    slots.boot(root, "yesterday")
+    assert slots.recover(root).boots_left == 3
+    assert slots.recover(root).boots_left == 3
+    assert slots.boot(root, slots.host_boot_id()).boots_left == 2
+    assert slots.recover(root).boots_left == 2
+
+
+def test_a_record_from_before_the_reboots_were_counted_is_read_as_having_none(root):
+    old = slots._encoded(replace(ON_TRIAL, seq=1))
+    length = slots._HEAD.unpack_from(old)[1]
+    body = json.loads(old[slots._HEAD.size : slots._HEAD.size + length])
+    del body["reboots"]
+    payload = json.dumps(body).encode()
+    head = slots._HEAD.pack(slots._MAGIC, len(payload), hashlib.sha256(payload).digest())
+    assert slots._decoded((head + payload).ljust(slots.SLOT_LENGTH, b"\0")) == replace(ON_TRIAL, seq=1)
+
+
 def test_a_skipped_bundle_comes_again_only_when_the_retry_epoch_grows():
     record = slots.rolled_back(replace(GOING_BACK, retry_epoch=5))
     assert [slots.skips(record, "b" * 64, epoch) for epoch in (0, 5, 6)] == [True, True, False]
@@ -256,6 +305,7 @@ records = st.builds(
     boot_id=st.text("0123456789abcdef-", max_size=64),
     is_up=st.booleans(),
     refunds=st.integers(0, 16),
+    reboots=st.integers(0, 8),
     tried=names,
     reason=st.from_regex(r"[a-z-]{0,64}", fullmatch=True),
     skip=st.lists(
@@ -515,7 +565,7 @@ def test_a_rollback_done_again_stays_done_even_when_another_version_was_refused_
 
 def test_arming_again_gives_no_boots_back(root):
     slots.begin_trial(root, B, boots=2, deadman_s=60)
-    slots.boot(root, "one")
+    slots.boot(root, slots.host_boot_id())
     assert slots.begin_trial(root, B, boots=2, deadman_s=60).boots_left == 1
 
 

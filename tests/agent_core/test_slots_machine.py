@@ -71,8 +71,12 @@ class Device(RuleBasedStateMachine):
         self.epoch = 0
         self.boots_granted = 0
         self.boots_taken = 0
+        self.boot = 1
+        self.host = patch.object(slots, "host_boot_id", lambda: f"boot {self.boot}")
+        self.host.start()
 
     def teardown(self) -> None:
+        self.host.stop()
         shutil.rmtree(self.root)
 
     @property
@@ -140,7 +144,8 @@ class Device(RuleBasedStateMachine):
         assert plan.order[0] == record.good
         if plan.act == TRY:
             before = self.record
-            self.do(cut_at, lambda: slots.boot(self.root, "boot"), lambda held: slots.booted(held, "boot"))
+            boot = slots.host_boot_id()
+            self.do(cut_at, lambda: slots.boot(self.root, boot), lambda held: slots.booted(held, boot))
             if self.record.boots_left < before.boots_left:
                 self.boots_taken += 1
                 assert self.boots_taken <= self.boots_granted
@@ -175,6 +180,19 @@ class Device(RuleBasedStateMachine):
         step = slots.refunded if before.phase == TRIAL else lambda record: record
         self.do(cut_at, lambda: slots.refund(self.root), step)
         self.boots_taken -= self.record.boots_left - before.boots_left
+
+    @rule(cut_at=cuts)
+    def lose_the_power(self, cut_at: int) -> None:
+        """The host goes down and comes up; the start it cut short is no fault of the candidate, so often."""
+        self.boot += 1
+        before, boot = self.record, slots.host_boot_id()
+        self.do(
+            cut_at, lambda: slots.recover(self.root) or before, lambda record: slots.rebooted(record, boot)
+        )
+        given = self.record.reboots - before.reboots
+        assert given == (before.is_up and before.phase == TRIAL and before.reboots < slots.REBOOTS_MOST)
+        assert self.record.boots_left == before.boots_left + given
+        self.boots_taken -= given
 
     @precondition(lambda self: self.record.phase == IDLE)
     @rule(cut_at=cuts)
@@ -257,6 +275,8 @@ class Device(RuleBasedStateMachine):
         assert record.phase != ROLLBACK, "a rollback is finished by recovery"
         assert (record.phase == TRIAL) == bool(record.candidate)
         assert 0 <= record.boots_left <= record.boots_max
+        assert 0 <= record.refunds <= slots.REFUNDS_MOST
+        assert 0 <= record.reboots <= slots.REBOOTS_MOST
         assert record.candidate != record.good
 
 
