@@ -18,12 +18,9 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 from agent_core import disk, slots
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 LAUNCHER = 1
 """What this launcher can do; a release may ask for a newer one. The agent reads it in RELFLEET_LAUNCHER."""
@@ -184,7 +181,7 @@ def _spawn(root: str, mask: set[int], dead_man: bool) -> int:
     code = 1
     try:
         os.setsid()  # what kills the agent's process group must not kill its watcher
-        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # TERM would leave one that hangs, and the lock with it
         if os.getppid() == parent:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -287,11 +284,14 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="launcher", description="Starts the version that should run.")
     parser.add_argument("--root", required=True, help="the device's directory")
     parser.add_argument("--supervise", action="store_true", help="stay, and start it again when it ends")
+    parser.add_argument("--refund", action="store_true", help="give back the boot of a stopped trial")
     parser.add_argument("--backoff-s", type=float, default=1.0, help="wait after a crash (%(default)s)")
     parser.add_argument("--backoff-most-s", type=float, default=60.0, help="longest wait (%(default)s)")
     asked = parser.parse_args(words)
     try:
         if lock(asked.root):
+            if asked.refund:
+                return _stopped(asked.root, code=0, stop=0)
             steady = (asked.root, asked.backoff_s, asked.backoff_most_s)
             return supervise(*steady) if asked.supervise else start(asked.root, "exec")
         say(f"another launcher runs in {asked.root}")

@@ -35,7 +35,6 @@ _TEXT = """\
 
 [Unit]
 Description=relfleet agent in {root}
-Documentation=man:systemd.service(5)
 After=network.target nss-lookup.target
 RequiresMountsFor={root}
 # A bad version is left by its boots, which the launcher counts: no limit of systemd's may end that before.
@@ -45,7 +44,7 @@ StartLimitIntervalSec=0
 # The launcher becomes the agent by exec, so both are the main process.
 Type=notify
 NotifyAccess=main
-ExecStart={python} -I -S -B {root}/launcher/launcher.pyz --root {root}
+ExecStart={launcher}
 WorkingDirectory={root}
 {user}
 # Exit 75 asks for the next start: an update or a rollback. Only `systemctl stop` means stopped; an agent that
@@ -65,6 +64,8 @@ TimeoutAbortSec=10s
 # all of them would show it a workload that ends on trial. Whatever is left is then killed.
 KillMode=mixed
 TimeoutStopSec=90s
+# A stop that comes before the agent listens is no fault of the version either.
+ExecStopPost=-/bin/sh -c '[ "$$SERVICE_RESULT $$EXIT_STATUS" != "success TERM" ] || exec {launcher} --refund'
 
 # A workload that is killed for its memory is judged by its agent; it does not take the agent along.
 # MemoryMax= and CPUQuota= are for a drop-in: only the product knows its size.
@@ -133,7 +134,7 @@ def unit(root: str, python: str, *, name: str = UNIT_NAME, user: str = "", steps
     return _TEXT.format(
         mark=_MARK,
         root=root,
-        python=python,
+        launcher=f"{python} -I -S -B {root}/launcher/launcher.pyz --root {root}",
         name=name,
         user=f"User={user}"
         if user

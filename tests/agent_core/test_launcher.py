@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -466,6 +467,28 @@ def test_a_clean_stop_in_a_trial_gives_the_boot_back(device, body):
     assert (device.record.phase, device.record.boots_left) == (TRIAL, 2)
 
 
+@pytest.mark.parametrize(
+    ("record", "boots_left"),
+    [
+        pytest.param(replace(ON_TRIAL, boots_left=1, is_up=True), 2, id="its boot was counted"),
+        pytest.param(replace(ON_TRIAL, boots_left=1, is_up=False), 1, id="given back before"),
+        pytest.param(RESTING, 0, id="not on trial"),
+    ],
+)
+def test_a_service_manager_can_give_the_boot_of_a_stopped_trial_back(device, record, boots_left):
+    device.put(record)
+    assert device.run("--refund") == 0
+    assert (device.record.phase, device.record.boots_left, device.started) == (record.phase, boots_left, [])
+
+
+def test_no_boot_is_given_back_while_an_agent_runs(device):
+    device.put(ON_TRIAL)
+    device.start()
+    device.wait(f"ready {B}")
+    assert device.run("--refund") == 1
+    assert device.record.boots_left == 1
+
+
 def test_an_agent_that_crashes_on_the_way_down_gets_no_boot_back(device):
     device.put(ON_TRIAL)
     device.version(B, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\nstay()")
@@ -518,6 +541,18 @@ def test_the_agent_goes_when_its_launcher_is_killed(device):
     wait_until(lambda: not is_alive(agent), "the agent outlived its launcher")
 
 
+def test_an_agent_that_hears_no_signal_goes_with_its_launcher_too(device):
+    device.version(A, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\nstay()")
+    process = device.start("--supervise")
+    device.wait(f"ready {A}")
+    process.kill()
+    process.wait(PATIENCE_S)
+    wait_until(lambda: not is_alive(int(device.out[1])), "the agent outlived its launcher")
+    device.version(A, STAY)
+    device.start("--supervise")
+    device.wait(f"ready {A}", times=2)
+
+
 def test_what_kills_the_process_group_of_the_agent_does_not_kill_its_watcher(device):
     device.version(A, f"if starts() < 2: os.killpg(0, signal.SIGKILL)\n{STAY}")
     device.start("--supervise", "--backoff-s", "0.01")
@@ -560,6 +595,28 @@ def test_orphans_are_reaped_while_the_agent_runs(device):
     device.wait(f"ready {A}")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: len(children.read_text().split()) == 1, "only the agent is left")
+
+
+AS_FIRST = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
+CONTAINERS = subprocess.run([*AS_FIRST, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="this machine lets nobody make a process namespace")
+def test_as_the_first_process_of_a_container_it_reaps_every_orphan_and_ends_by_term(device):
+    # The first process gets no signal it did not ask for, and every orphan, also those of other sessions.
+    orphan = "import os; os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0); os._exit(0)"
+    device.version(
+        A,
+        f"for _ in range(20): subprocess.run([sys.executable, '-c', {orphan!r}])\n"
+        "while len(open('/proc/1/task/1/children').read().split()) > 1: time.sleep(0.01)\n"
+        "print('parent', os.getppid(), flush=True)\n" + STAY,
+    )
+    process = device.start("--supervise", inside=AS_FIRST)
+    device.wait(f"ready {A}")
+    assert "parent 1" in device.out
+    first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+    os.kill(first, signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
 
 
 # What it is
