@@ -377,6 +377,23 @@ def warn(text: str) -> None:
     click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {text}", err=True)
 
 
+def progress_line(verb: str) -> Callable[[int, int], None] | None:
+    """A line on a terminal that shows how far something is, told done and total; None elsewhere."""
+    if not sys.stderr.isatty() or options().quiet:
+        return None
+    last = [-1]
+
+    def show(done: int, total: int) -> None:
+        percent = done * 100 // max(total, 1)
+        if percent != last[0]:
+            last[0] = percent
+            filled = "#" * (percent * 30 // 100)
+            ending = "\n" if done >= total else ""
+            click.echo(f"\r{verb} [{filled:<30}] {percent:3d} %{ending}", err=True, nl=False)
+
+    return show
+
+
 def can_ask() -> bool:
     """Whether there is a person to ask: a terminal on both ends, and no --no-input."""
     return not options().no_input and sys.stdin.isatty() and sys.stderr.isatty()

@@ -81,6 +81,11 @@ class Layout:
         return self.state / "tuf"
 
     @property
+    def file_targets(self) -> Path:
+        """Targets that a release file brought; apart from TUF's cache, which only servers fill."""
+        return self.state / "file-targets.json"
+
+    @property
     def spool(self) -> Path:
         return self.state / "spool.db"
 

@@ -14,9 +14,11 @@ newer.
 | trial   | `recover`       | the host itself went down: record boots_left + 1 (bounded)      | trial |
 | trial   | `commit`        | record idle{good B, previous A} → links B, A                    | idle  |
 | trial   | `roll_back`     | record rollback{reason} → links A, P → record idle{skip + B}    | idle  |
-| idle    | `go_back`       | record idle{good P, previous A, skip + A} → links P, A          | idle  |
+| idle    | `go_back`       | record idle{good P, previous A, skip + A} → links P, A (*)      | idle  |
 | idle    | `refuse`        | record idle{skip + B}                                           | idle  |
 | any     | `recover`       | whatever the record says is unfinished                          | same  |
+
+(*) P is the version before, or one that a person named; nothing but a person ever goes to a third version.
 """
 
 from __future__ import annotations
@@ -246,15 +248,16 @@ def rolled_back(record: Record, reason: str = "") -> Record:
     return _rested(replace(record, reason=reason, skip=skip))
 
 
-def gone_back(record: Record, retry_epoch: int = 0) -> Record:
-    """From idle to idle: the operator prefers the version before; the one left is skipped."""
+def gone_back(record: Record, retry_epoch: int = 0, to: str = "") -> Record:
+    """From idle to idle: the operator prefers the version before, or one by name; the one left is skipped."""
     _need(record, IDLE, "in-trial")
-    if record.previous in ("", record.good):
+    to = _named(to) if to else record.previous
+    if to in ("", record.good):
         raise IllegalTransitionError("there is no previous version to go back to", "not-found")
-    if any(entry[0] == digest_of(record.previous) for entry in record.skip):
-        raise IllegalTransitionError(f"{record.previous} failed here before", "skipped")
+    if any(entry[0] == digest_of(to) for entry in record.skip):
+        raise IllegalTransitionError(f"{to} failed here before", "skipped")
     skip = _with_skip(record, record.good, OPERATOR, retry_epoch)
-    swapped = replace(record, good=record.previous, previous=record.good, tried=record.good)
+    swapped = replace(record, good=to, previous=record.good, tried=record.good)
     return replace(swapped, reason=OPERATOR, skip=skip)
 
 
@@ -657,31 +660,37 @@ def roll_back(root: Root, reason: str) -> Record:
         return _finish_rollback(root, record)
 
 
-def go_back(root: Root, retry_epoch: int = 0) -> Record:
-    """The operator's rollback: end the trial, or prefer the previous version; done again it changes nothing.
+def go_back(root: Root, retry_epoch: int = 0, to: str = "") -> Record:
+    """The operator's rollback: end the trial, or prefer another version; done again it changes nothing.
 
     Args:
         root: the device's directory.
         retry_epoch: of the last directive, so that a later retry brings the version back.
+        to: the version to go to, by a person's explicit word only; without it the one before. From a trial
+            it can only be the good one.
 
     Raises:
-        IllegalTransitionError: `not-found` (no whole previous version) or `skipped` (it failed here).
+        IllegalTransitionError: `not-found` (no whole such version), `skipped` (it failed here), `in-trial`.
     """
     with _alone(root):
         record = _needed(root)
+        if record.phase != IDLE and to not in ("", record.good):
+            raise IllegalTransitionError(f"a trial goes back to {record.good} first", "in-trial")
         if record.phase == TRIAL:
             record = Slots(root).write(rolling_back(record, OPERATOR))
         if record.phase == ROLLBACK:
             return _finish_rollback(root, record)
-        if (
-            record.reason == OPERATOR
-            and skips(record, digest_of(record.tried))
-            and record.tried != record.good
-        ):
+        if to == record.good or (not to and _went_back(record)):
             return _recovered(root) or record
-        fresh = gone_back(record, retry_epoch)
+        fresh = gone_back(record, retry_epoch, to)
         _need_complete(root, fresh.good)
         return _write_and_follow(root, fresh)
+
+
+def _went_back(record: Record) -> bool:
+    """Whether the operator's rollback was the last thing to happen: a second one must not undo it."""
+    left = record.tried != record.good and skips(record, digest_of(record.tried))
+    return left and record.reason == OPERATOR
 
 
 def refuse(root: Root, name: str, reason: str, retry_epoch: int = 0) -> Record:

@@ -25,7 +25,7 @@ import updater.without_urllib3  # noqa: F401 - before tuf
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import DelegatedRole, Delegations, Root, TargetFile, Targets
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from securesystemslib.signer import Key
 
-    from updater.transport import Answer, Transport
+    from updater.transport import Answer, Origin
 
 LIMITS = UpdaterConfig(
     max_root_rotations=64,
@@ -132,12 +132,12 @@ class Catalog:
 
     Args:
         metadata_dir: TUF's cache (`state/tuf`), this catalog's alone.
-        transport: of the server that publishes `/metadata/…`.
+        transport: of the server that publishes `/metadata/…`, or a file in its place.
         product: whose releases and directives are looked up.
         bootstrap_root: the root this agent was installed with, never one that came later.
     """
 
-    def __init__(self, metadata_dir: Path, transport: Transport, product: str, bootstrap_root: bytes) -> None:
+    def __init__(self, metadata_dir: Path, transport: Origin, product: str, bootstrap_root: bytes) -> None:
         self._dir = metadata_dir
         self._transport = transport
         self._product = product
@@ -180,6 +180,35 @@ class Catalog:
         self._client = client
         return verified
 
+    def take(self, now: datetime, high_water: datetime | None, kept: bytes | None = None) -> bytes:
+        """Verify the root chain and the targets of an origin that has neither timestamp nor snapshot: a file.
+
+        What the release keys say is asked for whole (full threshold, not expired, not older than any targets
+        known here); what the online keys add, that nothing newer exists, nobody can say offline. Newer roots
+        are kept, as always. Nothing else of the cache changes. The lookups below then answer from it.
+
+        Args:
+            now: wall clock.
+            high_water: the highest signed time seen.
+            kept: the targets that the last file brought, if any.
+
+        Returns:
+            The verified targets, to be kept.
+
+        Raises:
+            TrustError, UnreachableError, DiskError: as of `refresh`.
+        """
+        if self._lock is None:
+            raise RuntimeError("a catalog is asked inside its `with` block")
+        self._client = None
+        with _sorted_errors():
+            time = trusted_time(Memory(high_water=high_water), now)
+            client = _Client(self._dir, _Fetcher(self._transport), self._bootstrap, time)
+            targets = client.take_targets(kept)
+            _check_delegations(client.targets)
+        self._client = client
+        return targets
+
     def directive(self, cohort: str) -> wire.Directive | None:
         """The directive of `cohort`, None when there is none.
 
@@ -199,10 +228,25 @@ class Catalog:
             raise _refused(Reason.BAD_DIRECTIVE, why)
         return directive
 
-    def policy(self) -> wire.Policy:
-        """Floor and revocations; no policy signed means none of either."""
+    def policy(self, kept: bytes | None = None) -> wire.Policy:
+        """Floor and revocations; no policy signed means none of either.
+
+        Args:
+            kept: targets that a file brought. Where they are newer than the server's, what they forbid is
+                forbidden too: a server that is held back, or frozen, does not bring it back.
+        """
+        client = self._verified_client()
+        policy = self._policy_in(client.targets)
+        newer = client.newer_than(kept, client.targets.version) if kept else None
+        if newer is None:
+            return policy
+        other = self._policy_in(newer)
+        revoked = tuple(sorted({*policy.revoked_seq, *other.revoked_seq}))
+        return wire.Policy(max(policy.floor_seq, other.floor_seq), revoked)
+
+    def _policy_in(self, targets: Targets) -> wire.Policy:
         path = wire.policy_path(self._product)
-        target = self._verified_client().targets.targets.get(path)
+        target = targets.targets.get(path)
         return _read(target, path, wire.Policy.from_json, Reason.BAD_METADATA) if target else wire.Policy()
 
     def release(self, version: str, platforms: list[str]) -> Release | None:
@@ -335,6 +379,40 @@ class _Client(Updater):
             raise _refused(Reason.BAD_DELEGATION, "the role cohorts delegates further")
         return cohorts
 
+    def take_targets(self, kept: bytes | None) -> bytes:
+        """Load targets of an origin without timestamp and snapshot; none older than what is known here."""
+        self._load_root()
+        root, time = self.trusted.root, self.trusted.reference_time
+        if root.is_expired(time):
+            raise tuf_errors.ExpiredMetadataError("the newest root known here has expired")
+        content = self._download_metadata(Targets.type, self.config.targets_max_length)
+        targets = _signed_targets(root, content)
+        for known in filter(None, (self._cached_targets(), kept)):
+            if newer := self.newer_than(known, targets.version):
+                why = f"targets {targets.version} are older than {newer.version}, which is known here"
+                raise tuf_errors.BadVersionNumberError(why)
+        if targets.is_expired(time):
+            raise tuf_errors.ExpiredMetadataError(f"targets {targets.version} have expired")
+        self.trusted.put_targets(targets)
+        return content
+
+    def _cached_targets(self) -> bytes | None:
+        try:
+            return self._load_local_metadata(Targets.type)
+        except FileNotFoundError:
+            return None
+
+    def newer_than(self, known: bytes, version: int) -> Targets | None:
+        """These known targets, when they are newer; None as well when today's keys did not sign them.
+
+        So versions that a stolen key ran forward count no longer once the keys were changed.
+        """
+        try:
+            targets = _signed_targets(self.trusted.root, known)
+        except (tuf_errors.RepositoryError, ValueError, KeyError, TypeError):
+            return None
+        return targets if targets.version > version else None
+
     def _persist_file(self, filename: str, data: bytes) -> None:
         # Upstream renames without fsync: after a power cut an empty timestamp.json would stand there, count
         # as a missing one, and take the protection against older metadata with it.
@@ -353,11 +431,24 @@ class _TrustedSet(TrustedMetadataSet):
         _check_distinct(root.keys, f"root {root.version}")
         return root
 
+    def put_targets(self, targets: Targets) -> None:
+        """Let targets that were verified apart from any snapshot be looked up."""
+        self._add(Targets.type, targets, Root.type)
+
+
+def _signed_targets(root: Root, content: bytes) -> Targets:
+    """Top-level targets that enough of the release keys signed; version and expiry are not looked at."""
+    metadata = Metadata[Targets].from_bytes(content)
+    if metadata.signed.type != Targets.type:
+        raise tuf_errors.RepositoryError(f"there is {metadata.signed.type} where targets should be")
+    root.verify_delegate(Targets.type, metadata.signed_bytes, metadata.signatures)
+    return metadata.signed
+
 
 class _Fetcher(FetcherInterface):
     """Hands python-tuf what `Transport` fetched; keeps the ETag of each timestamp by its digest."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Origin) -> None:
         self._transport = transport
         self.etags: dict[str, str] = {}
 

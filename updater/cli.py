@@ -15,6 +15,7 @@ COMMANDS = {
     "enroll": (WHERE + "enroll:enroll", "Make this host an agent: identity, trust, first version."),
     "run": (WHERE + "enroll:run", "Run the agent; installs the first version if there is none."),
     "once": (WHERE + "once:once", "Look for an update now."),
+    "install": (WHERE + "install:install_file", "Install a release from a file, offline."),
     "status": (WHERE + "status:status", "What runs, what is on trial, how the last check went."),
     "why": (WHERE + "status:why", "Why this host does, or does not, update."),
     "rollback": (WHERE + "steer:rollback", "Go back to the version before."),

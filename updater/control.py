@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
 from agent_core import layout as durable
+from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import RelfleetError
 from agent_core.wire import Getter
 
@@ -26,17 +27,24 @@ if TYPE_CHECKING:
     from agent_core.layout import Layout
     from updater.device import Device
 
-ROLLBACK, RETRY = "rollback", "retry"
+ROLLBACK, RETRY, ACTIVATE = "rollback", "retry", "activate"
+VERBS = (ROLLBACK, RETRY, ACTIVATE)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asked for: `rollback` (to the version before) or `retry` (forget what failed)."""
+    """What a person asked for.
+
+    Attributes:
+        verb: `rollback`, `retry` (forget what failed) or `activate` (put a staged version on trial).
+        name: of the version's directory: what to go back to, empty for the version before; what to activate.
+    """
 
     verb: str
+    name: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"verb": self.verb}
+        return {"verb": self.verb, "name": self.name}
 
 
 def carry_out(device: Device, request: Request) -> slots.Record:
@@ -44,12 +52,20 @@ def carry_out(device: Device, request: Request) -> slots.Record:
 
     Raises:
         slots.IllegalTransitionError: the record does not allow it; nothing was changed.
-        OSError: the record cannot be written.
+        OSError, TrustError: the record cannot be written, or the version to be activated not be read.
     """
-    seen = device.seen()
-    if request.verb == ROLLBACK:
-        return slots.go_back(device.layout.root, seen.directive.retry_epoch if seen else 0)
-    return slots.unskip(device.layout.root)
+    root, seen = device.layout.root, device.seen()
+    retry_epoch = seen.directive.retry_epoch if seen else 0
+    match request.verb:
+        case "rollback":
+            return slots.go_back(root, retry_epoch, request.name)
+        case "activate":
+            index = Index.from_bytes(disk.read_file(device.layout.version_dir(request.name) / INDEX_NAME))
+            return slots.begin_trial(
+                root, request.name, index.boots, index.deadman_s, retry_epoch=retry_epoch
+            )
+        case _:
+            return slots.unskip(root)
 
 
 # --- the request file -----------------------------------------------------------------------------------
@@ -69,9 +85,10 @@ def read_request(layout: Layout) -> Request | None:
         body = durable.read_json(_request_file(layout))
         if body is None:
             return None
-        verb = Getter(body, "request").text("verb")
-        if verb in (ROLLBACK, RETRY):
-            return Request(verb)
+        get = Getter(body, "request")
+        verb, name = get.text("verb"), get.text("name", "")
+        if verb in VERBS and (name or verb != ACTIVATE):
+            return Request(verb, name)
     forget_request(layout)
     return None
 

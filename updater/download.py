@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from updater.transport import Stream, Transport
+    from updater.transport import Origin, Stream
 
 READ = 1024 * 1024
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -65,7 +65,7 @@ def hashed_path(target_path: str, digest: str) -> str:
 
 
 def fetch(
-    transport: Transport,
+    transport: Origin,
     path: str,
     sha256: str,
     length: int,
@@ -120,7 +120,7 @@ def fetch(
     )
 
 
-def fetch_small(transport: Transport, path: str, sha256: str, length: int) -> bytes:
+def fetch_small(transport: Origin, path: str, sha256: str, length: int) -> bytes:
     """Download a small target into memory, e.g. a bundle's index. Errors as of `fetch`."""
     answer = transport.get(path, max_length=length)
     if answer.status != 200:
@@ -136,7 +136,7 @@ def fetch_small(transport: Transport, path: str, sha256: str, length: int) -> by
     return answer.body
 
 
-def _run(transport: Transport, wanted: _Wanted) -> bool | None:
+def _run(transport: Origin, wanted: _Wanted) -> bool | None:
     """One attempt: None when the file is right, else whether the wrong bytes include an older prefix."""
     fd = disk.open(wanted.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -156,7 +156,7 @@ def _run(transport: Transport, wanted: _Wanted) -> bool | None:
 
 
 def _transfer(
-    transport: Transport, wanted: _Wanted, fd: int, digest: hashlib._Hash, had: int
+    transport: Origin, wanted: _Wanted, fd: int, digest: hashlib._Hash, had: int
 ) -> tuple[hashlib._Hash, bool]:
     """Fetch what is missing; the digest of all bytes, and whether the old prefix is among them."""
     headers = {}

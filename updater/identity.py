@@ -32,6 +32,7 @@ class Identity:
         server: base address of the release server.
         cohort: as the server last said, None while no cohort matches.
         gate: set on this host and never by the server; empty lets every release through.
+        enrolled: the server knows this agent; False where none could be asked yet.
     """
 
     server: str
@@ -41,6 +42,7 @@ class Identity:
     cohort: str | None = None
     gate: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    enrolled: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +54,7 @@ class Identity:
             "cohort": self.cohort,
             "gate": self.gate,
             "labels": dict(self.labels),
+            "enrolled": self.enrolled,
         }
 
     @classmethod
@@ -66,6 +69,7 @@ class Identity:
             cohort=get.optional_text("cohort", form=wire.NAME),
             gate=get.text("gate", ""),
             labels=get.labels("labels"),
+            enrolled=get.boolean("enrolled", True),
         )
 
 

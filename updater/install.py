@@ -16,7 +16,7 @@ from agent_core.bundle import host_platforms
 from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
 from agent_core.settings import load_agent
 from agent_core.spool import Spool
-from agent_core.wire import AttemptState, EnrollRequest
+from agent_core.wire import AGENT_ID, AttemptState, EnrollAnswer, EnrollRequest
 from updater import attempt as attempts
 from updater import identity as identities
 from updater import poll, report, server
@@ -38,7 +38,7 @@ def enroll(
     layout: Layout,
     url: str,
     product: str,
-    token: str,
+    token: str | None,
     trust: bytes,
     name: str,
     labels: Mapping[str, str],
@@ -47,6 +47,8 @@ def enroll(
     """Make the directory, the key and the identity. Done again, it goes on where it was cut.
 
     Args:
+        token: None where no server can be asked: the host takes releases from files, under the name it gives
+            itself, and becomes known to the server when it is enrolled again with a token.
         trust: the root metadata this host is to believe, brought by another way than the server.
 
     Raises:
@@ -56,13 +58,18 @@ def enroll(
     """
     _check_trust(trust)
     layout.make()
-    _check_same(layout, url, product)
+    before = _check_same(layout, url, product)
     durable.write_durable(layout.trust_root, trust)
     settings = load_agent(layout)
+    if token is None and before is not None:
+        return Device(layout, settings, before)
     platform = host_platforms()[0]
     public_key = identities.make_key(layout)
     request = EnrollRequest(product, name, public_key, platform, gate, labels)
-    answer = server.enroll(connect(settings.server_url or url, settings), token, request)
+    if token is None:
+        answer = EnrollAnswer(agent_id=_own_id(name), cohort=None)
+    else:
+        answer = server.enroll(connect(settings.server_url or url, settings), token, request)
     identity = identities.Identity(
         server=url,
         product=product,
@@ -71,9 +78,16 @@ def enroll(
         cohort=answer.cohort,
         gate=gate,
         labels=labels,
+        enrolled=token is not None,
     )
     identities.save(layout, identity)
     return Device(layout, settings, identity)
+
+
+def _own_id(name: str) -> str:
+    if not AGENT_ID.fullmatch(name):
+        raise UsageError(f"{name!r} cannot name an agent", then="give another --name")
+    return name
 
 
 def _check_trust(trust: bytes) -> None:
@@ -87,17 +101,18 @@ def _check_trust(trust: bytes) -> None:
         )
 
 
-def _check_same(layout: Layout, url: str, product: str) -> None:
+def _check_same(layout: Layout, url: str, product: str) -> identities.Identity | None:
     try:
         before = identities.load(layout)
     except NotFoundError:
-        return
+        return None
     if (before.server, before.product) != (url, product):
         raise UsageError(
             f"{layout.root} belongs to another agent",
             why=f"it is enrolled for {before.product} at {before.server}",
             then="give another --root, or remove that one first",
         )
+    return before
 
 
 def first_version(device: Device, progress: Progress | None = None) -> Outcome:

@@ -19,7 +19,7 @@ from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
-from updater import freshness, report
+from updater import freshness, offline, report
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
 from updater.device import Outcome, skip_reason
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from agent_core.release_file import ReleaseFile
     from updater.catalog import Catalog, Release
     from updater.device import Device
+    from updater.transport import Origin
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +115,14 @@ def _guarded(
     """The outcome, and what is to be remembered of the refresh if it was verified."""
     memory = None
     try:
-        from updater.catalog import Catalog
-
-        bootstrap = device.layout.trust_root.read_bytes()
-        with Catalog(device.layout.tuf, device.transport(), device.identity.product, bootstrap) as catalog:
+        origin = device.transport()
+        with _catalog(device, origin) as catalog:
             memory = _refresh(device, catalog)
             now = freshness.trusted_time(memory, clock.now())
-            return _Check(device, catalog, now, progress).run(), memory
+            return _Check(device, catalog, origin, now, progress).run(), memory
     except RelfleetError as error:
-        return _failed(error.reason, str(error), verified=memory is not None, error=error), memory
+        verified = memory is not None or _is_vouched_for(device, error)
+        return _failed(error.reason, str(error), verified=verified, error=error), memory
     except OSError as error:
         return _failed(Reason.DISK, str(error), verified=memory is not None), memory
     except Exception as error:
@@ -143,6 +144,71 @@ def _failed(reason: str, detail: str, *, verified: bool, error: RelfleetError | 
     )
 
 
+def _catalog(device: Device, origin: Origin) -> Catalog:
+    from updater.catalog import Catalog
+
+    bootstrap = device.layout.trust_root.read_bytes()
+    return Catalog(device.layout.tuf, origin, device.identity.product, bootstrap)
+
+
+def _is_vouched_for(device: Device, error: RelfleetError) -> bool:
+    """Whether this version came by a file, and finds itself signed in what that file brought.
+
+    Where no server can be asked, or its signers have been away for too long, this stands for having fetched
+    the manifest: the same code ran over the same keys. An answer that is wrong is never made up for.
+    """
+    if error.reason not in (Reason.OFFLINE, Reason.OVERLOADED, Reason.EXPIRED):
+        return False
+    attempt, targets = attempts.load(device.attempt_file), offline.kept(device.layout)
+    record = slots.read(device.layout.root)
+    if attempt is None or targets is None or record is None:
+        return False
+    if attempt.salt != offline.SALT or record.candidate != attempt.name:
+        return False
+    try:
+        with _catalog(device, offline.KeptOrigin(targets)) as catalog:
+            catalog.take(clock.now(), freshness.recall(device.layout.poll).high_water)
+            release = catalog.release(attempt.version, list(host_platforms()))
+    except (RelfleetError, OSError) as problem:
+        log.warning("the kept metadata does not vouch for this version", extra={"why": str(problem)})
+        return False
+    return release is not None and release.facts.index_sha256.startswith(attempt.digest)
+
+
+def check_file(
+    device: Device,
+    file: ReleaseFile,
+    *,
+    older: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """As `check`, with a release file in the place of the server, because a person said so.
+
+    Args:
+        device: this one.
+        file: what the person brought; not trusted at all.
+        older: a version older than the one that runs may be installed.
+        progress: told bytes read and in all.
+
+    Returns:
+        What came of it; a refusal is one too. It is not kept: the next poll asks the server as ever.
+
+    Raises:
+        RelfleetError: the file cannot be believed, or the version could not be staged.
+    """
+    origin, title = offline.FileOrigin(file), file.title
+    if title.product != device.identity.product:
+        detail = f"the file holds {title.product}, this host runs {device.identity.product}"
+        return Outcome(Action.REFUSE, str(Reason.WRONG_PRODUCT), detail, clock.iso(clock.now()))
+    with _catalog(device, origin) as catalog:
+        memory = freshness.recall(device.layout.poll)
+        targets = catalog.take(clock.now(), memory.high_water, offline.kept(device.layout))
+        offline.keep(device.layout, targets)
+        now = freshness.trusted_time(memory, clock.now())
+        wish = offline.directive(device, title.version, older=older)
+        return _Check(device, catalog, origin, now, progress, by_hand=True).follow(wish, now)
+
+
 def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
     """Full TUF refresh; what is to be remembered of it."""
     verified = catalog.refresh(clock.now(), freshness.recall(device.layout.poll).high_water)
@@ -155,8 +221,10 @@ class _Check:
 
     device: Device
     catalog: Catalog
+    origin: Origin
     now: datetime
     progress: Callable[[int, int], None] | None
+    by_hand: bool = False  # from a file: no bandwidth to save, and no server to tell on the way
 
     def run(self) -> Outcome:
         cohort = self.device.identity.cohort
@@ -165,7 +233,11 @@ class _Check:
         directive = self.catalog.directive(cohort)
         if directive is None:
             return self._stay(Reason.NO_DIRECTIVE, f"cohort {cohort} has no directive yet")
-        facts, release = self._facts(directive)
+        return self.follow(directive, self.device.see(directive, self.now).since)
+
+    def follow(self, directive: Directive, since: datetime) -> Outcome:
+        """Decide by a directive that was first seen at `since`, and stage what it asks for."""
+        facts, release = self._facts(directive, since)
         decision = decide(facts, self.now)
         outcome = self._outcome(decision, facts)
         if not decision.installs or release is None:
@@ -173,10 +245,10 @@ class _Check:
             return outcome
         return self._install(outcome, release, directive)
 
-    def _facts(self, directive: Directive) -> tuple[Facts, Release | None]:
+    def _facts(self, directive: Directive, since: datetime) -> tuple[Facts, Release | None]:
         device = self.device
         record = slots.read(device.layout.root)
-        policy = self.catalog.policy()
+        policy = self.catalog.policy(offline.kept(device.layout))
         if record is not None and policy.floor_seq > record.floor:
             record = slots.raise_floor(device.layout.root, policy.floor_seq)
         facts = Facts(
@@ -186,7 +258,7 @@ class _Check:
             platforms=tuple(host_platforms()),
             running=device.running(),
             directive=directive,
-            directive_seen=device.see(directive, self.now).since,
+            directive_seen=since,
             policy=policy,
             offer=None,
             hold=device.hold(),
@@ -240,7 +312,8 @@ class _Check:
         with Spool(self.device.layout.spool) as spool:
             if not again:
                 report.record_transition(self.device, spool, attempt)
-                tell(self.device)  # a download may take hours
+                if not self.by_hand:
+                    tell(self.device)  # a download may take hours
             try:
                 name, index = self._stage(release)
             except (RelfleetError, OSError) as error:
@@ -267,19 +340,19 @@ class _Check:
         from updater.download import fetch, fetch_small
         from updater.stage import is_complete, stage, version_name
 
-        device, transport = self.device, self.device.transport()
-        index_bytes = fetch_small(transport, release.index_url, release.index_sha256, release.index_length)
+        device, origin = self.device, self.origin
+        index_bytes = fetch_small(origin, release.index_url, release.index_sha256, release.index_length)
         name = version_name(release.facts)
         part = device.layout.download / f"{release.sha256}.part"
         if not is_complete(device.layout.version_dir(name), index_bytes):
             fetch(
-                transport,
+                origin,
                 release.archive_url,
                 release.sha256,
                 release.length,
                 part,
                 progress=self.progress,
-                rate_limit_bps=device.settings.download_rate_bps or None,
+                rate_limit_bps=None if self.by_hand else device.settings.download_rate_bps or None,
                 min_rate_bps=device.settings.download_min_rate_bps,
                 deadline_s=device.settings.download_deadline_s,
             )

@@ -414,17 +414,17 @@ class Service:
         self._polls.wake()
 
     def _heed_request(self) -> None:
-        """Do what `agent rollback` or `agent retry` asked for; the request is gone when it is done."""
+        """Do what a person asked for on the host; the request is gone when it is done."""
         request = control.read_request(self.device.layout)
         if request is None:
             return
         log.info("operator asks", extra={"verb": request.verb})
         try:
             self.record = control.carry_out(self.device, request)
-        except (slots.IllegalTransitionError, OSError) as error:
+        except (slots.IllegalTransitionError, RelfleetError, OSError) as error:
             log.warning("request refused", extra={"verb": request.verb, "why": str(error)})
         control.forget_request(self.device.layout)
-        if self.record.phase == slots.IDLE and self.record.good != self.name:
+        if self.name != (self.record.candidate or self.record.good):
             self.runtime.stop(Exit.RESTART)
 
     def _on_stop(self) -> None:

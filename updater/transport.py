@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from agent_core import clock
@@ -27,6 +27,7 @@ from agent_core.wire import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 MAX_HEADERS = 64 * 1024
@@ -70,6 +71,23 @@ class Stream:
     headers: Mapping[str, str]
     length: int | None
     chunks: Iterator[bytes]
+
+
+class Origin(Protocol):
+    """What metadata and bundles come from: a server (`Transport`), or a file (`updater.offline`)."""
+
+    def get(
+        self,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        max_length: int = ...,
+        deadline_s: float = ...,
+    ) -> Answer: ...
+
+    def open(
+        self, path: str, headers: Mapping[str, str] | None = None, *, deadline_s: float | None = None
+    ) -> AbstractContextManager[Stream]: ...
 
 
 @dataclass(frozen=True)

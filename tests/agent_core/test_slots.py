@@ -643,6 +643,26 @@ def test_the_operator_cannot_go_back_to_a_damaged_version(root):
     assert slots.read(root).good == A
 
 
+def test_a_person_may_name_a_third_version_and_only_a_whole_one_that_did_not_fail(root):
+    record = slots.go_back(root, 3, to=B)
+    assert (record.good, record.previous, record.skip) == (B, A, (("aaaaaaaaaaaa", "operator", 3),))
+    assert links(root) == (B, A)
+    assert slots.go_back(root, 3, to=B) == record
+    for name, reason in ((A, "skipped"), ("9.9.9-dddddddddddd", "not-found"), ("../x", "malformed")):
+        with pytest.raises(IllegalTransitionError) as refusal:
+            slots.go_back(root, to=name)
+        assert refusal.value.reason == reason
+    assert slots.read(root) == record
+
+
+def test_a_trial_goes_back_to_the_good_version_only_whatever_a_person_names(root):
+    slots.begin_trial(root, B, boots=2, deadman_s=60)
+    with pytest.raises(IllegalTransitionError) as refusal:
+        slots.go_back(root, to=P)
+    assert (refusal.value.reason, slots.read(root).phase) == ("in-trial", "trial")
+    assert slots.go_back(root, to=A).good == A
+
+
 def test_the_first_version_is_good_at_once_and_no_other_is_first_after_it(tmp_path):
     stage(tmp_path, A, B)
     assert slots.recover(tmp_path) is None
@@ -828,6 +848,7 @@ EFFECTS = {
     "go on rolling back": (GOING_BACK, slots.recover),
     "go_back": (RESTING, slots.go_back),
     "go_back in a trial": (ON_TRIAL, slots.go_back),
+    "go_back to a third": (RESTING, lambda root: slots.go_back(root, to=B)),
     "refund": (replace(ON_TRIAL, is_up=True), slots.refund),
     "refuse": (RESTING, lambda root: slots.refuse(root, B, "preflight", 2)),
     "unskip": (replace(RESTING, skip=(("cccccccccccc", "unhealthy", 0),)), slots.unskip),

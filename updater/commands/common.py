@@ -1,20 +1,23 @@
-"""What the commands of `agent` share: the root, a bar, and one line for an outcome."""
+"""What the commands of `agent` share: the root, one line for an outcome, and asking the agent."""
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent_core import console
+from agent_core import console, slots
+from agent_core.errors import ConflictError, UnreachableError
+from updater import control
 from updater.decide import Action
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from updater.device import Outcome
+    from updater.control import Request
+    from updater.device import Device, Outcome
 
 DEFAULT_ROOT = "/var/lib/relfleet"
 
@@ -28,23 +31,6 @@ root_option = click.option(
 )
 
 
-def progress_bar() -> Callable[[int, int], None] | None:
-    """A progress line on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty() or console.options().quiet:
-        return None
-    last = [-1]
-
-    def show(received: int, length: int) -> None:
-        percent = received * 100 // max(length, 1)
-        if percent != last[0]:
-            last[0] = percent
-            filled = "#" * (percent * 30 // 100)
-            ending = "\n" if received >= length else ""
-            click.echo(f"\rdownload [{filled:<30}] {percent:3d} %{ending}", err=True, nl=False)
-
-    return show
-
-
 def sentence(outcome: Outcome) -> str:
     """One line that says what a check came to."""
     if outcome.candidate:
@@ -52,3 +38,39 @@ def sentence(outcome: Outcome) -> str:
     word = {Action.STAY: "nothing to do", Action.REFUSE: "refused", Action.INSTALL: "to be installed"}
     verb = "failed" if outcome.failed and not outcome.verified else word[outcome.action]
     return f"{verb} ({outcome.reason}): {outcome.detail}".rstrip(": ")
+
+
+def ask(device: Device, request: Request, done: Callable[[slots.Record], bool]) -> slots.Record:
+    """Have the request carried out: here where no agent runs, else by the agent.
+
+    Raises:
+        ConflictError: the record does not allow it.
+        UnreachableError: the agent has not answered yet; it will when it looks.
+    """
+    with control.alone(device.layout) as is_alone:
+        if is_alone:
+            try:
+                return control.carry_out(device, request)
+            except slots.IllegalTransitionError as error:
+                raise ConflictError(f"cannot {request.verb}", why=str(error), reason=error.reason) from error
+    control.leave_request(device.layout, request)
+    control.wake(device.layout)
+    deadline = time.monotonic() + (console.options().timeout_s or 30.0)
+    while time.monotonic() < deadline:
+        is_answered = control.read_request(device.layout) is None
+        record = slots.read(device.layout.root)
+        if is_answered and record is not None:
+            if done(record):
+                return record
+            raise ConflictError(
+                f"the running agent did not {request.verb}",
+                why="the record did not allow it any more, or could not be written; its log says which",
+                then="agent status",
+            )
+        time.sleep(0.05)
+    raise UnreachableError(
+        "the running agent did not answer yet",
+        why="the request is kept and will be carried out when it looks",
+        then="agent status",
+        reason="timeout",
+    )

@@ -12,7 +12,7 @@ from agent_core import console
 from agent_core.errors import UsageError
 from agent_core.layout import Layout
 from updater import install
-from updater.commands.common import progress_bar, root_option, sentence
+from updater.commands.common import root_option, sentence
 from updater.device import Device
 
 
@@ -20,9 +20,8 @@ from updater.device import Device
 @root_option
 @click.option("--server", required=True, metavar="URL", help="The release server.")
 @click.option("--product", required=True, help="What this host is to run.")
-@click.option(
-    "--token-file", type=click.File("r"), required=True, help="Enrolment token; `-` reads standard input."
-)
+@click.option("--token-file", type=click.File("r"), help="Enrolment token; `-` reads standard input.")
+@click.option("--offline", is_flag=True, help="No server is in reach: releases will come by `agent install`.")
 @click.option(
     "--trust",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -37,22 +36,31 @@ def enroll(
     root: Path,
     server: str,
     product: str,
-    token_file: IO[str],
+    token_file: IO[str] | None,
     trust: Path,
     name: str,
     labels: tuple[str, ...],
     gate: str,
     wanted: bool,
+    offline: bool,
 ) -> None:
     """Make this host an agent: identity, trust, first version."""
-    token = token_file.read(4096).strip()
+    if (token_file is None) is not offline:
+        raise UsageError(
+            "say how this host is enrolled",
+            then="--token-file FILE; without a server in reach --offline",
+        )
+    token = token_file.read(4096).strip() if token_file else None
     pairs = dict(_pair(label) for label in labels)
     device = install.enroll(Layout(root), server, product, token, trust.read_bytes(), name, pairs, gate)
     who = device.identity
-    console.say(f"enrolled as {who.agent_id} in cohort {who.cohort or '(none yet)'}")
+    if offline:
+        console.say(f"{who.agent_id} is unknown to the server; next: agent install FILE --root {root}")
+    else:
+        console.say(f"enrolled as {who.agent_id} in cohort {who.cohort or '(none yet)'}")
     outcome = None
-    if wanted:
-        outcome = install.first_version(device, progress=progress_bar())
+    if wanted and not offline:
+        outcome = install.first_version(device, progress=console.progress_line("download"))
         console.say(sentence(outcome))
     console.emit(
         {
@@ -81,5 +89,5 @@ def _pair(label: str) -> tuple[str, str]:
 )
 def run(root: Path, supervise: bool) -> int:
     """Run the agent; installs the first version if there is none."""
-    install.wait_for_first_version(Device.load(root), progress=progress_bar())
+    install.wait_for_first_version(Device.load(root), progress=console.progress_line("download"))
     return install.exec_launcher(Layout(root), supervise=supervise)

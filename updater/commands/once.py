@@ -10,7 +10,7 @@ import click
 from agent_core import console, slots
 from agent_core.errors import Exit, RelfleetError, UnreachableError
 from updater import control, install, poll
-from updater.commands.common import progress_bar, root_option, sentence
+from updater.commands.common import root_option, sentence
 from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def once(root: Path, detailed_exitcode: bool) -> int:
     """Look for an update now."""
     device = Device.load(root)
-    outcome = poll.check(device, progress=progress_bar())
+    outcome = poll.check(device, progress=console.progress_line("download"))
     activated = bool(outcome.candidate) and _activate(device, outcome)
     console.emit(outcome.to_json(), text=sentence(outcome))
     if outcome.failed:
@@ -34,7 +34,7 @@ def once(root: Path, detailed_exitcode: bool) -> int:
         raise RelfleetError(
             f"{outcome.version} is staged, and no agent runs to try it", then="start the agent"
         )
-    return _await_trial(device, outcome)
+    return await_trial(device, outcome)
 
 
 def _activate(device: Device, outcome: Outcome) -> bool:
@@ -58,7 +58,7 @@ def _activate(device: Device, outcome: Outcome) -> bool:
     return not is_alone
 
 
-def _await_trial(device: Device, outcome: Outcome) -> int:
+def await_trial(device: Device, outcome: Outcome) -> int:
     deadline = time.monotonic() + (console.options().timeout_s or 900.0)
     digest = slots.digest_of(outcome.candidate)
     while time.monotonic() < deadline:

@@ -3,44 +3,106 @@
 from __future__ import annotations
 
 import os
-import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
 
 from agent_core import clock, console, disk, slots
-from agent_core.errors import ConflictError, NotFoundError, UnreachableError, UsageError
-from updater import control
-from updater.commands.common import root_option
+from agent_core.errors import ConflictError, NotFoundError, TrustError, UsageError
+from agent_core.wire import Reason
+from updater import control, known
+from updater.commands.common import ask, root_option
 from updater.decide import Hold
 from updater.device import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
 @click.command()
 @root_option
-@click.option("--to", "version", metavar="VERSION", help="Must be the version before; said for certainty.")
+@click.option(
+    "--to", "version", metavar="VERSION", help="Not the version before, but this one; see `versions`."
+)
 def rollback(root: Path, version: str | None) -> None:
-    """Go back to the version before; the one left is not installed again until `agent retry`."""
+    """Go back to the version before; the one left is not installed again until `agent retry`.
+
+    With --to, any version that is whole on this host, did not fail here, and is allowed by the release keys.
+    In a trial it goes back to the good version.
+    """
     device = Device.load(root)
     record = slots.read(root)
     if record is None:
-        raise NotFoundError("there is no version to go back to", why="nothing is installed")
-    target = record.good if record.phase == slots.TRIAL else record.previous
-    if version and version not in (target, slots.version_of(target)):
-        raise NotFoundError(f"cannot go back to {version}", why=f"the version before is {target}")
+        raise NotFoundError(
+            "there is no version to go back to", why="nothing is installed", then="agent once"
+        )
+    target = _target(device, record, version)
     leaves = record.candidate or record.good
     if leaves == target:
-        raise NotFoundError("there is no version before this one", then="agent versions")
+        raise NotFoundError(
+            f"this host runs {target} already", why="there is none to leave", then="agent versions"
+        )
+    if target != record.good:
+        _check_allowed(device, record, target)
     console.confirm(f"This host leaves {leaves} for {target}.")
-    after = _ask(device, control.Request(control.ROLLBACK), lambda now: now.good == target)
+    after = ask(device, control.Request(control.ROLLBACK, target), lambda now: now.good == target)
     console.emit(
-        {"good": after.good, "left": leaves}, text=f"{after.good} is good again; {leaves} is skipped"
+        {"good": after.good, "left": leaves},
+        text=f"{after.good} is good again; {leaves} is skipped until: agent retry",
     )
+
+
+def _target(device: Device, record: slots.Record, version: str | None) -> str:
+    """The directory of the version to go back to; its digest need not be given where it is the only one."""
+    if version is None:
+        target = record.good if record.phase != slots.IDLE else record.previous
+        if target in ("", record.candidate or record.good):
+            raise NotFoundError(
+                "there is no version before this one", then="agent versions; agent rollback --to"
+            )
+        return target
+    here = [name for name in _names(device) if version in (name, slots.version_of(name))]
+    whole = [name for name in here if slots.is_complete(device.layout.root, name)]
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
+        raise UsageError(
+            f"{version} is here more than once", why=", ".join(whole), then="give one of these names"
+        )
+    why = "it is here, and not whole" if here else "it is not on this host"
+    raise NotFoundError(f"cannot go back to {version}", why=why, then="agent versions lists what is")
+
+
+def _names(device: Device) -> list[str]:
+    directory = device.layout.versions
+    return sorted(disk.listdir(directory)) if disk.exists(directory) else []
+
+
+def _check_allowed(device: Device, record: slots.Record, name: str) -> None:
+    """Refuse what failed here, or what the release keys forbid as far as this host knows."""
+    if slots.skips(record, slots.digest_of(name)):
+        raise ConflictError(
+            f"{name} failed here before", then="agent retry, then again", reason=Reason.SKIPPED
+        )
+    policy, facts = known.policy(device.layout, device.identity.product), device.facts(name)
+    floor = max(policy.floor_seq, record.floor)
+    if facts is None and (floor or policy.revoked_seq):
+        raise TrustError(
+            f"{name} may be forbidden",
+            why="its signed facts were not kept, so it cannot be held against the floor and the revocations",
+            then="agent install FILE, with a release file of that version",
+            reason=Reason.BAD_METADATA,
+        )
+    if facts is not None and facts.seq < floor:
+        why = f"it has seq {facts.seq}, the floor is {floor}"
+        raise TrustError(f"{name} is below the floor", why=why, reason=Reason.BELOW_FLOOR)
+    if facts is not None and facts.seq in policy.revoked_seq:
+        why = f"the release keys revoked seq {facts.seq}"
+        raise TrustError(
+            f"{name} is revoked", why=why, then="agent versions lists others", reason=Reason.REVOKED
+        )
 
 
 @click.command()
@@ -48,32 +110,8 @@ def rollback(root: Path, version: str | None) -> None:
 def retry(root: Path) -> None:
     """Let bundles that failed here be tried once more."""
     device = Device.load(root)
-    after = _ask(device, control.Request(control.RETRY), lambda now: not now.skip)
+    after = ask(device, control.Request(control.RETRY), lambda now: not now.skip)
     console.emit({"good": after.good, "skipped": []}, text="nothing is skipped any more")
-
-
-def _ask(device: Device, request: control.Request, done: Callable[[slots.Record], bool]) -> slots.Record:
-    """Have the request carried out: here where no agent runs, else by the agent."""
-    with control.alone(device.layout) as is_alone:
-        if is_alone:
-            try:
-                return control.carry_out(device, request)
-            except slots.IllegalTransitionError as error:
-                raise ConflictError(f"cannot {request.verb}", why=str(error), reason=error.reason) from error
-    control.leave_request(device.layout, request)
-    control.wake(device.layout)
-    deadline = time.monotonic() + (console.options().timeout_s or 30.0)
-    while time.monotonic() < deadline:
-        record = slots.read(device.layout.root)
-        if record is not None and done(record) and control.read_request(device.layout) is None:
-            return record
-        time.sleep(0.05)
-    raise UnreachableError(
-        "the running agent did not answer yet",
-        why="the request is kept and will be carried out when it looks",
-        then="agent status",
-        reason="timeout",
-    )
 
 
 @click.command()
@@ -83,25 +121,30 @@ def _ask(device: Device, request: control.Request, done: Callable[[slots.Record]
 def hold(root: Path, until: str | None, reason: str) -> None:
     """Take nothing new. A rollback still works."""
     device = Device.load(root)
-    moment = _moment(until) if until else None
-    device.set_hold(Hold(moment, reason or f"by {os.environ.get('USER', 'an operator')}"))
+    moment = _moment(until) if until is not None else None
+    reason = reason or f"by {os.environ.get('USER', 'an operator')}"
+    device.set_hold(Hold(moment, reason))
     control.wake(device.layout)
     shown = clock.iso(moment) if moment else "agent unhold"
-    console.emit({"held": True, "until": moment and clock.iso(moment)}, text=f"held until {shown}")
+    said = {"held": True, "until": moment and clock.iso(moment), "reason": reason}
+    console.emit(said, text=f"held until {shown}")
 
 
 def _moment(text: str) -> datetime:
-    try:
+    """A moment to come: a duration from now, or a date with its zone; nobody guesses whose noon is meant."""
+    with suppress(ValueError, OverflowError):
         return clock.now() + timedelta(seconds=console.duration_s(text))
-    except ValueError:
-        pass
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise UsageError(
             f"{text!r} is no time", why="it is neither a duration nor a date", then="--until 2h"
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if moment.tzinfo is None:
+        raise UsageError(f"{text!r} has no time zone", then=f"--until {text}Z for UTC, or {text}+01:00")
+    if moment <= clock.now():
+        raise UsageError(f"{text} is past", why=f"it is {clock.iso(clock.now())} here", then="--until 2h")
+    return moment.astimezone(UTC)
 
 
 @click.command()

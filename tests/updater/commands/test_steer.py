@@ -1,0 +1,111 @@
+"""Going back, trying again and holding by hand, where no agent runs."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import pytest
+
+from agent_core import clock
+from tests.updater.commands.conftest import A, B, C
+
+
+def test_back_to_a_third_version_by_name_and_only_by_name(host):
+    host.stage(A, B, C)
+    host.on(C, B)
+    code, said = host.ask("rollback", "--to", "1.0.0", "--yes")
+    assert (code, said) == (0, {"good": A, "left": C})
+    assert (host.record.good, host.record.previous) == (A, C)
+    assert host.agent("rollback", "--yes")[0] == 6  # the version before failed here, by the same word
+    assert host.agent("retry")[0] == 0
+    assert host.agent("rollback", "--to", C, "--yes")[0] == 0
+
+
+def test_nobody_is_asked_and_nothing_is_done(host):
+    host.stage(A, B)
+    host.on(B, A)
+    code, _, said = host.agent("rollback")
+    assert (code, "This host leaves" in said, host.record.good) == (2, True, B)
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "reason"),
+    [("9.9.9", 7, "not-found"), ("1.2.0", 7, "not-found"), ("1.1.0", 7, "not-found")],
+    ids=["not here", "not whole", "runs already"],
+)
+def test_back_to_what_cannot_be_is_refused_with_words(host, word, code, reason):
+    host.stage(A, B, C)
+    host.on(B, A)
+    (host.layout.version_dir(C) / "agent.py").unlink()
+    got, out, said = host.agent("rollback", "--to", word, "--yes", "--json")
+    error = json.loads(said)["error"]
+    assert (got, out, error["reason"]) == (code, "", reason)
+    assert error["what"]
+    assert error["then"]
+    assert host.record.good == B
+
+
+def test_a_version_that_stands_here_twice_must_be_named_whole(host):
+    host.stage(A, B)
+    twin = "1.0.0-" + "b" * 12
+    host.stage(twin, seq=1)
+    host.on(B, B)
+    code, _, said = host.agent("rollback", "--to", "1.0.0", "--yes")
+    assert (code, A in said, twin in said) == (2, True, True)
+    assert host.agent("rollback", "--to", A, "--yes")[0] == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "1.0.0")], ids=["the version before", "by name"])
+def test_what_the_release_keys_forbid_is_not_gone_back_to(host, words):
+    host.stage(A, B)
+    host.on(B, A)
+    host.targets(floor=2)
+    code, _, said = host.agent("rollback", *words, "--yes")
+    assert (code, "floor is 2" in said) == (3, True)
+    host.targets(revoked=[1])
+    code, _, said = host.agent("rollback", *words, "--yes")
+    assert (code, "revoked" in said) == (3, True)
+    host.device().facts_file(A).unlink()
+    code, _, said = host.agent("rollback", *words, "--yes")
+    assert (code, "may be forbidden" in said, host.record.good) == (3, True, B)
+    host.targets()
+    assert host.agent("rollback", *words, "--yes")[0] == 0
+
+
+def test_the_floor_of_the_record_forbids_too(host):
+    host.stage(A, B)
+    host.on(B, A, floor=2)
+    assert host.agent("rollback", "--yes")[0] == 3
+
+
+def test_a_trial_ends_at_the_good_version_whatever_is_forbidden(host):
+    host.stage(A, B, C)
+    host.on(A, A, phase="trial", candidate=B, boots_left=1, boots_max=2, deadman_s=9, floor=99)
+    code, said = host.ask("rollback", "--yes")
+    assert (code, said) == (0, {"good": A, "left": B})
+
+
+@pytest.mark.parametrize("command", ["rollback", "retry"])
+def test_where_nothing_is_installed_there_is_nothing_to_steer(host, command):
+    code, _, said = host.agent(command, "--yes")
+    assert (code in (6, 7), "next:" in said or "why:" in said) == (True, True)
+
+
+def test_a_hold_lasts_until_a_moment_that_is_named_with_its_zone(host):
+    code, said = host.ask("hold", "--until", "2h", "--reason", "stocktaking")
+    hold = host.device().hold()
+    assert (code, said["reason"], hold.reason) == (0, "stocktaking", "stocktaking")
+    assert timedelta(minutes=119) < hold.until - clock.now() <= timedelta(hours=2)
+    assert host.agent("hold", "--until", "2999-01-01T01:00:00+01:00")[0] == 0
+    assert clock.iso(host.device().hold().until) == "2999-01-01T00:00:00Z"
+    assert host.ask("hold")[1]["until"] is None
+    assert host.ask("unhold") == (0, {"held": False})
+    assert host.device().hold() is None
+    assert host.agent("unhold")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["2999-01-01T01:00:00", "2001-01-01T00:00:00Z", "soon", "99999999999d", ""])
+def test_a_time_that_says_nothing_is_refused_and_nothing_is_held(host, text):
+    code, _, said = host.agent("hold", "--until", text)
+    assert (code, "next:" in said, host.device().hold()) == (2, True, None)

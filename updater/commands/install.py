@@ -1,0 +1,83 @@
+"""The command that installs a release from a file, where the server is out of reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from agent_core import console, disk, release_file, slots
+from agent_core.errors import ConflictError, Exit, NotFoundError, RelfleetError, TrustError
+from agent_core.wire import Reason
+from updater import control, install, poll, stage
+from updater.commands.common import ask, root_option, sentence
+from updater.commands.once import await_trial
+from updater.device import Device, Outcome
+
+MENDED_BY = {
+    Reason.HELD: "agent unhold",
+    Reason.SKIPPED: "agent retry",
+    Reason.IN_TRIAL: "wait for its end (agent status), or agent rollback",
+    Reason.OLDER: "agent install --older FILE",
+    Reason.STEPPING_STONE: "install a release in between first",
+    Reason.OLD_LAUNCHER: "agent upgrade-launcher",
+}
+"""Refusals that something on this host can mend, and what."""
+
+
+@click.command("install")
+@root_option
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--older", is_flag=True, help="Take it also when it is older than the version that runs.")
+@click.option("--wait", is_flag=True, help="Stay until its trial is over: 0 kept, 11 rolled back.")
+def install_file(root: Path, file: Path, older: bool, wait: bool) -> int:
+    """Install the release in FILE, which `release export` made; asks no server.
+
+    The release keys decide as ever: signatures, expiry, floor, revocations, gate and platform are checked,
+    and so are hold and skips. The version goes on trial, and back if it fails.
+    """
+    device = Device.load(root)
+    with release_file.opened(file) as opened:
+        outcome = poll.check_file(device, opened, older=older, progress=console.progress_line("read"))
+    if not outcome.candidate:
+        if outcome.reason != Reason.UP_TO_DATE:
+            raise _refusal(outcome)
+        console.emit(outcome.to_json(), text=sentence(outcome))
+        return Exit.DONE
+    words = _activate(device, outcome)
+    console.emit(outcome.to_json(), text=f"{outcome.version} {words}")
+    if not wait or words != ON_TRIAL:
+        return Exit.DONE
+    ended = await_trial(device, outcome)
+    return Exit.DONE if ended == Exit.UPDATED else ended
+
+
+ON_TRIAL = "is on trial now"
+
+
+def _activate(device: Device, outcome: Outcome) -> str:
+    """Have the staged version tried, or make it the first; what became of it, in words."""
+    held = stage.hold(device.layout.version_dir(outcome.candidate))  # no check that ends now clears it away
+    try:
+        if slots.read(device.layout.root) is None:
+            install.activate_first(device, outcome)
+            return "is installed; agent run starts it"
+        request = control.Request(control.ACTIVATE, outcome.candidate)
+        ask(device, request, lambda now: outcome.candidate in (now.candidate, now.good))
+    finally:
+        disk.close(held)
+    with control.alone(device.layout) as is_alone:
+        return "goes on trial when the agent is started" if is_alone else ON_TRIAL
+
+
+def _refusal(outcome: Outcome) -> RelfleetError:
+    what = f"{outcome.version or 'the release'} is not installed"
+    reason = Reason(outcome.reason)
+    if reason in MENDED_BY:
+        return ConflictError(what, why=outcome.detail, then=MENDED_BY[reason], reason=reason)
+    if reason is Reason.NO_BUNDLE:
+        return NotFoundError(what, why=outcome.detail, reason=reason)
+    then = "ask who made the file for another release"
+    if reason in (Reason.PREFLIGHT, Reason.PREFLIGHT_VERSION, Reason.PRE_ACTIVATE):
+        return RelfleetError(what, why=outcome.detail, then=then, reason=reason)
+    return TrustError(what, why=outcome.detail, then=then, reason=reason)

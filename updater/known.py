@@ -1,0 +1,68 @@
+"""What the metadata on this disk say: verified when they were kept, read here with the standard library.
+
+For people on the host and for what they ask by hand. Nothing is installed by it: an install verifies anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agent_core import clock, disk
+from agent_core.errors import RelfleetError
+from agent_core.wire import Policy, policy_path
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+    from agent_core.layout import Layout
+
+ROLES = ("root", "targets", "cohorts", "snapshot", "timestamp")
+
+
+@dataclass(frozen=True)
+class Role:
+    """One role of the cache: its version, and when it stops being believed."""
+
+    name: str
+    version: int
+    expires: datetime
+
+
+def roles(layout: Layout) -> list[Role]:
+    """The cached roles that can be read, and as `file` the targets that a release file brought."""
+    files = {name: layout.tuf / f"{name}.json" for name in ROLES} | {"file": layout.file_targets}
+    found = []
+    for name, path in files.items():
+        signed = _signed(path)
+        try:
+            if signed is not None:
+                found.append(Role(name, int(signed["version"]), clock.parse_iso(signed["expires"])))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def policy(layout: Layout, product: str) -> Policy:
+    """The highest floor and all revocations that are known here; none of either when none can be read."""
+    policies = [_policy(path, product) for path in (layout.tuf / "targets.json", layout.file_targets)]
+    revoked = {seq for policy in policies for seq in policy.revoked_seq}
+    return Policy(max(policy.floor_seq for policy in policies), tuple(sorted(revoked)))
+
+
+def _policy(path: Path, product: str) -> Policy:
+    signed = _signed(path) or {}
+    try:
+        return Policy.from_json(signed["targets"][policy_path(product)]["custom"])
+    except (RelfleetError, KeyError, TypeError):
+        return Policy()
+
+
+def _signed(path: Path) -> dict[str, Any] | None:
+    try:
+        signed = json.loads(disk.read_file(path))["signed"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return signed if isinstance(signed, dict) else None
