@@ -366,6 +366,25 @@ AGENT = Table(
         Setting(
             "disk.reserve", int, 64 * 2**20, "room an update must leave free", "bytes", low=0, high=2**50
         ),
+        Setting(
+            "versions.keep",
+            int,
+            2,
+            "how many versions stay on the disk: good, previous, and the newest of the others;"
+            " they give way when an update needs their room",
+            low=2,
+            high=100,
+        ),
+        Setting(
+            "versions.keep_bytes",
+            int,
+            0,
+            "room that all versions together may take before the oldest go; good and previous"
+            " never do; 0: any",
+            "bytes",
+            low=0,
+            high=2**50,
+        ),
         Setting("health.step_s", float, 1.0, "how often due checks are looked for", "s", low=0.05, high=5),
         Setting(
             "workload.stop_s",
@@ -427,6 +446,8 @@ class AgentSettings:
     download_min_rate_bps: int
     download_deadline_s: float
     disk_reserve: int
+    versions_keep: int
+    versions_keep_bytes: int
     health_step_s: float
     workload_stop_s: float
     workload_max_backoff_s: float

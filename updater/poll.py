@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from agent_core import clock, disk, launcher, slots
 from agent_core.bundle import Index, host_platforms
-from agent_core.errors import RelfleetError, UnreachableError
+from agent_core.errors import DiskError, RelfleetError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from agent_core.release_file import ReleaseFile
     from updater.catalog import Catalog, Release
     from updater.device import Device
+<<<<<<< Updated upstream
     from updater.transport import Origin
+=======
+    from updater.stage import Retention
+>>>>>>> Stashed changes
 
 log = logging.getLogger(__name__)
 
@@ -337,14 +341,32 @@ class _Check:
         return replace(outcome, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
 
     def _stage(self, release: Release) -> tuple[str, Index]:
-        from updater.download import fetch, fetch_small
-        from updater.stage import is_complete, stage, version_name
+        """Download and unpack; versions that are kept without need give way when there is no room."""
+        try:
+            return self._fetch(release)
+        except DiskError as error:
+            if error.reason != Reason.NO_ROOM or not _make_room(self.device):
+                raise
+        return self._fetch(release)
 
+    def _fetch(self, release: Release) -> tuple[str, Index]:
+        from updater.download import fetch, fetch_small
+        from updater.stage import believe, check_room, is_complete, stage, version_name
+
+<<<<<<< Updated upstream
         device, origin = self.device, self.origin
         index_bytes = fetch_small(origin, release.index_url, release.index_sha256, release.index_length)
+=======
+        device, transport = self.device, self.device.transport()
+        reserve = device.settings.disk_reserve
+        index_bytes = fetch_small(transport, release.index_url, release.index_sha256, release.index_length)
+>>>>>>> Stashed changes
         name = version_name(release.facts)
         part = device.layout.download / f"{release.sha256}.part"
         if not is_complete(device.layout.version_dir(name), index_bytes):
+            # Before the download: what could never be unpacked is not worth an hour of somebody's line.
+            index = believe(index_bytes, release.facts)
+            check_room(device.layout, index, reserve, part, release.length)
             fetch(
                 origin,
                 release.archive_url,
@@ -357,7 +379,6 @@ class _Check:
                 deadline_s=device.settings.download_deadline_s,
             )
         device.keep_facts(name, release.facts)
-        reserve = device.settings.disk_reserve
         stage(device.layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
         disk.remove(part)
         return name, Index.from_bytes(index_bytes)
@@ -400,18 +421,34 @@ class _Check:
 
 def _collect(device: Device) -> None:
     """Clear away what nothing needs; never while a version is on trial (case 7)."""
-    from updater.stage import collect
+    from updater.stage import Retention
 
     record = slots.read(device.layout.root)
     outcome = device.outcome()
     staged = outcome is not None and outcome.candidate != ""
     if record is None or record.phase != slots.IDLE or staged:
         return
-    for name in collect(device.layout, record):
-        disk.remove(device.facts_file(name))
+    _discard(device, record, Retention(device.settings.versions_keep, device.settings.versions_keep_bytes))
     for part in disk.listdir(device.layout.download):
         if outcome is not None and not outcome.failed:
             disk.remove(device.layout.download / part)
+
+
+def _make_room(device: Device) -> bool:
+    """Discard every version that is not needed; whether there was one."""
+    from updater.stage import NEEDED_ONLY
+
+    record = slots.read(device.layout.root)
+    return record is not None and record.phase == slots.IDLE and _discard(device, record, NEEDED_ONLY)
+
+
+def _discard(device: Device, record: slots.Record, retention: Retention) -> bool:
+    from updater.stage import collect
+
+    names = collect(device.layout, record, retention)
+    for name in names:
+        disk.remove(device.facts_file(name))
+    return bool(names)
 
 
 def poll_s(device: Device) -> float:

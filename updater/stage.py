@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import IO, TYPE_CHECKING
 
-from agent_core import disk
+from agent_core import disk, slots
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
-from agent_core.slots import kept
 from agent_core.wire import Getter, Reason, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def stage(
                 raise DiskError(f"{name} is damaged, and in use", then="restart the agent")
             discard(layout, final)
             discard(layout, fresh)
-            _check_room(layout.staging, index, reserve)
+            check_room(layout, index, reserve)
             try:
                 _unpack(archive, index, fresh, archive_sha256)
                 _write_index(fresh, index_bytes)
@@ -166,10 +165,26 @@ def in_use(directory: Path) -> bool:
     return False
 
 
-def _check_room(directory: Path, index: Index, reserve: int) -> None:
-    found = disk.statvfs(directory)
+def check_room(
+    layout: Layout, index: Index, reserve: int, archive: Path | None = None, length: int = 0
+) -> None:
+    """Say before anything is written that a bundle has no room here.
+
+    Args:
+        layout: of this host.
+        index: of the bundle.
+        reserve: bytes that must stay free afterwards.
+        archive: the part file, when the archive has still to be downloaded; what it has taken is not counted.
+        length: of the whole archive, in bytes.
+
+    Raises:
+        DiskError: `no-room`, with how much is missing.
+    """
+    found = disk.statvfs(layout.staging)
     block = found.f_frsize or found.f_bsize or 4096
-    need, free = index.room(block) + reserve, found.f_bavail * block
+    taken = disk.stat(archive).st_blocks * 512 if archive and disk.exists(archive) else 0
+    to_come = max(0, -(-length // block) * block - taken)
+    need, free = index.room(block) + to_come + reserve, found.f_bavail * block
     if free < need:
         why = f"{need} bytes are needed, {free} are free: {need - free} are missing"
         raise DiskError("the disk has no room for the bundle", why=why, reason=Reason.NO_ROOM)
@@ -351,18 +366,35 @@ def discard(layout: Layout, path: Path) -> None:
     _delete_trash(layout, gone)
 
 
-def collect(layout: Layout, record: Record | None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Retention:
+    """How many versions a host keeps; those that are needed stay whatever these say.
+
+    Attributes:
+        count: of all versions together.
+        total: bytes on the disk of all versions together; 0 for no ceiling.
+    """
+
+    count: int = 2
+    total: int = 0
+
+
+NEEDED_ONLY = Retention(count=0)
+
+
+def collect(layout: Layout, record: Record | None, retention: Retention = NEEDED_ONLY) -> tuple[str, ...]:
     """Delete every version that nothing needs, what an older staging left, and the trash.
 
     Good, previous and candidate stay, so does what the two links show and what a process holds by `flock`.
-    Without a record, or when the good version is not there, no version is touched: it may be the last one.
-    What cannot be deleted is logged and met again next time. No link is followed.
+    Of the others the newest stay, as far as `retention` has room for them. Without a record, or when the good
+    version is not there, no version is touched: it may be the last one. What cannot be deleted is logged and
+    met again next time. No link is followed.
 
     Returns:
         The names of the versions that are gone.
     """
     collected = []
-    for name in _surplus(layout, record):
+    for name in _surplus(layout, record, retention):
         with _logged(name):
             discard(layout, layout.versions / name)
             collected.append(name)
@@ -375,15 +407,56 @@ def collect(layout: Layout, record: Record | None) -> tuple[str, ...]:
     return tuple(collected)
 
 
-def _surplus(layout: Layout, record: Record | None) -> list[str]:
+def _surplus(layout: Layout, record: Record | None, retention: Retention) -> list[str]:
     names = _names(layout.versions)
     if record is None or record.good not in names:
         return []
-    keep = set(kept(record))
+    keep = set(slots.kept(record))
     for link in (layout.current, layout.previous):
         with suppress(OSError):
             keep.add(os.path.basename(disk.readlink(link)))  # noqa: PTH119 - text, not a place
-    return [name for name in names if name not in keep and not in_use(layout.versions / name)]
+    needed = {name for name in names if name in keep or in_use(layout.versions / name)}
+    spare = [name for name in names if name not in needed and _may_serve_again(layout, record, name)]
+    retained = _retained(layout, needed, spare, retention)
+    return [name for name in names if name not in needed | retained]
+
+
+def _may_serve_again(layout: Layout, record: Record, name: str) -> bool:
+    """A version that is not whole, or that failed here, would be refused by whoever asked for it."""
+    failed = any(entry[0] == slots.digest_of(name) for entry in record.skip)
+    return not failed and slots.is_complete(layout.root, name)
+
+
+def _retained(layout: Layout, needed: set[str], spare: list[str], retention: Retention) -> set[str]:
+    """The newest of the spare versions for which there is room beside the needed ones."""
+    retained: set[str] = set()
+    if not spare or retention.count <= len(needed):
+        return retained
+    handle = disk.open_dir(layout.versions)
+    try:
+        spare.sort(key=lambda name: disk.stat(name, dir_fd=handle, follow=False).st_mtime, reverse=True)
+        total = sum(_taken(name, handle) for name in needed) if retention.total else 0
+        for name in spare[: retention.count - len(needed)]:
+            total += _taken(name, handle) if retention.total else 0
+            if total > retention.total > 0:
+                break
+            retained.add(name)
+    finally:
+        disk.close(handle)
+    return retained
+
+
+def _taken(name: str, above: int) -> int:
+    """Bytes on the disk of an entry and all below it, in whole blocks."""
+    status = disk.stat(name, dir_fd=above, follow=False)
+    taken = status.st_blocks * 512
+    if stat.S_ISDIR(status.st_mode):
+        handle = disk.open_dir(name, dir_fd=above)
+        try:
+            taken += sum(_taken(inside, handle) for inside in disk.listdir(handle))
+        finally:
+            disk.close(handle)
+    return taken
 
 
 def _names(directory: Path) -> list[str]:

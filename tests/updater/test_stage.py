@@ -470,6 +470,54 @@ def test_only_what_nothing_needs_is_collected(layout):
     assert names(layout.versions) == [A, B, C]
 
 
+def planted_in_turn(layout, *versions):
+    """Versions whose age is their order, the first the oldest."""
+    for age, name in enumerate(versions):
+        os.utime(plant(layout, name), (age, age))
+
+
+E, F = "1.4.0-444444444444", "1.5.0-555555555555"
+
+
+def test_the_newest_of_the_others_are_kept_up_to_a_count(layout):
+    planted_in_turn(layout, F, A, B, D, C, E)
+    record = Record(good=A, previous=B)
+    assert stage.collect(layout, record, stage.Retention(count=4)) == (D, F)
+    assert names(layout.versions) == [A, B, C, E]
+    assert stage.collect(layout, record, stage.Retention(count=2)) == (C, E)
+
+
+def test_the_newest_of_the_others_are_kept_up_to_a_number_of_bytes_on_the_disk(layout):
+    planted_in_turn(layout, A, B, C, D, E)
+    (layout.versions / D / "app").chmod(0o755)
+    (layout.versions / D / "app" / "large").write_bytes(b"x" * 1_000_000)
+    one = du(layout.versions / A)
+    record = Record(good=A, previous=B)
+    room = stage.Retention(count=9, total=3 * one)
+    assert stage.collect(layout, record, room) == (C, D)
+    assert stage.collect(layout, record, stage.Retention(count=9, total=1)) == (E,)
+    assert names(layout.versions) == [A, B]
+
+
+def du(directory):
+    done = subprocess.run(["du", "-s", "-B1", directory], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def test_what_is_needed_is_kept_whatever_the_retention_says(layout):
+    planted_in_turn(layout, A, B, C, D)
+    tight = stage.Retention(count=1, total=1)
+    assert stage.collect(layout, Record(good=A, previous=B, candidate=C), tight) == (D,)
+
+
+def test_a_version_that_failed_here_or_is_not_whole_is_not_kept_without_need(layout):
+    planted_in_turn(layout, A, B, C, D)
+    (layout.versions / D).chmod(0o755)
+    (layout.versions / D / "agent.py").unlink()
+    record = Record(good=A, previous=A, skip=((slots.digest_of(C), "unhealthy", 0),))
+    assert stage.collect(layout, record, stage.Retention(count=9)) == (C, D)
+
+
 def test_what_the_links_show_is_kept_whatever_the_record_says(layout):
     for name in (A, B, C):
         plant(layout, name)

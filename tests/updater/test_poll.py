@@ -1,0 +1,129 @@
+"""Downloading and staging a release on a real directory from a server on loopback, and the room for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from hashlib import sha256
+
+import pytest
+
+from agent_core import clock, disk, slots
+from agent_core.bundle import Index, pack
+from agent_core.errors import DiskError
+from agent_core.layout import Layout
+from agent_core.settings import AGENT, AgentSettings
+from agent_core.wire import ReleaseFacts
+from tests.http_origin import Origin
+from updater import poll
+from updater.catalog import Release
+from updater.device import Device
+from updater.identity import Identity
+
+GOOD, BEFORE, SPARE = (f"1.{number}.0-{str(number) * 12}" for number in range(3))
+
+
+@pytest.fixture
+def origin(tmp_path):
+    (tmp_path / "www" / "targets" / "bundles").mkdir(parents=True)
+    with Origin(tmp_path / "www") as origin:
+        yield origin
+
+
+@pytest.fixture
+def release(tmp_path, origin):
+    """A bundle as the server gives it out, and what the release keys say of it."""
+    tree, archive = tmp_path / "tree", tmp_path / "archive"
+    (tree / "app").mkdir(parents=True)
+    for path in ("agent.py", "app/main.py"):
+        (tree / path).write_text("")
+    index = Index("shop", "2.0.0", "any", ("{python}", "app/main.py"), pack(tree, archive))
+    raw, packed = index.to_bytes(), archive.read_bytes()
+    digests = [sha256(content).hexdigest() for content in (packed, raw)]
+    bundles = origin.directory / "targets" / "bundles"
+    (bundles / f"{digests[0]}.any.tar.zst").write_bytes(packed)
+    (bundles / f"{digests[1]}.any.index.json").write_bytes(raw)
+    facts = ReleaseFacts(
+        product="shop",
+        version="2.0.0",
+        seq=7,
+        platform="any",
+        index_sha256=digests[1],
+        index_length=len(raw),
+        unpacked=index.unpacked,
+        files=len(index.files),
+    )
+    paths = ("bundles/any.tar.zst", "bundles/any.index.json")
+    return Release(facts, "any", paths[0], digests[0], len(packed), paths[1], digests[1], len(raw))
+
+
+@pytest.fixture
+def layout(tmp_path):
+    layout = Layout(tmp_path / "root")
+    layout.make()
+    for name in (GOOD, BEFORE, SPARE):
+        (layout.versions / name).mkdir()
+        for part in ("agent.py", ".bundle.json"):
+            (layout.versions / name / part).write_text("")
+    slots.Slots(layout.root).write(slots.Record(good=GOOD, previous=BEFORE))
+    return layout
+
+
+def stage(layout, origin, release, **settings):
+    flags = {name.replace("__", "."): value for name, value in settings.items()}
+    set_here = AgentSettings.of(AGENT.load(environ={}, flags={"versions.keep": 3, **flags}))
+    identity = Identity(origin.url, "shop", "web-1", "any", "main")
+    check = poll._Check(Device(layout, set_here, identity), None, clock.now(), None)
+    return check._stage(release)[0]
+
+
+def versions(layout):
+    return {path.name for path in layout.versions.iterdir()}
+
+
+class NoRoom:
+    """A disk on which one operation finds no room, so often; `after` is where it is met."""
+
+    def __init__(self, name, times):
+        self.name, self.left = name, times
+
+    def before(self, name, words, options):
+        if name == self.name and self.left:
+            self.left -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def after(self, name, words, options, result):
+        """Nothing: only what has not happened yet can fail."""
+
+
+def test_a_release_is_downloaded_and_staged(layout, origin, release):
+    name = stage(layout, origin, release)
+    assert slots.is_complete(layout.root, name)
+    assert versions(layout) == {GOOD, BEFORE, SPARE, name}
+    assert list(layout.download.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", ["reserve", "mkdir", "write", "fsync"])
+def test_a_version_that_is_kept_without_need_gives_way_when_there_is_no_room(
+    layout, origin, release, operation
+):
+    with disk.watched_by(NoRoom(operation, 1)):
+        name = stage(layout, origin, release)
+    assert versions(layout) == {GOOD, BEFORE, name}
+
+
+def test_what_is_needed_never_gives_way(layout, origin, release):
+    with disk.watched_by(NoRoom("reserve", 9)), pytest.raises(DiskError) as caught:
+        stage(layout, origin, release)
+    assert caught.value.reason == "no-room"
+    assert versions(layout) == {GOOD, BEFORE}
+    assert list(layout.staging.iterdir()) == []
+
+
+def test_a_bundle_that_could_never_be_unpacked_is_not_downloaded(layout, origin, release):
+    with pytest.raises(DiskError) as caught:
+        stage(layout, origin, release, disk__reserve=2**50)
+    assert caught.value.reason == "no-room"
+    assert "are missing" in caught.value.why
+    assert not any(path.endswith(".tar.zst") for path in origin.paths())
+    assert list(layout.download.iterdir()) == []
