@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from agent_core.release_file import ReleaseFile
     from updater.catalog import Catalog, Release
     from updater.device import Device
-<<<<<<< Updated upstream
-    from updater.transport import Origin
-=======
     from updater.stage import Retention
->>>>>>> Stashed changes
+    from updater.transport import Origin
 
 log = logging.getLogger(__name__)
 
@@ -353,14 +350,9 @@ class _Check:
         from updater.download import fetch, fetch_small
         from updater.stage import believe, check_room, is_complete, stage, version_name
 
-<<<<<<< Updated upstream
         device, origin = self.device, self.origin
-        index_bytes = fetch_small(origin, release.index_url, release.index_sha256, release.index_length)
-=======
-        device, transport = self.device, self.device.transport()
         reserve = device.settings.disk_reserve
-        index_bytes = fetch_small(transport, release.index_url, release.index_sha256, release.index_length)
->>>>>>> Stashed changes
+        index_bytes = fetch_small(origin, release.index_url, release.index_sha256, release.index_length)
         name = version_name(release.facts)
         part = device.layout.download / f"{release.sha256}.part"
         if not is_complete(device.layout.version_dir(name), index_bytes):

@@ -73,7 +73,8 @@ def stage(layout, origin, release, **settings):
     flags = {name.replace("__", "."): value for name, value in settings.items()}
     set_here = AgentSettings.of(AGENT.load(environ={}, flags={"versions.keep": 3, **flags}))
     identity = Identity(origin.url, "shop", "web-1", "any", "main")
-    check = poll._Check(Device(layout, set_here, identity), None, clock.now(), None)
+    device = Device(layout, set_here, identity)
+    check = poll._Check(device, None, device.transport(), clock.now(), None)
     return check._stage(release)[0]
 
 
