@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent_core import console
-from agent_core.errors import ConflictError, Exit, NotFoundError
+from agent_core.errors import ConflictError, Exit, NotFoundError, UnreachableError
 from release_server.config import DATA_VARIABLE, FILE, TABLE, Config, first_file
+from release_server.signing.cli import signer as signer_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,16 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 OURS = frozenset(
     {"relfleet.db", "relfleet.db-wal", "relfleet.db-shm", "keys", "trust", "blobs", "uploads", "repository"}
+    | {"signer"}
 )
 
 
 @cli.command()
 @data_option
 @click.option("--url", default="", help="How agents and people will reach the server.")
+@click.option(
+    "--signer-socket", default=None, help="Where a signer of its own user listens already; it has the keys."
+)
 @listen_options
-def init(data: Path, url: str, host: str | None, port: int | None, workers: int | None) -> None:
+def init(
+    data: Path, url: str, signer_socket: str | None, host: str | None, port: int | None, workers: int | None
+) -> None:
     """Make a data directory: settings, database, online keys, and the first admin token."""
     flags = {"server.url": url or None, "server.host": host, "server.port": port, "server.workers": workers}
+    flags["signer.socket"] = signer_socket
     config = Config(data.absolute(), TABLE.load(flags=flags))
     _refuse_foreign(config.data)
     token = _make(config, first_file(flags))
@@ -96,6 +104,7 @@ def _make(config: Config, settings: str) -> Path:
     from release_server import signer
     from release_server.blobs import write_file
     from release_server.database import upgrade
+    from release_server.signing.client import over_socket
 
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     config.data.chmod(0o700)
@@ -106,8 +115,11 @@ def _make(config: Config, settings: str) -> Path:
     upgrade(config.database_url)
     for file in config.data.glob("relfleet.db*"):
         file.chmod(0o600)
-    signer.make_keys(config.keys, now())
-    signer.write_public(config.trust, signer.public_halves(config.keys))
+    if config.has_own_signer:
+        signer.make_keys(config.keys, now())
+        signer.write_public(config.trust, signer.public_halves(config.keys))
+    else:
+        signer.write_public(config.trust, over_socket(config.signer_socket).known().keys)
     token = config.data / "admin.token"
     if not token.exists():
         write_file(token, _admin_token(config, now()).encode() + b"\n", mode=0o600)
@@ -134,7 +146,7 @@ def _admin_token(config: Config, now: datetime) -> str:
 @data_option
 @listen_options
 def run(data: Path, host: str | None, port: int | None, workers: int | None) -> int:
-    """Run the web server and the jobs process until SIGTERM or Ctrl-C."""
+    """Run signer, web server and jobs process until SIGTERM or Ctrl-C."""
     from release_server import serve
 
     flags = {"server.host": host, "server.port": port, "server.workers": workers}
@@ -183,6 +195,9 @@ def _check_schema(config: Config) -> None:
             then=f"release-server db upgrade --data {config.data}",
             reason="schema",
         )
+
+
+cli.add_command(signer_command)
 
 
 # --- db, config, export ----------------------------------------------------------------------------------
@@ -307,6 +322,7 @@ def examine(config: Config) -> list[dict[str, str]]:
         ("permissions", _examine_permissions),
         ("disk", _examine_disk),
         ("keys", _examine_keys),
+        ("signer", _examine_signer),
         ("database", _examine_schema),
         ("metadata", _examine_expiries),
         ("jobs", _examine_lease),
@@ -360,13 +376,29 @@ def _examine_disk(config: Config, _engine: Engine) -> list[dict[str, str]]:
 def _examine_keys(config: Config, _engine: Engine) -> list[dict[str, str]]:
     from release_server import signer
 
-    opened = signer.OnlineSigner.open(config.keys)
     public = signer.read_public(config.trust)
+    if not config.has_own_signer:
+        return [_finding("keys", OK, "they are with a signer of its own user")]
+    halves = signer.public_halves(config.keys)
     for role in signer.ONLINE:
-        if opened.public(role) != getattr(public, role):
+        if getattr(halves, role) != getattr(public, role):
             then = "restore both from one backup"
             return [_finding("keys", BAD, f"the {role} key is not the one in trust/online.json", then)]
     return [_finding("keys", OK, f"{', '.join(signer.ONLINE)}: private, and as published")]
+
+
+def _examine_signer(config: Config, _engine: Engine) -> list[dict[str, str]]:
+    from release_server import signer
+    from release_server.signing.client import over_socket
+
+    try:
+        known = over_socket(config.signer_socket).known()
+    except UnreachableError as error:
+        state, then = (NOTE, "release-server run") if config.has_own_signer else (BAD, "start the signer")
+        return [_finding("signer", state, f"nothing is signed: {error.why}", then)]
+    if known.keys != signer.read_public(config.trust):
+        return [_finding("signer", BAD, "its keys are not those in trust/online.json", "restore both")]
+    return [_finding("signer", OK, f"it answers; its log has {known.entries} entries")]
 
 
 def _examine_schema(_config: Config, engine: Engine) -> list[dict[str, str]]:

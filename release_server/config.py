@@ -64,6 +64,12 @@ TABLE = Table(
             low=1,
             high=600,
         ),
+        Setting(
+            "signer.socket",
+            str,
+            "",
+            "where a signer of its own user listens; empty: `release-server run` starts one itself",
+        ),
         Setting("limits.body", int, 2 * 2**20, "largest JSON body", "bytes", low=1024, high=2**30),
         Setting(
             "limits.metadata",
@@ -143,6 +149,21 @@ class Config:
     def trust(self) -> Path:
         """`online.json`: the public halves of the online keys, for the web processes, which hold no keys."""
         return self.data / "trust" / "online.json"
+
+    @property
+    def signer_state(self) -> Path:
+        """What the signer remembers, and its log."""
+        return self.data / "signer"
+
+    @property
+    def signer_socket(self) -> Path:
+        named = str(self.settings["signer.socket"])
+        return self.data / named if named else self.run / "signer.sock"
+
+    @property
+    def has_own_signer(self) -> bool:
+        """Whether `release-server run` starts the signer; otherwise something else does, as another user."""
+        return not self.settings["signer.socket"]
 
     @property
     def run(self) -> Path:
@@ -225,13 +246,12 @@ def first_file(flags: Mapping[str, Any]) -> str:
     """The `server.toml` that `init` writes: what was said, and nothing that defaults to itself."""
     import json
 
-    lines = [
-        "# Settings of this relfleet server; `release-server config show` lists all of them.",
-        "[server]",
-    ]
-    lines += [
-        f"{name.removeprefix('server.')} = {json.dumps(value)}"
-        for name, value in flags.items()
-        if name.startswith("server.") and value is not None
-    ]
+    lines = ["# Settings of this relfleet server; `release-server config show` lists all of them."]
+    for section in ("server", "signer"):
+        said = [
+            f"{name.removeprefix(f'{section}.')} = {json.dumps(value)}"
+            for name, value in flags.items()
+            if name.startswith(f"{section}.") and value is not None
+        ]
+        lines += [f"[{section}]", *said] if said or section == "server" else []
     return "\n".join(lines) + "\n"

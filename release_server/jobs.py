@@ -1,4 +1,4 @@
-"""The jobs process: the one that reconciles rollouts, signs with the online keys and exports the files.
+"""The jobs process: the one that reconciles rollouts, has the signer sign, and exports the files.
 
 Any number may run; the holder of the lease `jobs` works and the others wait. Every transaction of the
 holder checks the lease's fence first, so that one that was paused and lost the lease writes nothing.
@@ -16,11 +16,12 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_core import clock as wall
+from agent_core.errors import UnreachableError
 from release_server import fleet, repository
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
-from release_server.signer import OnlineSigner
+from release_server.signing.client import SignerClient, over_socket
 
 if TYPE_CHECKING:
     import threading
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LEASE = "jobs"
 MOST_BACKOFF_S = 30.0
+WAITING = 1
+"""While the signer is away the pause is doubled once: it is back in seconds, or a person is needed anyway."""
 
 
 class LostLeaseError(Exception):
@@ -108,17 +111,25 @@ class Jobs:
     Args:
         config: the settings.
         clock: what time it is; tests step it.
+        signer: who signs; without it the one that listens where the settings say.
     """
 
-    def __init__(self, config: Config, *, clock: Callable[[], datetime] = wall.now) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Callable[[], datetime] = wall.now,
+        signer: SignerClient | None = None,
+    ) -> None:
         self.config = config
         self.clock = clock
         self.sessions = Sessions(make_engine(config.database_url))
         self.blobs = Blobs(config.blobs, config.uploads)
-        self.signer: OnlineSigner | None = None
+        self.signer = signer or over_socket(config.signer_socket)
         self.holder = make_holder()
         self._restored = False
         self._leading = False
+        self._waiting = False
 
     def tick(self) -> bool:
         """Do everything once, when the lease is ours.
@@ -132,20 +143,30 @@ class Jobs:
         self._note(leading=fence is not None)
         if fence is None:
             return False
-        if self.signer is None:
-            self.signer = OnlineSigner.open(self.config.keys)
-        with self.sessions.write() as session:
-            check_fence(session, self.holder, fence)
-            fleet.tick(session, now)
-            repository.publish(session, self.signer, now)
+        self._work(fence, now)
         if not self._restored:
             repository.restore_bundles(self.sessions, self.blobs, self.config.repository)
             self._restored = True
         repository.export(self.sessions, self.blobs, self.config.repository)
         return True
 
+    def _work(self, fence: int, now: datetime) -> None:
+        """Reconcile and sign as one transaction: what was not signed has not happened."""
+        try:
+            with self.sessions.write() as session:
+                check_fence(session, self.holder, fence)
+                fleet.tick(session, now)
+                repository.publish(session, self.signer, now)
+        except BaseException:
+            self.signer.forget()  # it may have signed what was just rolled back
+            raise
+        if self._waiting:
+            log.info("the signer signs again")
+        self._waiting = False
+
     def _note(self, *, leading: bool) -> None:
         if leading != self._leading:
+            self.signer.forget()
             log.info("the jobs lease is ours" if leading else "another process holds the jobs lease")
         self._leading = leading
 
@@ -158,11 +179,19 @@ class Jobs:
                 failures = 0
             except LostLeaseError:
                 log.warning("the jobs lease was lost within a tick; nothing was written")
+            except UnreachableError as error:
+                failures = min(failures + 1, WAITING)
+                self._wait_for_signer(error)
             except Exception:
                 failures += 1
                 log.exception("a tick failed", extra={"failures": failures})
             stop.wait(min(self.config.tick_s * 2 ** min(failures, 10), MOST_BACKOFF_S))
         self.close()
+
+    def _wait_for_signer(self, error: UnreachableError) -> None:
+        if not self._waiting:
+            log.warning("nothing is signed until the signer is back", extra={"why": str(error)})
+        self._waiting = True
 
     def close(self) -> None:
         """Give the lease back and leave the database."""

@@ -19,15 +19,15 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
-from tuf.api.serialization.json import JSONSerializer
 
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, MalformedError, RelfleetError, TrustError
 from agent_core.wire import Directive, Reason, directive_path
 from keys.changes import EMPTY, POLICY
-from keys.roles import COHORTS, ROLES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
+from keys.roles import COHORTS, ONLINE_ROLES, ROLES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server.blobs import write_file
 from release_server.models import Cohort, CohortStatus, MetadataFile, Product, Release
+from release_server.signing.policy import SIGNED_AT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,14 +38,11 @@ if TYPE_CHECKING:
 
     from release_server.blobs import Blobs
     from release_server.database import Sessions
-    from release_server.signer import OnlineSigner
+    from release_server.signing.client import SignerClient
 
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
-
-SIGNED_AT = "x-signed-at"
-SERIALIZER = JSONSerializer(compact=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -102,30 +99,54 @@ def store(session: Session, role: str, metadata: Metadata[Any], body: bytes, now
 # --- publishing ------------------------------------------------------------------------------------------
 
 
-def publish(session: Session, signer: OnlineSigner, now: datetime) -> bool:
+def publish(session: Session, signer: SignerClient, now: datetime) -> bool:
     """Sign what has changed since the last time, and what is about to expire.
 
     Args:
         session: of `Sessions.write()`, in the process that holds the jobs lease.
-        signer: the online keys.
+        signer: signs with the online keys, what its policy allows.
         now: when; the timestamp carries it as `x-signed-at`.
 
     Returns:
         Whether there is a new timestamp to export. Without root or targets there is nothing to publish.
 
     Raises:
-        TrustError: `online-key`; the root or the targets name other online keys than the server has.
+        TrustError: the signer refuses; `reason` says why.
+        UnreachableError: the signer is away. Nothing may be committed then.
     """
     root_row, targets_row = newest(session, ROOT), newest(session, TARGETS)
     if root_row is None or targets_row is None:
         return False
+    if signer.briefed != (root_row.version, targets_row.version):
+        _brief(session, signer, root_row.version, targets_row, now)
+        signer.briefed = (root_row.version, targets_row.version)
     root, targets = read(root_row, Root).signed, read(targets_row, Targets).signed
     cohorts_row = _publish_cohorts(session, targets, signer, now)
     snapshot_row = _publish_snapshot(session, root, signer, now, (targets_row, cohorts_row))
     return _publish_timestamp(session, root, signer, now, snapshot_row)
 
 
-def _publish_cohorts(session: Session, targets: Targets, signer: OnlineSigner, now: datetime) -> MetadataFile:
+def _brief(session: Session, signer: SignerClient, root: int, targets: MetadataFile, now: datetime) -> None:
+    """Show the signer what people have signed since, and settle what it and the database remember.
+
+    A tick that was rolled back leaves signatures that only the signer knows; a restored backup of either
+    side leaves it behind the other. The higher version of each role is right: somebody may have seen it.
+    """
+    known = signer.known()
+    for version in range(known.root + 1, root + 1):
+        signer.trust(ROOT, _row(session, ROOT, version).body)
+    if known.targets < targets.version:
+        signer.trust(TARGETS, targets.body)
+    for role in ONLINE_ROLES:
+        row, signed = newest(session, role), known.signed.get(role, 0)
+        if row is not None and row.version > signed:
+            signer.trust(role, row.body)
+        elif signed > (row.version if row else 0):
+            body = signer.last(role)
+            store(session, role, Metadata.from_bytes(body), body, now)
+
+
+def _publish_cohorts(session: Session, targets: Targets, signer: SignerClient, now: datetime) -> MetadataFile:
     current = newest(session, COHORTS)
     before = read(current, Targets) if current else None
     wanted = _directive_targets(session, before.signed.targets if before else {})
@@ -179,7 +200,7 @@ def _check_directive(session: Session, product: str, cohort: str, custom: object
 def _publish_snapshot(
     session: Session,
     root: Root,
-    signer: OnlineSigner,
+    signer: SignerClient,
     now: datetime,
     rows: tuple[MetadataFile, MetadataFile],
 ) -> MetadataFile:
@@ -195,18 +216,20 @@ def _publish_snapshot(
 
 
 def _publish_timestamp(
-    session: Session, root: Root, signer: OnlineSigner, now: datetime, snapshot: MetadataFile
+    session: Session, root: Root, signer: SignerClient, now: datetime, snapshot: MetadataFile
 ) -> bool:
     current = newest(session, TIMESTAMP)
     before = read(current, Timestamp) if current else None
     wanted = _meta(snapshot)
     if before is not None and before.signed.snapshot_meta == wanted and _holds(TIMESTAMP, root, before, now):
         return False
+    # After the clock was corrected backward the time that was said last is said again: it never goes back.
+    said = before.signed.unrecognized_fields.get(SIGNED_AT, "") if before else ""
     signed = Timestamp(
         current.version + 1 if current else 1,
         expires=ROLES[TIMESTAMP].expiry(now),
         snapshot_meta=wanted,
-        unrecognized_fields={SIGNED_AT: iso(now)},
+        unrecognized_fields={SIGNED_AT: max(iso(now), said)},
     )
     _sign(session, Metadata(signed), root, signer, now)
     return True
@@ -231,11 +254,12 @@ def _sign(
     session: Session,
     metadata: Metadata[Any],
     delegator: Root | Targets,
-    signer: OnlineSigner,
+    signer: SignerClient,
     now: datetime,
 ) -> MetadataFile:
     role: str = COHORTS if isinstance(metadata.signed, Targets) else metadata.signed.type
-    signer.sign(role, metadata)
+    body = signer.sign(role, metadata)
+    metadata = Metadata.from_bytes(body)
     try:
         delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     except UnsignedMetadataError:
@@ -243,9 +267,8 @@ def _sign(
             f"{role} cannot be published",
             "the server's key is not the one that is trusted",
             "online-key",
-            "restore keys/ of the data directory, or make a new root with today's keys",
+            "restore the signer's keys, or make a new root with today's keys",
         ) from None
-    body = metadata.to_bytes(SERIALIZER)
     store(session, role, metadata, body, now)
     row = newest(session, role)
     if row is None:

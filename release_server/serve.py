@@ -1,4 +1,4 @@
-"""Runs the server: one parent watches the web server and the jobs process, and stops with them as one.
+"""Runs the server: one parent watches signer, web server and jobs process, and stops with them as one.
 
 The parent does nothing else, so that it cannot fail for their reasons. A child that dies is started again
 after a pause that grows; a child whose parent is killed gets SIGTERM from the kernel, so none is left over.
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import FrameType
+
+    from release_server.signing.desk import Desk
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,25 @@ def run_jobs(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     Jobs(config).run(stop)
+    return 0
+
+
+def run_signer(desk: Desk, place: Path, users: frozenset[int]) -> int:
+    """The signer, until SIGTERM.
+
+    Args:
+        desk: of `open_desk`.
+        place: its socket.
+        users: who may ask beside this process's own user, which may when it is the only one.
+    """
+    from release_server.signing.process import Service, listen
+
+    service = Service(desk, users or frozenset({os.geteuid()}))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: service.stop.set())
+    with listen(place, shared=bool(users)) as listening:
+        service.run(listening)
+    desk.journal.close()
     return 0
 
 
@@ -244,7 +265,8 @@ class Server:
             port = int(held.getsockname()[1])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._stop)
-            children = [self._child(name, port) for name in ("web", "worker")]
+            signer = ("signer",) if self.config.has_own_signer else ()
+            children = [self._child(name, port) for name in (*signer, "web", "worker")]
             try:
                 self._keep(children, port)
             finally:

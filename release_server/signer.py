@@ -1,12 +1,13 @@
 """The online keys: they say who gets a release and when, and that metadata is fresh; never what may run.
 
-Only the jobs process opens them. Web processes know the public halves from `trust/online.json`.
+Only the signer process opens them (`release_server.signing`). Everyone else knows the public halves, from
+`trust/online.json`.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent_core.errors import MalformedError, NotFoundError
 from keys import roles, signers
@@ -14,45 +15,15 @@ from keys.ceremony import OnlineKeys
 from release_server.blobs import write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from datetime import datetime
     from pathlib import Path
 
-    from securesystemslib.signer import Key, Signer
-    from tuf.api.metadata import Metadata
 
 ONLINE = roles.ONLINE_ROLES
 
 
 def key_path(directory: Path, role: str) -> Path:
     return directory / f"{role}{signers.SUFFIX}"
-
-
-class OnlineSigner:
-    """Signs cohorts, snapshot and timestamp.
-
-    Args:
-        signer_of: one signer for each online role.
-    """
-
-    def __init__(self, signer_of: Mapping[str, Signer]) -> None:
-        self._signer_of = signer_of
-
-    @classmethod
-    def open(cls, directory: Path) -> OnlineSigner:
-        """Load the key of each online role from the server's `keys/`.
-
-        Raises:
-            NotFoundError: one is missing.
-            TrustError: others can read one.
-        """
-        return cls({role: signers.load(key_path(directory, role)) for role in ONLINE})
-
-    def public(self, role: str) -> Key:
-        return self._signer_of[role].public_key
-
-    def sign(self, role: str, metadata: Metadata[Any]) -> None:
-        metadata.sign(self._signer_of[role])
 
 
 def make_keys(directory: Path, now: datetime) -> None:

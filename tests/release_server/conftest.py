@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -12,12 +13,15 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, TargetFile
 
 from agent_core.bundle import File, Index
-from agent_core.wire import Policy, ReleaseFacts, bundle_path, index_path, policy_path
+from agent_core.wire import Getter, Policy, ReleaseFacts, bundle_path, index_path, policy_path
 from keys import ceremony
 from release_server import acceptance, auth, signer
 from release_server.blobs import Blobs
 from release_server.config import Config
 from release_server.database import Sessions, make_engine, upgrade
+from release_server.signing import desk as desk_of
+from release_server.signing.client import SignerClient
+from release_server.signing.process import Service
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 EMPTY = sha256(b"").hexdigest()
@@ -89,8 +93,41 @@ def online(config):
 
 
 @pytest.fixture
-def online_signer(config):
-    return signer.OnlineSigner.open(config.keys)
+def open_desk(config, clock):
+    """Open the signer's desk, as its process does; opening it again ends the one before."""
+    opened = []
+
+    def open_it(**changed):
+        while opened:
+            opened.pop().journal.close()
+        opened[:] = [desk_of.open_desk(config.keys, config.signer_state, **{"clock": clock} | changed)]
+        return opened[0]
+
+    yield open_it
+    for desk in opened:
+        desk.journal.close()
+
+
+@pytest.fixture
+def desk(open_desk):
+    return open_desk()
+
+
+@pytest.fixture
+def make_signer(desk):
+    """What a jobs process has, with no socket between: the real keys, policy and log in this process."""
+    service = Service(desk, frozenset())
+
+    def ask(head, body):
+        answer, content = service._ask(head["op"], head.get("role", ""), body, 0, 0)
+        return Getter(json.loads(json.dumps(answer)), "message"), content
+
+    return lambda: SignerClient(ask)
+
+
+@pytest.fixture
+def online_signer(make_signer):
+    return make_signer()
 
 
 @dataclass

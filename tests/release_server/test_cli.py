@@ -149,6 +149,7 @@ def test_doctor_finds_a_fresh_server_well_and_says_what_comes_next(made, call):
         "permissions": "note",
         "disk": "ok",
         "keys": "ok",
+        "signer": "note",
         "database": "ok",
         "metadata": "note",
         "jobs": "note",

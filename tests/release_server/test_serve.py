@@ -154,7 +154,7 @@ def test_a_jobs_process_works_beside_it(running, capsys):
     wait_for("the lease being taken", lease_is_held)
 
 
-@pytest.mark.parametrize("command", ["worker", "web"])
+@pytest.mark.parametrize("command", ["signer", "worker", "web"])
 def test_a_child_that_dies_is_started_again(running, command):
     dead = wait_for("the child", lambda: running.child(command))
     below = dead.children(recursive=True)
