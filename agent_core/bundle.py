@@ -17,13 +17,13 @@ import sys
 import sysconfig
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from agent_core import disk
 from agent_core.errors import DiskError, MalformedError, TrustError, UsageError
 from agent_core.hooks import NO_HOOKS, Hooks, parse_hooks
+from agent_core.late import late_dataclass
 from agent_core.wire import NAME, PLATFORM, SCHEMA, SHA256, VERSION, Getter, Reason
 
 if sys.version_info >= (3, 14):
@@ -63,7 +63,7 @@ def _refused(what: str, why: str = "", *, reason: Reason = Reason.BAD_ARCHIVE) -
 # --- the index --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class File:
     """One regular file of a bundle: a relative path with slashes, 0o644 or 0o755, and bytes."""
 
@@ -89,7 +89,7 @@ class File:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Index:
     """What a bundle holds and how it is run and judged; its bytes, by digest, are what the release keys sign.
 

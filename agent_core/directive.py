@@ -5,17 +5,17 @@ Agent, server and simulator share this module: the place the server shows is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from agent_core.late import late_dataclass
 from agent_core.wire import PROGRESS_FULL, Directive, Mode, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Assignment:
     """The version an agent should run by its directive (None: nothing to install), and why.
 

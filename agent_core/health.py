@@ -15,12 +15,13 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from agent_core.errors import MalformedError
+from agent_core.late import late_dataclass
 from agent_core.processes import finish
 from agent_core.wire import Getter
 
@@ -66,7 +67,7 @@ KEYS = {
 COMMON = {"kind", "name", "interval_s", "timeout_s", "failures_allowed", "grace_s"}
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Check:
     """One signed check.
 
@@ -241,7 +242,7 @@ class Workload(Protocol):
     def restarts(self) -> int: ...
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Subject:
     """Whose health it is: where the version lives, and its workload."""
 
@@ -249,7 +250,7 @@ class Subject:
     workload: Workload
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Outcome:
     passed: bool
     detail: str = ""
@@ -373,7 +374,7 @@ _RUNNERS: dict[Kind, Callable[[Check, Subject], Outcome]] = {
 # --- watching over time ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Failure:
     """A check that does not pass at the moment; `in_a_row` leaves out what fell into its grace."""
 
@@ -386,7 +387,7 @@ class Failure:
         return f"{self.check}: {self.detail} ({self.in_a_row} in a row, {self.allowed} allowed)"
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Verdict:
     """What all checks together say.
 
@@ -403,7 +404,7 @@ class Verdict:
     failures: tuple[Failure, ...] = ()
 
 
-@dataclass
+@late_dataclass()
 class _Watch:
     """What is known of one check."""
 
@@ -422,7 +423,7 @@ def _in_thread(run: Callable[[], None]) -> None:
     threading.Thread(target=run, name="health-check", daemon=True).start()
 
 
-@dataclass
+@late_dataclass()
 class Monitor:
     """Runs checks when they are due and judges what they say; `step` never waits for a check.
 

@@ -9,9 +9,9 @@ version, and have to bear that. A rollback runs no hook: going back must not dep
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agent_core.late import late_dataclass
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ LONGEST_S = 600
 """A check of the updater waits for `pre_activate`; what takes longer belongs into the workload."""
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Hook:
     """One hook: `argv` with the placeholders of `Place.argv`, and the seconds after which it has failed."""
 
@@ -33,7 +33,7 @@ class Hook:
         return {"argv": list(self.argv), "timeout_s": self.timeout_s}
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Hooks:
     """The hooks of a version; most have none."""
 

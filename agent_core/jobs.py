@@ -12,9 +12,9 @@ import os
 import signal
 import subprocess
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agent_core.late import late_dataclass
 from agent_core.processes import Copy, signal_group, spawn
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ JOB_OUTPUT = 2**20
 JOB_ERRORS = 8192
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class JobResult:
     """How a job ended.
 
@@ -294,7 +294,7 @@ class Helper:
         self._runtime.call_later(2.0, lambda: signal_group(child, signal.SIGKILL))
 
 
-@dataclass
+@late_dataclass()
 class _Request:
     """One line for a helper; `again` once it was sent to a child that had just gone idle."""
 

@@ -7,12 +7,12 @@ import json
 import os
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_core import disk, slots
 from agent_core.errors import DiskError, MalformedError
+from agent_core.late import late_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Layout:
     """The names under a device's root (design section 4); nothing is read or made before `make`."""
 

@@ -13,13 +13,13 @@ import os
 import re
 import stat
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_core import disk
 from agent_core.bundle import BLOCK, CHUNK, MAX_FILE, MAX_INDEX, File, fault_of_path, header
 from agent_core.errors import DiskError, MalformedError, NotFoundError, TrustError
+from agent_core.late import late_dataclass
 from agent_core.wire import NAME, PLATFORM, SCHEMA, VERSION, Getter, Reason
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _LIMITS = (
 _OCTAL = re.compile(rb"[0-7]{11}\0")
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Title:
     """What the file says it is; it only chooses among what is signed."""
 
@@ -70,7 +70,7 @@ class Title:
 # --- writing --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Member:
     """One member to be written: bytes, or a file whose digest is known."""
 

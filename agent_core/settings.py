@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from agent_core.errors import SettingsError
+from agent_core.late import late_dataclass
 from agent_core.wire import LABEL_KEY
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ KINDS: dict[type, str] = {
 }
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Setting:
     """One setting.
 
@@ -146,7 +147,7 @@ class Setting:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Settings:
     """The value of every setting of a table, and where each came from."""
 

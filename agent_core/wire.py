@@ -7,11 +7,12 @@ key, whatever does not fit. Unknown keys are ignored so that either end may be n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from agent_core.errors import MalformedError
+from agent_core.late import late_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -237,7 +238,7 @@ class Getter:
 # --- what the release keys sign -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class ReleaseFacts:
     """The `custom` of `bundles/PRODUCT/VERSION/PLATFORM.tar.zst`: what the release managers say of it."""
 
@@ -291,7 +292,7 @@ class ReleaseFacts:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Policy:
     """The `custom` of `policy/PRODUCT.json`: on or below the floor, and revoked, nothing is installed."""
 
@@ -332,7 +333,7 @@ DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 CLOCK_TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Window:
     """When a cohort may begin an update, in its own local time; `end` before `start` passes midnight."""
 
@@ -353,7 +354,7 @@ class Window:
         return cls(days, get.text("from", form=CLOCK_TIME), get.text("to", form=CLOCK_TIME), get.text("zone"))
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Directive:
     """The server's signed word to one cohort: which release, how far, when (design section 3).
 
@@ -431,7 +432,7 @@ class Directive:
 # --- what agents and the API say -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class EnrollRequest:
     """`POST /api/v1/enroll`, with an enrolment token as bearer.
 
@@ -472,7 +473,7 @@ class EnrollRequest:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class EnrollAnswer:
     """Who the agent is from now on, and the cohort it starts in (None: no cohort matches yet)."""
 
@@ -488,7 +489,7 @@ class EnrollAnswer:
         return cls(get.text("agent_id", form=AGENT_ID), get.optional_text("cohort", form=NAME))
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Transition:
     """One step of one attempt, as the agent saw it.
 
@@ -539,7 +540,7 @@ def is_figure(value: object) -> bool:
     return type(value) in (int, float) and -MAX_FIGURE <= value <= MAX_FIGURE  # type: ignore[operator]
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Report:
     """`POST /api/v1/report`: how an agent is, and what happened since the last one.
 
@@ -605,7 +606,7 @@ class Report:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class ReportAnswer:
     """What the server says to a report.
 
@@ -651,7 +652,7 @@ HEADER_COUNTER = "Relfleet-Counter"
 HEADER_SIGNATURE = "Relfleet-Signature"
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Problem:
     """An API error, RFC 9457 `application/problem+json`: `reason` is the code, `then` the next step."""
 

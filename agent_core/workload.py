@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent_core.late import late_dataclass
 from agent_core.processes import signal_group, spawn
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ STEADY_S = 60.0
 """A workload that ran so long has started well; its next crash begins the backoff anew."""
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Place:
     """Where a version lives and runs: what the placeholders of a signed argv stand for.
 
@@ -131,7 +131,7 @@ class BoundedLog:
         return self.path.with_name(f"{self.path.name}.{number}") if number else self.path
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Ended:
     """One end of the workload that nobody asked for.
 

@@ -6,10 +6,11 @@ So the end of an attempt is read off the record at every start, by `settled`, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.layout import read_json, write_json
 from agent_core.wire import AttemptState, Getter, Reason
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 ENDED = frozenset({AttemptState.HEALTHY, AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SKIPPED})
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Attempt:
     """One release being tried here; `salt` names the rollout that asked, `digest` is DIGEST12."""
 

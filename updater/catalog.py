@@ -13,7 +13,6 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -33,6 +32,7 @@ from tuf.ngclient.updater import Updater
 
 from agent_core import clock, disk, layout, wire
 from agent_core.errors import ConflictError, DiskError, MalformedError, TrustError, UnreachableError
+from agent_core.late import late_dataclass
 from agent_core.wire import Reason
 from updater.download import hashed_path
 from updater.freshness import TIMESTAMP_MAX, Memory, trusted_time
@@ -66,7 +66,7 @@ LOCK_WAIT_S = 20.0
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Verified:
     """What one full refresh established.
 
@@ -103,7 +103,7 @@ class Verified:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Release:
     """One release for one platform of this host, as the release managers signed it."""
 

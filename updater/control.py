@@ -11,13 +11,13 @@ import json
 import os
 import signal
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
 from agent_core import layout as durable
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ROLLBACK, RETRY, ACTIVATE = "rollback", "retry", "activate"
 VERBS = (ROLLBACK, RETRY, ACTIVATE)
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Request:
     """What a person asked for.
 

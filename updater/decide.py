@@ -6,13 +6,13 @@ What reads the disk and the network has collected `Facts` before; what acts on t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from agent_core.directive import Assignment, assign
+from agent_core.late import late_dataclass
 from agent_core.wire import Directive, Policy, Reason, ReleaseFacts
 from updater.window import is_open, next_opening, zone_of
 
@@ -33,7 +33,7 @@ class Action(StrEnum):
     REFUSE = "refuse"
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Running:
     """What is good on this host; `seq` is 0 where it was not recorded."""
 
@@ -42,7 +42,7 @@ class Running:
     seq: int
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Hold:
     """The operator's word on the host: take nothing new, until a moment or until told otherwise."""
 
@@ -53,7 +53,7 @@ class Hold:
         return self.until is None or now < self.until
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Offer:
     """The release the directive leads to, as top-level targets describe it here."""
 
@@ -65,7 +65,7 @@ class Offer:
         return self.facts.index_sha256[:12]
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Facts:
     """All that the decision may know.
 
@@ -93,7 +93,7 @@ class Facts:
     skip_reason: Callable[[str, int], str | None]
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Decision:
     """What to do, the reason, words for a person, and when to look again (None: at the next poll)."""
 

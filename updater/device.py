@@ -6,13 +6,13 @@ what it did about it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from agent_core import layout as durable
 from agent_core import slots
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.layout import Layout
 from agent_core.settings import AgentSettings, load_agent
 from agent_core.wire import Directive, Getter, Reason, ReleaseFacts
@@ -37,7 +37,7 @@ class Note(Protocol):
 N = TypeVar("N", bound=Note)
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Outcome:
     """What one check came to; the resident acts on it, `status` and `why` show it, the report names it.
 
@@ -87,7 +87,7 @@ class Outcome:
         )
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Seen:
     """The directive as last verified, and when this revision of it was first seen here."""
 
@@ -103,7 +103,7 @@ class Seen:
         return cls(Directive.from_json(get.object("directive"), path), parse_iso(get.text("since")))
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Device:
     """A device that is enrolled.
 

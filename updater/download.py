@@ -11,12 +11,12 @@ import os
 import re
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
 from agent_core import clock, disk
 from agent_core.errors import DiskError, TrustError, UnreachableError
+from agent_core.late import late_dataclass
 from agent_core.wire import Reason
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Progress(Protocol):
     def __call__(self, received: int, length: int, /) -> None: ...
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class _Wanted:
     """What is being fetched, where to, and how patiently."""
 

@@ -5,7 +5,6 @@ Standard library only: the poll is one conditional GET, and TUF is loaded when t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, layout
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TIMESTAMP_PATH = "/metadata/timestamp.json"
 TIMESTAMP_MAX = 16_384
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Memory:
     """What `state/poll.json` keeps of the last full refresh; the empty one means there was none.
 

@@ -7,9 +7,9 @@ now, and this very version fetched and verified the manifest: one that could not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
+from agent_core.late import late_dataclass
 from agent_core.wire import Reason
 
 
@@ -24,7 +24,7 @@ class Step(StrEnum):
     ROLL_BACK = "roll-back"
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class TrialFacts:
     """What is known of the version on trial, in this run of it.
 
@@ -58,7 +58,7 @@ class TrialFacts:
     failures: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Verdict:
     """The next step and why; `detail` is for people."""
 

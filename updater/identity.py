@@ -6,11 +6,12 @@ import fcntl
 import os
 import secrets
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_core import clock, disk, layout, wire
 from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError
+from agent_core.late import late_dataclass
 from agent_core.wire import SCHEMA, Getter, Reason
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 COUNTER_DIGITS = 20
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Identity:
     """What enrolment settled; the key stands apart, in `state/agent.key`.
 

@@ -6,11 +6,11 @@ For people on the host and for what they ask by hand. Nothing is installed by it
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.wire import Policy, policy_path
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROLES = ("root", "targets", "cohorts", "snapshot", "timestamp")
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Role:
     """One role of the cache: its version, and when it stops being believed."""
 

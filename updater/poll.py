@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from agent_core import clock, disk, launcher, slots
 from agent_core.bundle import Index, host_platforms
 from agent_core.errors import DiskError, RelfleetError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
+from agent_core.late import late_dataclass
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
@@ -216,7 +217,7 @@ def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
     return verified.memory(clock.boot_s(), freshness.boot_id())
 
 
-@dataclass
+@late_dataclass()
 class _Check:
     """The rest of one check, under the lock of the verified catalog."""
 

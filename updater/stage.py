@@ -20,13 +20,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import IO, TYPE_CHECKING
 
 from agent_core import disk, slots
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
+from agent_core.late import late_dataclass
 from agent_core.wire import Getter, Reason, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _disk_errors(what: str) -> Iterator[None]:
 # --- preflight --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Preflight:
     """What the new version said of itself before it was trusted with anything; a refusal is a value."""
 
@@ -366,7 +366,7 @@ def discard(layout: Layout, path: Path) -> None:
     _delete_trash(layout, gone)
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Retention:
     """How many versions a host keeps; those that are needed stay whatever these say.
 

@@ -13,7 +13,6 @@ import re
 import socket
 import ssl
 from contextlib import contextmanager
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
@@ -23,6 +22,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from agent_core import clock
 from agent_core.errors import SettingsError, TrustError, UnreachableError
+from agent_core.late import late_dataclass
 from agent_core.wire import Reason
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ ENVIRONMENT = (
 """Later ones win. HTTP_PROXY is missing on purpose: behind CGI a client's `Proxy:` header would set it."""
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Answer:
     """What the server said: `headers` have lower-case names, `body` is whole."""
 
@@ -60,7 +60,7 @@ class Answer:
     body: bytes
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Stream:
     """An answer whose body is still arriving; `length` is None when the server did not say.
 
@@ -90,7 +90,7 @@ class Origin(Protocol):
     ) -> AbstractContextManager[Stream]: ...
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class _Proxy:
     host: str
     port: int
