@@ -19,6 +19,7 @@ $(READY): requirements.lock pyproject.toml scripts/setup
 	@touch $@
 
 demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 20']
+	@$(BIN)/python -m compileall -q agent_core updater keys release_server
 	@$(BIN)/relfleet demo $(ARGS)
 
 test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']

@@ -7,7 +7,6 @@ and ignored is found only on the day it was needed.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -255,6 +254,8 @@ class Table:
         return layer
 
     def _unknown(self, name: str, origin: str) -> SettingsError:
+        import difflib  # for people who mistyped
+
         tables = {known.rpartition(".")[0] for known in self._settings} - {""}
         near = difflib.get_close_matches(name, [*self._settings, *sorted(tables)], n=1, cutoff=0.5)
         then = f"did you mean {near[0]}?" if near else "`config show` lists every setting"

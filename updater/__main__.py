@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from updater import internal
 
         return internal.main(verb, words[1:])
+    gc.set_threshold(20_000)  # most commands end before there is anything to collect
     from updater.cli import main as people
 
     return people(words)

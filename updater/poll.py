@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from agent_core import clock, disk, launcher, slots
+from agent_core import clock, disk, slots
 from agent_core.bundle import Index, host_platforms
 from agent_core.errors import DiskError, RelfleetError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
@@ -266,7 +266,7 @@ class _Check:
             hold=device.hold(),
             floor_seen=record.floor if record else 0,
             in_trial=record is not None and record.phase != slots.IDLE,
-            launcher=int(os.environ.get("RELFLEET_LAUNCHER", launcher.LAUNCHER)),
+            launcher=_launcher(),
             skip_reason=lambda digest, epoch: skip_reason(record, digest, epoch),
         )
         version = wanted(facts).version
@@ -456,3 +456,12 @@ def report_s(device: Device) -> float:
     """The period of reports, as the directive says."""
     seen = device.seen()
     return max(device.settings.poll_min_s, seen.directive.report_s if seen else 300)
+
+
+def _launcher() -> int:
+    """What the host's launcher can do; before there was one, what this version would install."""
+    if told := os.environ.get("RELFLEET_LAUNCHER"):
+        return int(told)
+    from agent_core.launcher import LAUNCHER  # a program of its own, which loads what no agent needs
+
+    return LAUNCHER
