@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash crash-all check format lock clean
+.PHONY: help setup demo test crash crash-all fuzz check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]
 
 crash-all: $(READY) ## every tier of the crash proof; some need root
 	@$(BIN)/python -m tests.crash all
+
+fuzz: $(READY) ## readers of foreign bytes, by coverage: make fuzz [ARGS='60 index settings']
+	@scripts/fuzz $(or $(ARGS),15)
 
 check: $(READY) ## lint, format, types, import contracts
 	@$(BIN)/ruff check .

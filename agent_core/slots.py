@@ -401,7 +401,7 @@ def _decoded(block: bytes) -> Record | None:
         held = dict(json.loads(body))
         known = {key.name: _typed(key.name, held[key.name]) for key in fields(Record) if key.name in held}
         record = Record(**known)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return record if record.phase in (IDLE, TRIAL, ROLLBACK) else None
 

@@ -252,6 +252,17 @@ def test_a_bomb_by_count_is_refused_at_the_first_member_too_many(place):
     assert sorted(entry.name for entry in (place / "into").iterdir()) == ["a", "b"]
 
 
+def test_a_bomb_by_nesting_stays_the_file_it_is(place):
+    """What is inside a file is never looked at, so archives in archives unfold nothing."""
+    bomb = zstd.compress(bytes(64 * 2**20))
+    for _ in range(5):
+        bomb = press(member("a", bomb) + END)
+    (place / "archive").write_bytes(press(member("a", bomb) + END))
+    unpack(place / "archive", index_of(file("a", bomb)), place / "into")
+    assert [path.name for path in (place / "into").iterdir()] == ["a"]
+    assert (place / "into" / "a").read_bytes() == bomb
+
+
 def test_a_frame_that_asks_for_a_huge_window_is_refused(place):
     content = os.urandom(1024) * 65_536
     raw = press(member("a", content) + END, window_log=27, content_size_flag=0)

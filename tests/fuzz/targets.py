@@ -1,0 +1,224 @@
+"""Whatever a device reads from elsewhere, as functions of bytes: each may refuse, in its own words only.
+
+A target is called with any bytes at all. It returns when they were taken or refused as promised, and raises
+when something else came out: another exception, a value that does not survive writing, a byte outside its
+place. The same targets are driven by Hypothesis in `make test` and by coverage in `make fuzz`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from agent_core import slots
+from agent_core.bundle import BLOCK, File, Index, fault_of_files, header, unpack, verify, zstd
+from agent_core.errors import DiskError, MalformedError, RelfleetError, SettingsError, TrustError
+from agent_core.health import parse_checks
+from agent_core.hooks import parse_hooks
+from agent_core.settings import AGENT, AgentSettings
+from agent_core.wire import Directive, EnrollAnswer, Policy, Problem, ReleaseFacts, ReportAnswer
+from updater import transport
+from updater.attempt import Attempt
+from updater.device import Outcome, Seen
+from updater.freshness import Memory
+from updater.identity import Identity
+from updater.window import is_open, next_opening
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is called, and the inputs to begin from."""
+
+    call: Callable[[bytes], None]
+    seeds: tuple[bytes, ...]
+
+
+# --- archives ---------------------------------------------------------------------------------------------
+
+CONTENTS = {"a": b"alpha" * 9, "d/b": bytes(range(256)), "d/e/c": b""}
+
+
+def _index(contents: dict[str, bytes]) -> Index:
+    files = tuple(
+        File(path, 0o644, len(content), hashlib.sha256(content).hexdigest())
+        for path, content in contents.items()
+    )
+    return Index("shop", "1.0.0", "any", ("{python}", "a"), files)
+
+
+KNOWN = _index(CONTENTS)
+PLAIN = b"".join(
+    header(file) + content + bytes(-len(content) % BLOCK)
+    for file, content in zip(KNOWN.files, CONTENTS.values(), strict=True)
+) + bytes(2 * BLOCK)
+
+
+@cache
+def _scratch() -> Path:
+    """A directory of this process, in memory where there is one: it is used a thousand times a second."""
+    memory = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def archive(raw: bytes) -> None:
+    """Any bytes as an archive: exactly what the index lists, or a refusal; never a name or byte beside it."""
+    place = _scratch() / "archive"
+    place.write_bytes(raw)
+    reason = _refusal(lambda: verify(place, KNOWN))
+    assert reason in ("", "bad-archive", "digest-mismatch"), reason
+    with tempfile.TemporaryDirectory(dir=_scratch()) as home:
+        into = Path(home) / "into"
+        assert _refusal(lambda: unpack(place, KNOWN, into)) == reason
+        written = {str(path.relative_to(into)): path for path in into.rglob("*") if not path.is_dir()}
+        assert not any(path.is_symlink() for path in into.rglob("*"))
+        assert set(written) <= set(CONTENTS)
+        assert reason or {path: file.read_bytes() for path, file in written.items()} == CONTENTS
+        assert [path.name for path in Path(home).iterdir()] == ["into"]
+
+
+def members(raw: bytes) -> None:
+    """Any bytes as what is inside the compression."""
+    archive(zstd.compress(raw))
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TrustError, DiskError) as error:
+        return str(error.reason)
+    return ""
+
+
+def index(raw: bytes) -> None:
+    """Any bytes as an index: refused as one, or a tree that can stand, which survives its own bytes."""
+    reason = _refusal(lambda: Index.from_bytes(raw))
+    assert reason in ("", "bad-index"), reason
+    if reason:
+        return
+    found = Index.from_bytes(raw)
+    assert fault_of_files(found.files) == ""
+    assert Index.from_bytes(found.to_bytes()) == found
+
+
+def checks(raw: bytes) -> None:
+    """Any JSON as checks or hooks."""
+    body = _json(raw)
+    with suppress(MalformedError):
+        found = parse_checks(body)
+        assert parse_checks([check.to_json() for check in found]) == found
+    with suppress(MalformedError):
+        hooks = parse_hooks(body)
+        assert parse_hooks(hooks.to_json()) == hooks
+
+
+# --- messages and notes ----------------------------------------------------------------------------------
+
+MESSAGES: tuple[Any, ...] = (Directive, ReleaseFacts, Policy, EnrollAnswer, ReportAnswer, Problem)
+NOTES: tuple[Any, ...] = (Outcome, Seen, Memory, Identity, Attempt)
+
+
+def wire(raw: bytes) -> None:
+    """Any JSON as what a server says: malformed, or a value that survives writing."""
+    body = _json(raw)
+    for kind in MESSAGES:
+        with suppress(MalformedError):
+            found = kind.from_json(body, "body")
+            assert kind.from_json(json.loads(json.dumps(found.to_json())), "body") == found
+
+
+def window(raw: bytes) -> None:
+    """A directive's window, whatever it says, can be asked."""
+    from agent_core.clock import parse_iso
+
+    with suppress(MalformedError):
+        directive = Directive.from_json(_json(raw), "body")
+        if directive.window is not None:
+            now = parse_iso("2026-03-28T23:59:59Z")
+            opens = next_opening(directive.window, now)
+            assert opens is None or (opens > now and is_open(directive.window, opens))
+
+
+def notes(raw: bytes) -> None:
+    """Any JSON as a note that this device keeps for itself."""
+    body = _json(raw)
+    for kind in NOTES:
+        with suppress(RelfleetError, ValueError):
+            kind.from_json(body, "note")
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- what lies on the disk -------------------------------------------------------------------------------
+
+
+def record(raw: bytes) -> None:
+    """Any bytes as a slot, and as the body of a slot whose checksum is right: a record, or none."""
+    body = raw[: slots.SLOT_LENGTH - slots._HEAD.size]
+    right = slots._HEAD.pack(slots._MAGIC, len(body), hashlib.sha256(body).digest()) + body
+    for block in (raw, right):
+        found = slots._decoded(block)
+        assert found is None or found.phase in (slots.IDLE, slots.TRIAL, slots.ROLLBACK)
+
+
+def settings(raw: bytes) -> None:
+    """Any bytes as `agent.toml`: settings, or why not."""
+    place = _scratch() / "agent.toml"
+    place.write_bytes(raw)
+    with suppress(SettingsError):
+        AgentSettings.of(AGENT.load([place], environ={}))
+
+
+def words(raw: bytes) -> None:
+    """Any text in the places where the network or an environment says one."""
+    text = raw.decode("latin-1")
+    transport.retry_after_s(text)
+    assert transport._is_direct("releases.example.org", 443, text) in (True, False)
+    assert transport._is_direct("10.1.2.3", 443, text) in (True, False)
+    with suppress(SettingsError):
+        transport.Transport(text)
+
+
+# --- seeds ------------------------------------------------------------------------------------------------
+
+
+def _golden() -> tuple[bytes, ...]:
+    return tuple(file.read_bytes() for file in sorted(GOLDEN.glob("*.json")) if file.stem != "buckets")
+
+
+RECORD = slots.Record(7, slots.TRIAL, "1.0.0-aaaaaaaaaaaa", skip=(("bbbbbbbbbbbb", "unhealthy", 1),))
+CHECKS = b'[{"kind":"http","url":"http://127.0.0.1:1/","status":[200]},{"kind":"cpu","max_percent":50}]'
+HOOKS = b'{"pre_activate":{"argv":["app/x"],"timeout_s":5},"post_activate":{"argv":["{python}","app/y"]}}'
+TOML = b'labels = {a = "b"}\n[server]\nno_proxy = ["10.0.0.0/8"]\ntimeout_s = 3\n[log]\nlevel = "debug"\n'
+
+TARGETS = {
+    "archive": Target(archive, (zstd.compress(PLAIN), zstd.compress(PLAIN[:512]), b"")),
+    "members": Target(members, (PLAIN, PLAIN[:1024], b"")),
+    "index": Target(index, (KNOWN.to_bytes(), b"{}")),
+    "checks": Target(checks, (CHECKS, HOOKS)),
+    "wire": Target(wire, _golden()),
+    "window": Target(window, (GOLDEN.joinpath("directive.json").read_bytes(),)),
+    "notes": Target(notes, _golden()),
+    "record": Target(record, (slots._encoded(RECORD) or b"", b"[" * 2000, b'{"skip":[["a","b",Infinity]]}')),
+    "settings": Target(settings, (TOML, b"[[[")),
+    "words": Target(
+        words, (b"120", b"Wed, 21 Oct 2026 07:28:00 GMT", b"*.example.org:443,[::1]:80", b"http://a:1")
+    ),
+}
