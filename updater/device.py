@@ -162,9 +162,12 @@ class Device:
         return _read(self.layout.state / "directive.json", Seen)
 
     def see(self, directive: Directive, now: datetime) -> Seen:
-        """Remember a verified directive; the moment it was first seen stays while it says the same."""
+        """Remember a verified directive; the moment it was first seen stays while it says the same.
+
+        A moment that is still to come was another clock's, and would put a splay off until then.
+        """
         before = self.seen()
-        if before and before.directive == directive:
+        if before and before.directive == directive and before.since <= now:
             return before
         seen = Seen(directive, now)
         durable.write_json(self.layout.state / "directive.json", seen.to_json())

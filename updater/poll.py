@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 def is_due(last: Outcome | None, good: str, now: datetime) -> bool:
     """Whether a check is due whatever the server says: never done, not finished, or its time has come.
 
+    A clock that was set back since the last check makes one due as well: the time it was to come at was
+    another clock's.
+
     Args:
         last: what the last check came to.
         good: the version that the record calls good; what was to be installed may be that by now.
@@ -53,7 +56,9 @@ def is_due(last: Outcome | None, good: str, now: datetime) -> bool:
         return True
     if last.action is Action.INSTALL:
         return last.candidate != good
-    return last.again is not None and clock.parse_iso(last.again) <= now
+    if last.again is None:
+        return False
+    return clock.parse_iso(last.again) <= now or now < clock.parse_iso(last.at)
 
 
 def is_unchanged(device: Device) -> bool:

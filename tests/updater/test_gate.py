@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_core import clock
+from agent_core.health import Check, Kind, Monitor, Subject
 from agent_core.wire import Reason
+from agent_core.workload import Place
 from updater.gate import Step, TrialFacts, judge, observed_s
 
 GOOD = TrialFacts(
@@ -211,3 +218,24 @@ def test_the_observed_time_is_never_negative_nor_longer_than_the_run(facts: Tria
 @given(facts_of_any_kind, moments)
 def test_the_detail_stays_short_enough_for_a_report(facts: TrialFacts, now_s: float) -> None:
     assert len(judge(facts, now_s).detail) <= 500
+
+
+def test_no_wall_clock_is_asked_in_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A clock that jumps in the observation ends nothing and shortens nothing: nobody looks at it."""
+
+    def jumped() -> NoReturn:
+        raise AssertionError("the wall clock was asked")
+
+    monkeypatch.setattr(clock, "now", jumped)
+    monkeypatch.setattr("time.time", jumped)
+    workload = SimpleNamespace(pid=os.getpid(), restarts=0)
+    subject = Subject(Place(tmp_path, tmp_path, "1.1.0"), workload)
+    monitor = Monitor([Check(Kind.PROCESS, "lives")], subject, 1000.0, launch=lambda run: run())
+    steps = []
+    for now_s in range(1000, 1062):
+        health = monitor.step(now_s)
+        facts = replace(
+            GOOD, ready=health.ready, healthy=health.healthy, healthy_since_s=health.healthy_since_s
+        )
+        steps.append(judge(facts, now_s).step)
+    assert steps == [Step.REARM] * 60 + [Step.COMMIT] * 2

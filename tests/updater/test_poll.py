@@ -1,9 +1,11 @@
-"""Downloading and staging a release on a real directory from a server on loopback, and the room for it."""
+"""When a check is due; downloading and staging on a real directory from a server on loopback; room for it."""
 
 from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 import pytest
@@ -13,11 +15,12 @@ from agent_core.bundle import Index, pack
 from agent_core.errors import DiskError
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
-from agent_core.wire import ReleaseFacts
+from agent_core.wire import Directive, ReleaseFacts
 from tests.http_origin import Origin
 from updater import poll
 from updater.catalog import Release
-from updater.device import Device
+from updater.decide import Action
+from updater.device import Device, Outcome
 from updater.identity import Identity
 
 GOOD, BEFORE, SPARE = (f"1.{number}.0-{str(number) * 12}" for number in range(3))
@@ -69,11 +72,15 @@ def layout(tmp_path):
     return layout
 
 
-def stage(layout, origin, release, **settings):
+def device_of(layout, origin, **settings):
     flags = {name.replace("__", "."): value for name, value in settings.items()}
     set_here = AgentSettings.of(AGENT.load(environ={}, flags={"versions.keep": 3, **flags}))
     identity = Identity(origin.url, "shop", "web-1", "any", "main")
-    device = Device(layout, set_here, identity)
+    return Device(layout, set_here, identity)
+
+
+def stage(layout, origin, release, **settings):
+    device = device_of(layout, origin, **settings)
     check = poll._Check(device, None, device.transport(), clock.now(), None)
     return check._stage(release)[0]
 
@@ -95,6 +102,45 @@ class NoRoom:
 
     def after(self, name, words, options, result):
         """Nothing: only what has not happened yet can fail."""
+
+
+# --- when a check is due, and what a clock does to it ------------------------------------------------------
+
+NOON = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def outcome(**changes):
+    plain = Outcome(Action.STAY, "splay", "", clock.iso(NOON), again=clock.iso(NOON + HOUR))
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    ("last", "now", "due"),
+    [
+        pytest.param(None, NOON, True, id="never done"),
+        pytest.param(outcome(failed=True), NOON, True, id="not finished"),
+        pytest.param(outcome(), NOON, False, id="its time is to come"),
+        pytest.param(outcome(), NOON + HOUR, True, id="its time has come"),
+        pytest.param(outcome(), NOON - HOUR, True, id="the clock was set back"),
+        pytest.param(outcome(again=None), NOON - HOUR, False, id="no time was set"),
+        pytest.param(outcome(action=Action.INSTALL, candidate=GOOD), NOON, False, id="installed since"),
+        pytest.param(outcome(action=Action.INSTALL, candidate=SPARE), NOON, True, id="not installed"),
+    ],
+)
+def test_a_check_is_due(last, now, due):
+    assert poll.is_due(last, GOOD, now) is due
+
+
+def test_a_directive_seen_under_a_clock_that_ran_ahead_begins_its_splay_anew(layout, origin):
+    device = device_of(layout, origin)
+    word = Directive("shop", "main", "2.0.0", None, 10_000, "salt", 1, splay_s=600)
+    assert device.see(word, NOON + 12 * HOUR).since == NOON + 12 * HOUR
+    assert device.see(word, NOON).since == NOON
+    assert device.see(word, NOON + HOUR).since == NOON
+
+
+# --- room ------------------------------------------------------------------------------------------------
 
 
 def test_a_release_is_downloaded_and_staged(layout, origin, release):
