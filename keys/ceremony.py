@@ -302,9 +302,16 @@ def verify_root(new: Metadata[Root], current: Metadata[Root] | None = None) -> N
         )
 
 
+def signed_by(root: Root, role: str, metadata: Metadata[Any]) -> dict[str, Key]:
+    """The keys of `role` whose signatures over `metadata` are valid, by id; equal keys count once."""
+    found = root.get_verification_result(role, metadata.signed_bytes, metadata.signatures).signed
+    distinct = {key_material(key): keyid for keyid, key in sorted(found.items(), reverse=True)}
+    return {keyid: found[keyid] for keyid in sorted(distinct.values())}
+
+
 def missing_signatures(root: Root, role: str, metadata: Metadata[Any]) -> int:
     """How many more valid signatures `metadata` needs to be taken for `role`; 0 when it is signed."""
-    return root.get_verification_result(role, metadata.signed_bytes, metadata.signatures).missing
+    return max(0, root.roles[role].threshold - len(signed_by(root, role, metadata)))
 
 
 def parse_root(body: bytes) -> Metadata[Root]:

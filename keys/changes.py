@@ -308,11 +308,12 @@ def _policy_changes(before: Files, after: Files) -> Iterator[Change]:
 
 def versions_by_seq(files: Files, product: str) -> dict[int, str]:
     """The versions of a product, by seq."""
-    return {
-        entry.facts.seq: entry.facts.version
-        for entry in read_listed(files).values()
-        if entry.facts.product == product
-    }
+    listed = [
+        ReleaseFacts.from_json(target.custom, path)
+        for path, target in files.items()
+        if BUNDLE.fullmatch(path) and path.split("/")[1] == product
+    ]
+    return {facts.seq: facts.version for facts in listed}
 
 
 def describe_policy(policy: Policy, versions: Mapping[int, str]) -> str:

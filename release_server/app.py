@@ -69,9 +69,21 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
 
 def _register(app: OpenAPI) -> None:
     from release_server import dashboard
-    from release_server.api import agents, audit, cohorts, people, releases, rollouts, tokens, trust, uploads
+    from release_server.api import (
+        agents,
+        audit,
+        cohorts,
+        people,
+        proposals,
+        releases,
+        rollouts,
+        tokens,
+        trust,
+        uploads,
+    )
 
-    for module in (people, trust, uploads, releases, tokens, audit, agents, cohorts, rollouts):
+    parts = (people, trust, uploads, releases, proposals, tokens, audit, agents, cohorts, rollouts)
+    for module in parts:
         app.register_api(module.blueprint)
     app.register_blueprint(dashboard.blueprint)
 

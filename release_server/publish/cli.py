@@ -22,6 +22,8 @@ COMMANDS = {
     "build": (f"{HERE}.release:build", "Make a bundle of a product's source."),
     "verify": (f"{HERE}.release:verify", "Check a bundle as a device would; needs no server."),
     "push": (f"{HERE}.release:push", "Sign, upload and publish a release."),
+    "approve": (f"{HERE}.trust:approve", "Verify what somebody else proposes, and sign it."),
+    "withdraw": (f"{HERE}.trust:withdraw", "Take back what waits for signatures."),
     "renew": (f"{HERE}.trust:renew", "Sign the targets anew, without a new release."),
     "policy": (f"{HERE}.trust:policy", "Say which releases must never be installed."),
     "yank": (f"{HERE}.trust:yank", "Stop offering a release."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import closing
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from agent_core.errors import (
     UnreachableError,
     UsageError,
 )
-from agent_core.wire import Problem
+from agent_core.wire import Problem, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ OVERLOADED = frozenset({429, 500, 502, 503, 504})
 NOT_DONE = frozenset({429, 503})
 """Answers that promise that nothing was done, so that even a POST may be sent again."""
 REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
-SIGNED = (f"{API}/metadata/", f"{API}/trust/", f"{API}/uploads/")
+SIGNED = tuple(f"{API}/{part}" for part in ("metadata/", "trust/", "uploads/", "proposals"))
 """Paths that take what keys or digests vouch for: what is refused there was not what it should be."""
 
 
@@ -117,6 +118,28 @@ class Client:
     def delete(self, path: str) -> Any:
         return self._json(self.call("DELETE", path))
 
+    def download(self, path: str, length: int, sink: Callable[[bytes], Any]) -> None:
+        """Hand the bytes at an API path to `sink`, piece by piece.
+
+        Args:
+            length: how many there may be; one more is refused before it is kept.
+
+        Raises:
+            TrustError: `length-mismatch`; there are more.
+            UnreachableError: they stopped coming.
+        """
+        arrived = 0
+        with closing(self.call("GET", path, stream=True)) as response:
+            try:
+                for chunk in response.iter_content(64 * 1024):
+                    arrived += len(chunk)
+                    if arrived > length:
+                        why = f"it is longer than {length} bytes"
+                        raise TrustError(f"{path} is refused", why=why, reason=Reason.LENGTH_MISMATCH)
+                    sink(chunk)
+            except requests.RequestException as error:
+                raise self._no_answer(error) from error
+
     def _send(self, method: str, path: str, body: Any) -> requests.Response:
         if isinstance(body, bytes):
             return self.call(method, path, data=body, headers={"Content-Type": "application/json"})
@@ -134,6 +157,7 @@ class Client:
         repeatable: bool | None = None,
         accept: frozenset[int] = frozenset(),
         static: bool = False,
+        stream: bool = False,
     ) -> requests.Response:
         """Make one call, again and again while that may help.
 
@@ -142,11 +166,13 @@ class Client:
             repeatable: sending it twice does no harm; by the method when None.
             accept: error statuses that the caller reads itself.
             static: the path is of a public file instead; no token is sent, and the body is left to stream.
+            stream: leave the body to the caller, who reads no more of it than it should have.
 
         Raises:
             UnreachableError: no answer, or 429 and 5xx, to the last attempt or until the time was up.
             RelfleetError: the class that fits any other refusal, see `refusal`.
         """
+        raw = static or stream
         again = method in REPEATABLE if repeatable is None else repeatable
         said = {key: value for key, value in (params or {}).items() if value is not None}
         until = clock.boot_s() + self.total_s
@@ -157,11 +183,11 @@ class Client:
                     method,
                     f"{self.url}{'' if static else API}{path}",
                     params=said,
-                    headers={**(headers or {}), **({"Accept-Encoding": "identity"} if static else {})},
+                    headers={**(headers or {}), **({"Accept-Encoding": "identity"} if raw else {})},
                     data=data,
                     json=json,
                     auth=_Bearer(None) if static else None,
-                    stream=static,
+                    stream=raw,
                     timeout=(CONNECT_S, max(1.0, min(READ_S, until - clock.boot_s()))),
                     allow_redirects=False,
                 )

@@ -7,11 +7,13 @@ the own client sees it published.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock
 from agent_core.errors import ConflictError, NotFoundError, UnreachableError
+from keys import ceremony
+from keys.roles import TARGETS
 from release_server.publish import sign
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 PUBLISH_S = 60.0
 POLL_S = 0.25
+PUBLISHED, ACCEPTED, STAGED = "published", "accepted", "staged"
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,24 @@ class Sent:
     """What became of proposed targets.
 
     Attributes:
-        state: `published`, or `accepted` (taken, published any moment now).
+        state: `published`, `accepted` (taken, published any moment now), or `staged` (others have to sign).
         version: of the targets.
         expires: until when they hold.
+        proposal: what the server says of it when it is staged.
     """
 
     state: str
     version: int
     expires: str
+    proposal: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "targets_version": self.version, "expires": self.expires}
+        return {
+            "state": self.state,
+            "targets_version": self.version,
+            "expires": self.expires,
+            "proposal": self.proposal,
+        }
 
 
 @dataclass(frozen=True)
@@ -68,23 +78,54 @@ class Manager:
 def send(
     manager: Manager, trusted: Trusted, metadata: Metadata[Targets], *, wait_s: float = PUBLISH_S
 ) -> Sent:
-    """Sign the next targets and bring them to the server.
+    """Sign the next targets, bring them to the server, and wait until they are published.
 
     Args:
         trusted: what `metadata` was made from.
-        wait_s: how long to wait until they are published.
+        wait_s: how long to wait; what is staged is not waited for.
 
     Raises:
         ConflictError: somebody else published meanwhile.
         TrustError: the server refuses them, or serves what it should not.
-        NotAllowedError: there are too few release keys here, or the token lacks the role.
+        NotAllowedError: there is no release key here, or the token lacks the role.
         UnreachableError: the server does not answer.
     """
-    body = sign.sign_targets(metadata, trusted.root.signed, manager.signers(trusted))
-    manager.client.post("/metadata/targets", body)
-    published = wait_published(manager.look, metadata.signed, wait_s)
-    expires = clock.iso(metadata.signed.expires)
-    return Sent("published" if published else "accepted", metadata.signed.version, expires)
+    sent = deliver(manager.client, trusted, metadata, manager.signers(trusted))
+    if sent.state == ACCEPTED and wait_published(manager.look, metadata.signed, wait_s):
+        return replace(sent, state=PUBLISHED)
+    return sent
+
+
+def deliver(client: Client, trusted: Trusted, metadata: Metadata[Targets], opened: Sequence[Any]) -> Sent:
+    """Sign the next targets and bring them to the server: to be published, or to wait for more signatures.
+
+    Raises:
+        ConflictError, TrustError, NotAllowedError, UnreachableError: see `send`.
+    """
+    missing = sign.sign_targets(metadata, trusted.root.signed, opened)
+    sent = Sent(ACCEPTED, metadata.signed.version, clock.iso(metadata.signed.expires))
+    if not missing:
+        client.post("/metadata/targets", metadata.to_bytes())
+        return sent
+    return replace(sent, state=STAGED, proposal=client.post("/proposals", metadata.to_bytes()))
+
+
+def find_staged(client: Client, trusted: Trusted, is_it: Callable[[Targets], bool]) -> dict[str, Any] | None:
+    """The open proposal that holds what is to be proposed; None when there is none, or nobody else signs."""
+    if trusted.root.signed.roles[TARGETS].threshold == 1:
+        return None
+    for proposal in client.items("/proposals"):
+        metadata = fetch_proposal(client, proposal["id"])
+        if metadata.signed.version == trusted.version + 1 and is_it(metadata.signed):
+            return proposal
+    return None
+
+
+def fetch_proposal(client: Client, number: int) -> Metadata[Targets]:
+    """Proposed targets as the server has them; nothing in them is trusted yet."""
+    body = bytearray()
+    client.download(f"/proposals/{number}/metadata", sign.MAX_TARGETS, body.extend)
+    return ceremony.parse_targets(bytes(body))
 
 
 def wait_published(look: Callable[[], Trusted], wanted: Targets, wait_s: float) -> bool:

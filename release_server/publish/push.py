@@ -22,7 +22,7 @@ from agent_core.errors import (
     UsageError,
 )
 from agent_core.wire import Reason
-from release_server.publish import sign
+from release_server.publish import propose, sign
 from release_server.publish.build import open_bundle
 from release_server.publish.sign import Blob, Release, Trusted
 
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from tuf.api.metadata import Targets
+
     from release_server.publish.client import Client
 
 CHUNK = 8 * 2**20
 STALLS = 6
 """How many answers in a row may be lost without a byte of progress before an upload gives up."""
-PUBLISH_S = 60.0
-POLL_S = 0.25
+PUBLISH_S = propose.PUBLISH_S
+POLL_S = propose.POLL_S
 SETTLE_S = 5.0
 """How long to look whether a conflict was with ourselves: an earlier try that the server had taken."""
 GATE = {"soak_s": 1800, "max_failed_bp": 100, "min_sample": 1, "deadline_s": 7200}
@@ -60,8 +62,8 @@ class Outcome:
     """What a push did.
 
     Attributes:
-        state: `published`, `already` (it was there before), `accepted` (taken, published any moment now), or
-            `dry-run`.
+        state: `published`, `already` (it was there before), `accepted` (taken, published any moment now),
+            `staged` (others have to sign it first), or `dry-run`.
         targets_version: the version of targets that lists it; the one that would, in a dry run.
     """
 
@@ -72,6 +74,7 @@ class Outcome:
     targets_version: int
     bundles: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0
+    proposal: dict[str, Any] | None = None
     rollout: dict[str, Any] | None = None
 
 
@@ -103,6 +106,7 @@ def push(
     dry_run: bool = False,
     wait_s: float = PUBLISH_S,
     must_publish: bool = False,
+    wait_for_others: bool = False,
     progress: Progress = _silent,
 ) -> Outcome:
     """Publish the bundles of one version.
@@ -114,6 +118,7 @@ def push(
         signers: opens the release keys; called only when there is something to sign, before any upload.
         wait_s: how long to wait until the server has published it.
         must_publish: still unpublished after that is an error, not a note.
+        wait_for_others: wait as well when other people have to sign first.
 
     Raises:
         ConflictError: the version exists with other bytes, or somebody else published meanwhile.
@@ -130,28 +135,35 @@ def push(
         outcome.state = "dry-run" if missing else "already"
         outcome.targets_version += 1 if missing else 0
         return outcome
-    opened = signers(trusted)
-    ensure_product(client, product)
-    for release in missing:
-        for blob in (release.archive, release.index):
-            outcome.uploaded += upload(client, blob, progress)
-    metadata = sign.with_releases(trusted, missing, clock.now())
-    body = sign.sign_targets(metadata, trusted.root.signed, opened)
-    outcome.targets_version = metadata.signed.version
 
     def look() -> Trusted:
         return sign.fetch(client, trust, cache)
 
-    try:
-        client.post("/metadata/targets", body)
-    except (ConflictError, UnreachableError) as error:
-        return _settle(outcome, releases, look, error)
-    outcome.state = "accepted"
+    outcome.targets_version = trusted.version + 1
+    outcome.proposal = propose.find_staged(client, trusted, lambda targets: _holds(targets, missing))
+    if outcome.proposal is None:
+        opened = signers(trusted)
+        ensure_product(client, product)
+        blobs = [blob for release in missing for blob in (release.archive, release.index)]
+        outcome.uploaded = sum(upload(client, blob, progress) for blob in blobs)
+        metadata = sign.with_releases(trusted, missing, clock.now())
+        try:
+            outcome.proposal = propose.deliver(client, trusted, metadata, opened).proposal
+        except (ConflictError, UnreachableError) as error:
+            return _settle(outcome, releases, look, error)
+    outcome.state = propose.STAGED if outcome.proposal else propose.ACCEPTED
+    if outcome.proposal and not wait_for_others:
+        return outcome
     if wait_published(look, releases, wait_s):
-        outcome.state = "published"
-    elif must_publish:
-        raise _not_yet(client.url, wait_s)
+        outcome.state = propose.PUBLISHED
+    elif must_publish or wait_for_others:
+        raise _not_yet(client.url, wait_s, outcome)
     return outcome
+
+
+def _holds(targets: Targets, releases: Sequence[Release]) -> bool:
+    """Whether a proposal holds these very bundles; other bytes under their version are a conflict."""
+    return all(sign.is_published(targets, release) for release in releases)
 
 
 def _one_version(releases: Sequence[Release]) -> tuple[str, str]:
@@ -199,7 +211,15 @@ def _settle(
     raise error
 
 
-def _not_yet(server: str, wait_s: float) -> UnreachableError:
+def _not_yet(server: str, wait_s: float, outcome: Outcome) -> UnreachableError:
+    if outcome.proposal:
+        number, missing = outcome.proposal["id"], outcome.proposal["missing"]
+        return UnreachableError(
+            f"nobody has approved {outcome.version} within {wait_s:.0f} s",
+            why=f"proposal {number} waits for {missing} more signature(s)",
+            then=f"on another release manager's machine: release approve {number}",
+            reason="not-approved",
+        )
     return UnreachableError(
         f"{server} has taken the release but not published it within {wait_s:.0f} s",
         why="its jobs process signs what is published; it may be down or behind",

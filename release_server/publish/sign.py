@@ -31,12 +31,12 @@ from keys import ceremony, changes, signers
 from keys.roles import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
     import requests
-    from securesystemslib.signer import Signer
+    from securesystemslib.signer import Key, Signer
     from tuf.api.metadata import Root, Targets
 
     from agent_core.wire import Policy
@@ -304,37 +304,50 @@ def with_policy(trusted: Trusted, product: str, rule: Policy, now: datetime) -> 
 # --- signing -----------------------------------------------------------------------------------------------
 
 
-def release_signers(directory: Path, root: Root, passphrase: Callable[[str], str]) -> list[Signer]:
-    """Open as many of the release keys in a directory as the root asks for; others stay closed.
+def release_signers(
+    directory: Path, root: Root, passphrase: Callable[[str], str], *, signed: Mapping[str, Key] | None = None
+) -> list[Signer]:
+    """Open as many of the release keys in a directory as are still needed; others stay closed.
+
+    Args:
+        signed: the keys that have signed already, by id; none when it is something new.
 
     Raises:
-        NotAllowedError: there are too few, or the passphrase is wrong.
+        NotAllowedError: there is none, or the passphrase is wrong.
+        ConflictError: `signed-already`; those that are here have signed.
     """
-    role = root.roles[TARGETS]
-    mine = [entry for entry in signers.find(directory) if entry.keyid in role.keyids]
-    if len(mine) < role.threshold:
-        have = f"{directory} holds {len(mine) or 'none'} of them"
+    role, done = root.roles[TARGETS], signed or {}
+    here = [entry for entry in signers.find(directory) if entry.keyid in role.keyids]
+    mine = [entry for entry in here if entry.keyid not in done]
+    if here and not mine:
+        raise ConflictError(
+            f"key {here[0].name} has signed this already",
+            why=f"targets need {role.threshold} signatures of different people",
+            then="somebody else has to sign it",
+            reason="signed-already",
+        )
+    if not mine:
         raise NotAllowedError(
-            "there are not enough release keys to sign with",
-            why=f"targets need {role.threshold} signature(s); {have}",
+            "there is no release key to sign with",
+            why=f"targets need {role.threshold} signature(s); {directory} holds no key that counts",
             then="name the directory of your release keys with --keys-dir",
             reason="no-release-key",
         )
-    return [signers.load(entry.path, passphrase) for entry in mine[: role.threshold]]
+    return [signers.load(entry.path, passphrase) for entry in mine[: role.threshold - len(done)]]
 
 
-def sign_targets(metadata: Metadata[Targets], root: Root, with_keys: Sequence[Signer]) -> bytes:
-    """Sign targets, prove that the root takes them, and write them as they are to be sent.
+def sign_targets(metadata: Metadata[Targets], root: Root, with_keys: Sequence[Signer]) -> int:
+    """Sign targets and prove that the signatures count; how many more they need.
 
     Raises:
-        TrustError: the signatures are not enough, or the delegations are not as they must be.
+        TrustError: none counts, or the delegations are not as they must be.
     """
     ceremony.check_targets(metadata.signed, root)
     ceremony.sign(metadata, with_keys)
-    if missing := ceremony.missing_signatures(root, TARGETS, metadata):
+    if not ceremony.signed_by(root, TARGETS, metadata):
         raise TrustError(
-            "these targets are not signed by enough release keys",
-            why=f"{missing} more signature(s) are needed",
-            reason="bad-signature",
+            "these targets are not signed",
+            why="none of these keys is a release key of the trusted root",
+            reason=Reason.BAD_SIGNATURE,
         )
-    return metadata.to_bytes()
+    return ceremony.missing_signatures(root, TARGETS, metadata)

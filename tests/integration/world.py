@@ -310,7 +310,8 @@ class World:
             push.upload(self.client, release.index)
         targets = sign.with_releases(trusted, releases, clock.now())
         signers = sign.release_signers(self.keys, trusted.root.signed, lambda _: "correct horse")
-        self.client.post("/metadata/targets", sign.sign_targets(targets, trusted.root.signed, signers))
+        assert sign.sign_targets(targets, trusted.root.signed, signers) == 0
+        self.client.post("/metadata/targets", targets.to_bytes())
         assert push.wait_published(lambda: sign.fetch(self.client, trust, cache), releases, PATIENCE_S)
         self.published |= set(fresh)
 

@@ -59,7 +59,7 @@ def test_the_second_of_two_pushes_is_told_of_the_conflict(push, trusted, blobs):
     trusted.add(second, blobs, "1.1", 10)
     assert push(first).status_code == 202
     answer = push(second)
-    assert (answer.status_code, answer.json["reason"]) == (409, "conflict")
+    assert (answer.status_code, answer.json["reason"]) == (409, "old-base")
 
 
 def test_targets_that_cannot_be_verified_are_422_with_the_reason(push, trusted, releaser):

@@ -16,6 +16,7 @@ from agent_core.errors import ConflictError, NotAllowedError, NotFoundError, Usa
 from agent_core.wire import NAME
 from keys.cli import keys_dir_option, passphrase_option, passphrases
 from release_server.publish import profile as profiles
+from release_server.publish.commands.trust import tell_waiting
 from release_server.publish.profile import PROJECT_FILE, Profile, Profiles, Stored, connect, trust_option
 
 if TYPE_CHECKING:
@@ -210,7 +211,11 @@ def verify(bundle: tuple[Path, ...]) -> None:
 @click.option("--notes", type=click.File("r"), help="A text for people, signed with the release; - is stdin.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME", help="Only for agents behind this gate.")
 @click.option("--dry-run", is_flag=True, help="Check everything and change nothing.")
-@click.option("--wait", is_flag=True, help="Fail when it is not published in time (--timeout, else 60 s).")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Fail when it is not published in time (--timeout, else 60 s), approvals included.",
+)
 @trust_option()
 @keys_dir_option()
 @passphrase_option()
@@ -254,9 +259,10 @@ def push(
             dry_run=dry_run,
             wait_s=console.options().timeout_s or pushing.PUBLISH_S,
             must_publish=wait or cohort is not None,
+            wait_for_others=wait,
             progress=progress,
         )
-    if cohort is not None and not dry_run:
+    if cohort is not None and not dry_run and outcome.state != "staged":
         outcome.rollout = pushing.start_rollout(client, outcome.product, outcome.version, cohort)
     _tell_push(outcome, client.url, cohort)
 
@@ -302,9 +308,14 @@ def _tell_push(outcome: Outcome, url: str, cohort: str | None) -> None:
         "published": f"published on {url}",
         "already": f"is published on {url} already, with these very bytes",
         "accepted": f"is with {url}, which has not published it yet; the same command goes on waiting",
+        "staged": f"is with {url}, signed by one; nothing is published before others have signed",
         "dry-run": f"would be published on {url} as seq {outcome.seq}; nothing was changed",
     }
     console.say(f"{outcome.product} {outcome.version} {words[outcome.state]}")
+    if outcome.proposal is not None and outcome.state == "staged":
+        tell_waiting(outcome.proposal)
+        if cohort is not None:
+            console.say(f"then: release rollout start {outcome.version} --cohort {cohort}")
     if outcome.rollout is not None:
         name = outcome.rollout.get("name") or f"r-{outcome.rollout.get('id')}"
         console.say(f"rollout {name} to {cohort}; watch it: release rollout status {name} --watch")

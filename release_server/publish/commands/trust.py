@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent_core.wire import Policy
+    from keys.changes import Change
     from release_server.publish.client import Client
     from release_server.publish.propose import Manager, Sent
     from release_server.publish.sign import Trusted
@@ -54,8 +55,20 @@ def tell_sent(sent: Sent, url: str, what: str) -> None:
     words = {
         "published": f"published on {url} as targets {sent.version}",
         "accepted": f"with {url}, which has not published it yet; it will by itself",
+        "staged": f"with {url} as targets {sent.version}; nothing is published before others have signed",
     }
     console.say(f"{what}: {words[sent.state]}, good until {sent.expires}")
+    if sent.proposal and sent.state == "staged":
+        tell_waiting(sent.proposal)
+
+
+def tell_waiting(proposal: dict[str, Any]) -> None:
+    """Say what a proposal waits for, and what to type there."""
+    number, missing = proposal["id"], proposal["missing"]
+    console.say(
+        f"proposal {number} waits for {missing} more signature(s) until {proposal['expires_at']}; "
+        f"on another release manager's machine: release approve {number}"
+    )
 
 
 # --- policies ----------------------------------------------------------------------------------------------
@@ -224,6 +237,96 @@ def renew(keys_dir: Path | None, trust: Path | None, passphrase_file: Path | Non
     sent = propose.send(who, trusted, sign.next_targets(trusted, clock.now()), wait_s=wait_s())
     tell_sent(sent, who.client.url, f"the targets, which held until {before}")
     console.emit({**sent.to_json(), "held_until": before}, sent.state)
+
+
+# --- two people --------------------------------------------------------------------------------------------
+
+
+@click.command("approve", short_help="Verify what somebody else proposes, and sign it.")
+@click.argument("number", type=click.IntRange(1), metavar="[ID]", required=False)
+@click.option("--list", "listing", is_flag=True, help="List what waits for signatures, and sign nothing.")
+@click.option("--all", "everything", is_flag=True, help="With --list: also what is published or withdrawn.")
+@click.option("--dry-run", is_flag=True, help="Fetch and verify everything, show it, and sign nothing.")
+@signing_options
+def approve(
+    number: int | None,
+    *,
+    listing: bool,
+    everything: bool,
+    dry_run: bool,
+    keys_dir: Path | None,
+    trust: Path | None,
+    passphrase_file: Path | None,
+) -> None:
+    """Fetch the proposal ID, verify all of it, show what it changes, and sign it when you say so.
+
+    Without ID it is the only one that waits. This machine believes nobody: it has its own trusted root and
+    its own memory, reads every new bundle as a device would, and sends a signature and nothing else. With the
+    last signature that is needed the server publishes.
+    """
+    from release_server.publish import approve as approving
+
+    if listing:
+        _list_proposals(everything=everything)
+        return
+    who = manager(keys_dir, trust)
+    seen = approving.review(
+        who,
+        approving.choose(who.client, number),
+        lambda name: console.say(f"fetching and reading the bundle of {name}"),
+    )
+    console.say(changes_table(seen.changes))
+    found = {"proposal": seen.number, "changes": [change.to_json() for change in seen.changes]}
+    if dry_run:
+        console.say(f"proposal {seen.number} holds every rule; nothing was signed")
+        console.emit({**found, "state": "dry-run", "missing": seen.missing}, "dry-run")
+        return
+    directory = profiles.current(keys_dir=keys_dir).keys_dir
+    opened = approving.open_keys(directory, seen, passphrases(passphrase_file))
+    console.confirm(f"This signs proposal {seen.number}: targets {seen.metadata.signed.version}, as above.")
+    sent = approving.approve(who, seen, opened, wait_s())
+    tell_sent(sent, who.client.url, f"proposal {seen.number}")
+    console.emit({**sent.to_json(), **found}, sent.state)
+
+
+def changes_table(found: Iterable[Change]) -> str:
+    """What a proposal changes, a line each."""
+    rows = [[change.kind, change.what, change.before or "-", change.after or "-"] for change in found]
+    return console.table(["", "what", "before", "after"], rows)
+
+
+def _list_proposals(*, everything: bool) -> None:
+    found = connect(profiles.current()).items("/proposals", state="all" if everything else None)
+
+    def text() -> str:
+        rows = [
+            [
+                entry["id"],
+                entry["state"],
+                entry["created_by"],
+                entry["created_at"],
+                entry["expires_at"],
+                ", ".join(signer["by"] for signer in entry["signers"]),
+                entry["missing"],
+                "; ".join(f"{change['kind']} {change['what']}" for change in entry["changes"]),
+            ]
+            for entry in found
+        ]
+        heads = ["id", "state", "by", "since", "until", "signed by", "missing", "changes"]
+        return console.table(heads, rows, empty="nothing waits for a signature")
+
+    console.emit(found, text)
+
+
+@click.command("withdraw", short_help="Take back what waits for signatures.")
+@click.argument("number", type=click.IntRange(1), metavar="ID")
+@reason_option(required=True)
+def withdraw(number: int, reason: str) -> None:
+    """Take the proposal ID back, whoever made it: it can no longer be signed."""
+    console.confirm(f"Proposal {number} can then no longer be signed.")
+    answer = connect(profiles.current()).post(f"/proposals/{number}/withdraw", {"reason": reason})
+    console.say(f"proposal {number} is withdrawn; to propose it again, run the same command as before")
+    console.emit(answer, "withdrawn")
 
 
 # --- the server's word -------------------------------------------------------------------------------------

@@ -254,7 +254,8 @@ def test_signed_targets_are_taken_by_the_root_and_by_a_client(
     client, origin, root, cache, trusted, keys, tmp_path
 ):
     metadata = sign.with_releases(trusted, [a_release(tmp_path)], datetime.now(UTC))
-    publish(origin, sign.sign_targets(metadata, trusted.root.signed, keys))
+    assert sign.sign_targets(metadata, trusted.root.signed, keys) == 0
+    publish(origin, metadata.to_bytes())
     assert sign.releases(sign.fetch(client, root, cache).targets.signed, PRODUCT)
 
 
