@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from agent_core import clock
+from agent_core.wire import Getter
 from keys import signers
 from keys.cli import hold_ceremony
 from release_server import auth, signer
@@ -20,6 +22,9 @@ from release_server.config import Config
 from release_server.database import upgrade
 from release_server.jobs import Jobs
 from release_server.publish.cli import main
+from release_server.signing.client import SignerClient
+from release_server.signing.desk import open_desk
+from release_server.signing.process import Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,10 +56,18 @@ class House:
         self.server = make_server("127.0.0.1", 0, self.app, threaded=True, request_handler=_Quiet)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.stop = threading.Event()
+        self.desk = open_desk(self.config.keys, self.config.signer_state, clock=clock.now)
+        jobs = Jobs(self.config, signer=SignerClient(self._ask_signer))
         self.threads = [
             threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}),
-            threading.Thread(target=Jobs(self.config).run, args=(self.stop,)),
+            threading.Thread(target=jobs.run, args=(self.stop,)),
         ]
+
+    def _ask_signer(self, head: dict[str, Any], body: bytes) -> tuple[Getter, bytes]:
+        """The signer with no socket between: its real keys, policy and log, in this process."""
+        service = Service(self.desk, frozenset())
+        answer, content = service._ask(head["op"], head.get("role", ""), body, 0, 0)
+        return Getter(json.loads(json.dumps(answer)), "message"), content
 
     @property
     def online(self) -> Any:
@@ -77,6 +90,7 @@ class House:
         for thread in self.threads:
             thread.join()
         self.server.server_close()
+        self.desk.journal.close()
         self.hub.sessions.close()
 
 
