@@ -8,7 +8,7 @@ import zipfile
 from importlib.util import MAGIC_NUMBER, source_hash
 from pathlib import Path
 
-_PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py")
+_PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py", "self_test.py")
 _MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
 _UNCHECKED_HASH = (1).to_bytes(4, "little")
 

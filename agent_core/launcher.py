@@ -18,11 +18,11 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 from agent_core import disk, slots
 
-LAUNCHER = 1
+LAUNCHER = 2
 """What this launcher can do; a release may ask for a newer one. The agent reads it in RELFLEET_LAUNCHER."""
 
 RESTART = 75
@@ -51,10 +51,7 @@ class Plan:
 def decide(record: Optional[slots.Record], complete: frozenset[str], dead_man: bool = False) -> Plan:
     """Say what to start: the candidate while it has boots, else good, else previous, never a third.
 
-    Args:
-        record: the device's, or what the links say; None when nothing is installed.
-        complete: those of its versions that are whole.
-        dead_man: the last start ended by the dead-man's alarm.
+    Those of the record's versions that are whole are `complete`; `dead_man` ended the last start, or did not.
     """
     if record is None:
         return Plan(REFUSE, reason="nothing is installed")
@@ -195,14 +192,13 @@ def _spawn(root: str, mask: set[int], dead_man: bool) -> int:
 def _watch(child: int) -> Tuple[int, int]:
     """Wait for the agent and hand it the signals that come; its exit code, and the signal to stop, or 0."""
     stop = 0
-    while True:
-        if (code := _reap(child)) is not None:
-            return code, stop
+    while (code := _reap(child)) is None:
         number = signal.sigwaitinfo(WATCHED).si_signo
         if number in FORWARDED:
             stop = number if number in STOPPING else stop
             with suppress(ProcessLookupError):
                 os.kill(child, number)
+    return code, stop
 
 
 def _reap(child: int) -> Optional[int]:
@@ -227,8 +223,7 @@ def _sweep() -> None:
     until_s = time.monotonic() + SWEEP_S
     told: set[int] = set()
     while True:
-        _reap(0)
-        if not (left := _children()):
+        if _reap(0) or not (left := _children()):
             return
         late = time.monotonic() > until_s
         for child in left if late else left - told:
@@ -272,23 +267,27 @@ def lock(root: str) -> bool:
     """Take ROOT for this process and the agent it becomes (also after exec); false when another has it."""
     handle = disk.open(os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT, 0o600)
     os.set_inheritable(handle, True)
-    try:
+    with suppress(BlockingIOError):
         disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
-def main(words: Optional[Sequence[str]] = None) -> int:
+def main(words: Optional[list[str]] = None) -> int:
     """The command `launcher.pyz`; its exit code, unless this process becomes the agent."""
     parser = argparse.ArgumentParser(prog="launcher", description="Starts the version that should run.")
     parser.add_argument("--root", required=True, help="the device's directory")
     parser.add_argument("--supervise", action="store_true", help="stay, and start it again when it ends")
     parser.add_argument("--refund", action="store_true", help="give back the boot of a stopped trial")
+    parser.add_argument("--self-test", action="store_true", help="say what would start, and start nothing")
     parser.add_argument("--backoff-s", type=float, default=1.0, help="wait after a crash (%(default)s)")
     parser.add_argument("--backoff-most-s", type=float, default=60.0, help="longest wait (%(default)s)")
     asked = parser.parse_args(words)
     try:
+        if asked.self_test:
+            from agent_core import self_test
+
+            return self_test.tell(asked.root)
         if lock(asked.root):
             if asked.refund:
                 return _stopped(asked.root, code=0, stop=0)

@@ -45,6 +45,10 @@ class Layout:
         return self.root / "launcher" / "launcher.pyz"
 
     @property
+    def launcher_previous(self) -> Path:
+        return self.root / "launcher" / "launcher.prev.pyz"
+
+    @property
     def versions(self) -> Path:
         return self.root / "versions"
 

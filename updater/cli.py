@@ -25,6 +25,7 @@ COMMANDS = {
     "versions": (WHERE + "status:versions", "Versions on this host."),
     "install-service": (WHERE + "service:install_service", "Run the agent under systemd."),
     "uninstall-service": (WHERE + "service:uninstall_service", "Take the agent's unit away."),
+    "upgrade-launcher": (WHERE + "launcher:upgrade_launcher", "Replace the launcher by this agent's own."),
     "config": (WHERE + "config:config", "Check or show the settings."),
 }
 

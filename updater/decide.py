@@ -166,9 +166,8 @@ def _refusal(facts: Facts, version: str) -> Decision | None:
     if release.seq in facts.policy.revoked_seq:
         return _refuse(Reason.REVOKED, f"{version} (seq {release.seq}) is revoked")
     if release.min_launcher > facts.launcher:
-        return _refuse(
-            Reason.OLD_LAUNCHER, f"{version} needs launcher {release.min_launcher}, here is {facts.launcher}"
-        )
+        here = f"this host has {facts.launcher}: agent upgrade-launcher"
+        return _refuse(Reason.OLD_LAUNCHER, f"{version} needs launcher {release.min_launcher}, {here}")
     return _wrong_step(facts, release)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from agent_core.layout import Layout
     from agent_core.release_file import ReleaseFile
     from updater.catalog import Catalog, Release
     from updater.device import Device
@@ -271,7 +272,7 @@ class _Check:
             hold=device.hold(),
             floor_seen=record.floor if record else 0,
             in_trial=record is not None and record.phase != slots.IDLE,
-            launcher=_launcher(),
+            launcher=_launcher(device.layout),
             skip_reason=lambda digest, epoch: skip_reason(record, digest, epoch),
         )
         version = wanted(facts).version
@@ -463,10 +464,11 @@ def report_s(device: Device) -> float:
     return max(device.settings.poll_min_s, seen.directive.report_s if seen else 300)
 
 
-def _launcher() -> int:
-    """What the host's launcher can do; before there was one, what this version would install."""
-    if told := os.environ.get("RELFLEET_LAUNCHER"):
+def _launcher(layout: Layout) -> int:
+    """What the launcher can do that started this agent, or else the one that will."""
+    told = os.environ.get("RELFLEET_LAUNCHER", "")
+    if told.isdecimal():
         return int(told)
-    from agent_core.launcher import LAUNCHER  # a program of its own, which loads what no agent needs
+    from updater.launchers import in_force  # reads the file, which an agent need not
 
-    return LAUNCHER
+    return in_force(layout)
