@@ -112,21 +112,40 @@ def create(
     """
     private_key = Ed25519PrivateKey.generate()
     signer, seed = CryptoSigner(private_key), private_key.private_bytes_raw()
-    header = {
-        "kind": KIND,
-        "schema": SCHEMA,
-        "name": path.name.removesuffix(SUFFIX),
-        "role": role,
-        "created": iso(now),
-        "keyid": signer.public_key.keyid,
-        "public": signer.public_key.to_dict(),
-    }
+    header = _header(path, role, signer.public_key, now)
     if passphrase is None:
         private: dict[str, Any] = {"protection": "plain", "seed": seed.hex()}
     else:
         private = _seal(seed, passphrase, header, scrypt_n)
     _write_new(path, json.dumps({**header, "private": private}, indent=2).encode() + b"\n")
     return signer
+
+
+def refer(path: Path, uri: str, public: Key, *, role: str, now: datetime) -> None:
+    """Write the file of a key that is elsewhere, so that it is found and used like any other.
+
+    Args:
+        uri: of a `securesystemslib` signer; holds no secret.
+        public: its public half, as the signer's own library tells it.
+
+    Raises:
+        ConflictError: the file exists.
+    """
+    header = _header(path, role, public, now)
+    private = {"protection": "uri", "uri": uri}
+    _write_new(path, json.dumps({**header, "private": private}, indent=2).encode() + b"\n")
+
+
+def _header(path: Path, role: str, public: Key, now: datetime) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "name": path.name.removesuffix(SUFFIX),
+        "role": role,
+        "created": iso(now),
+        "keyid": public.keyid,
+        "public": public.to_dict(),
+    }
 
 
 def _seal(seed: bytes, passphrase: str, header: Mapping[str, Any], scrypt_n: int) -> dict[str, Any]:

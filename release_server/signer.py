@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from agent_core.errors import MalformedError, NotFoundError
+from agent_core.errors import MalformedError, NotFoundError, UsageError
 from keys import roles, signers
 from keys.ceremony import OnlineKeys
 from release_server.blobs import write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
     from pathlib import Path
 
@@ -32,6 +33,34 @@ def make_keys(directory: Path, now: datetime) -> None:
     for role in ONLINE:
         if not key_path(directory, role).exists():
             signers.create(key_path(directory, role), role=role, now=now, passphrase=None)
+
+
+def use_token(directory: Path, role: str, uri: str, now: datetime, pin: Callable[[str], str]) -> None:
+    """Take the key of an online role from a PKCS#11 token; the private half never leaves it.
+
+    Args:
+        uri: `hsm:KEYID?label=TOKEN`; PYKCS11LIB names the token's library.
+        pin: asked for the token's PIN, when the public half needs it.
+
+    Raises:
+        ConflictError: the role has a key already.
+        UsageError: there is no such key, or no library for tokens.
+    """
+    from urllib.parse import parse_qs, urlsplit
+
+    from securesystemslib.signer import HSMSigner
+
+    parts = urlsplit(uri)
+    label = parse_qs(parts.query).get("label", [None])[0]
+    try:
+        if parts.scheme != HSMSigner.SCHEME:
+            raise ValueError(f"it is not of the form {HSMSigner.SCHEME}:KEYID?label=TOKEN")
+        found, public = HSMSigner.import_(int(parts.path or HSMSigner.SCHEME_KEYID), label, pin)
+    except Exception as error:
+        # The token's library raises what its vendor likes; whatever it is, there is no key.
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the key {uri} cannot be used", why=why, reason="no-signer") from error
+    signers.refer(key_path(directory, role), found, public, role=role, now=now)
 
 
 def public_halves(directory: Path) -> OnlineKeys:

@@ -11,6 +11,8 @@ from agent_core.errors import NotFoundError, UsageError
 from release_server.config import DATA_VARIABLE, Config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from release_server.signing.desk import Desk
 
 file_option = click.Path(path_type=Path, dir_okay=False)
@@ -25,6 +27,7 @@ directory_option = click.Path(path_type=Path, file_okay=False)
 @click.option("--user", help="The user of the jobs process, the only one who may ask; beside --keys.")
 @click.option("--root", type=file_option, help="The first root, from a way of its own.")
 @click.option("--make-keys", is_flag=True, help="Make the keys that are not there.")
+@click.option("--token", "tokens", multiple=True, metavar="ROLE=URI", help="Use a PKCS#11 key; then end.")
 @click.option("--check", is_flag=True, help="Check the log from its first line on, and end.")
 def signer(
     data: Path | None,
@@ -34,6 +37,7 @@ def signer(
     user: str | None,
     root: Path | None,
     make_keys: bool,
+    tokens: tuple[str, ...],
     check: bool,
 ) -> int:
     """Sign directives, snapshots and timestamps for the jobs process, as far as the policy allows.
@@ -52,6 +56,8 @@ def signer(
         raise UsageError("the signer's places are not known")
     if check:
         return _check(state)
+    if tokens:
+        return _use_tokens(keys, tokens)
     serve.die_with_parent()
     serve.show_logs("info")
     users = frozenset({_user_id(user)}) if user else frozenset()
@@ -67,7 +73,31 @@ def _open(keys: Path, state: Path, root: Path | None, *, make: bool) -> Desk:
     harden()
     if make:
         online.make_keys(keys, clock.now())
-    return open_desk(keys, state, clock=clock.now, pinned=root.read_bytes() if root else None)
+    pinned = root.read_bytes() if root else None
+    return open_desk(keys, state, clock=clock.now, pinned=pinned, passphrase=_secrets())
+
+
+def _secrets() -> Callable[[str], str]:
+    """Passphrases and PINs from a file, the environment or systemd; nobody is there to be asked."""
+    import os
+
+    from keys.signers import passphrase_source
+
+    return passphrase_source(None, os.environ, None)
+
+
+def _use_tokens(keys: Path, tokens: Sequence[str]) -> int:
+    from agent_core import clock, console
+    from keys.roles import ONLINE_ROLES
+    from release_server import signer as online
+
+    for text in tokens:
+        role, _, uri = text.partition("=")
+        if role not in ONLINE_ROLES:
+            raise UsageError(f"{role!r} has no online key", why=f"roles are {', '.join(ONLINE_ROLES)}")
+        online.use_token(keys, role, uri, clock.now(), _secrets())
+        console.say(f"{role}: signed by {uri}")
+    return 0
 
 
 def _check(state: Path) -> int:

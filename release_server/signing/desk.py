@@ -53,6 +53,7 @@ class Keyring:
     """The online keys, opened when first needed, and again when their file is another."""
 
     directory: Path
+    passphrase: Callable[[str], str] | None = None
     _opened: dict[str, tuple[tuple[int, int], Signer]] = field(default_factory=dict)
 
     def signer(self, role: str) -> Signer:
@@ -67,7 +68,7 @@ class Keyring:
         mark = (status.st_ino, status.st_mtime_ns) if status else (0, 0)
         held = self._opened.get(role)
         if held is None or held[0] != mark:
-            held = self._opened[role] = (mark, signers.load(place))
+            held = self._opened[role] = (mark, signers.load(place, self.passphrase))
         return held[1]
 
     def public(self, role: str) -> Key:
@@ -291,7 +292,14 @@ class Desk:
         self.memory = _with_signed(self.memory, role, metadata, signed)
 
 
-def open_desk(keys: Path, state: Path, *, clock: Callable[[], datetime], pinned: bytes | None = None) -> Desk:
+def open_desk(
+    keys: Path,
+    state: Path,
+    *,
+    clock: Callable[[], datetime],
+    pinned: bytes | None = None,
+    passphrase: Callable[[str], str] | None = None,
+) -> Desk:
     """Open keys, log and memory, for this process alone.
 
     Args:
@@ -299,6 +307,7 @@ def open_desk(keys: Path, state: Path, *, clock: Callable[[], datetime], pinned:
         state: directory of the signer's own; made when missing.
         clock: what time it is.
         pinned: the first root, from a way of its own; without it the first one that is shown is kept.
+        passphrase: of sealed keys, and the PIN of a token; see `keys.signers.passphrase_source`.
 
     Raises:
         NotFoundError: a key is missing.
@@ -308,7 +317,7 @@ def open_desk(keys: Path, state: Path, *, clock: Callable[[], datetime], pinned:
     for directory in (state, state / "trust", state / "signed"):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     sync_directory(state)
-    desk = Desk(Keyring(keys), state, clock, open_log(state / "log"))
+    desk = Desk(Keyring(keys, passphrase), state, clock, open_log(state / "log"))
     try:
         for role in ONLINE_ROLES:
             desk.keyring.signer(role)

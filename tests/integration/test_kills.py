@@ -6,9 +6,12 @@ import os
 import signal
 from contextlib import suppress
 
+import psutil
 import pytest
 
 from agent_core import slots
+from release_server.signing.client import over_socket
+from release_server.signing.log import verify
 from tests.integration.world import Host, until
 
 NEW = "1.2.0"
@@ -115,3 +118,27 @@ def test_a_rollout_goes_on_to_its_end_after_the_server_was_killed_and_started_ag
         host.await_good("1.1.0")
         assert host.skipped == {}
         assert host.states("1.1.0") == ["downloading", "staged", "trial", "healthy"]
+
+
+def test_a_rollout_goes_on_to_its_end_while_the_signer_is_killed_again_and_again(world):
+    cohort = world.cohort()
+    host = world.host(cohort)
+    killed = set()
+
+    def one_more_was_killed() -> bool:
+        for one in world.server_processes():
+            with suppress(psutil.Error):
+                if "signer" in one.cmdline():
+                    one.kill()
+                    killed.add(one.pid)
+        return len(killed) > 2
+
+    rollout = world.roll_out("1.1.0", cohort)
+    until("three kills", one_more_was_killed, every_s=0.05)
+    host.await_good("1.1.0")
+    world.await_rollout(rollout, "completed")
+    verify(world.server_data / "signer" / "log")
+    signed = over_socket(world.server_data / "run" / "signer.sock").known().signed
+    for role in ("cohorts", "snapshot"):
+        served = max(int(place.name.split(".")[0]) for place in world.metadata.glob(f"*.{role}.json"))
+        assert served == signed[role]
