@@ -231,6 +231,58 @@ def test_every_test_that_the_page_of_claims_names_exists() -> None:
     assert exact + [name for name in claims if not any(each.startswith(begun[name]) for each in names)] == []
 
 
+# --- tests that pages name ---------------------------------------------------------------------------------
+
+CASES = range(1, 32)
+NOT_BUILT = {30}
+"""Lines of the page that say so themselves."""
+
+
+@cache
+def known_tests() -> frozenset[str]:
+    """The names of all test functions and modules."""
+    modules = [file for file in SOURCE if file.suffix == ".py" and HOUSE / "tests" in file.parents]
+    functions = re.compile(r"^ *(?:async )?def (test_\w+)", flags=re.MULTILINE)
+    named = {name for file in modules for name in functions.findall(file.read_text())}
+    return frozenset(named | {file.stem for file in modules})
+
+
+def missing_tests(text: str) -> list[str]:
+    """Tests that a page names and nobody wrote; `test_x_…` names all that begin so."""
+    named = re.findall(r"\b(test_\w+)(…?)", text)
+    known = known_tests()
+    return [
+        name
+        for name, more in named
+        if not (any(each.startswith(name) for each in known) if more else name in known)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_names_tests_that_exist(page: Path) -> None:
+    assert missing_tests(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        pytest.param("`test_a_page_names_tests_that_exist`", [], id="one that exists"),
+        pytest.param("`test_docs.py`: `test_a_page_names_…`", [], id="a module, and a beginning"),
+        pytest.param("`test_a_page_names_tests`", ["test_a_page_names_tests"], id="a name cut short"),
+        pytest.param("`test_nobody_wrote_…`", ["test_nobody_wrote_"], id="a beginning of none"),
+    ],
+)
+def test_a_test_that_does_not_exist_is_found(text: str, missing: list[str]) -> None:
+    assert missing_tests(text) == missing
+
+
+def test_every_case_of_the_page_of_cases_names_a_test() -> None:
+    page = (HOUSE / "docs" / "cases.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(CASES)
+    assert {int(number) for number, named in rows if "test_" not in named} == NOT_BUILT
+
+
 # --- what is made, and what is left undone ----------------------------------------------------------------
 
 

@@ -283,6 +283,14 @@ def test_a_host_that_boots_in_1970_takes_the_signed_time(device: Device) -> None
     assert device.refresh(datetime(1970, 1, 1, tzinfo=UTC)).high_water == NOW
 
 
+def test_a_host_that_boots_in_2040_trusts_nothing_and_is_well_again_when_its_clock_is(device: Device) -> None:
+    assert device.refusal(datetime(2040, 1, 1, tzinfo=UTC)) == "expired"
+    assert device.high_water is None
+    assert device.refresh().high_water == NOW
+    assert device.refusal(datetime(2040, 1, 1, tzinfo=UTC)) == "expired"
+    assert device.refresh(NOW + timedelta(hours=1)).high_water == NOW
+
+
 def test_one_step_of_signed_time_goes_seven_days_at_most(
     device: Device, repository: RepositorySimulator
 ) -> None:

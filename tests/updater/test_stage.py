@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,16 @@ def test_a_staged_version_is_complete_read_only_and_leaves_nothing_else(layout, 
     assert modes == {INDEX_NAME: "0o444", "agent.py": "0o444", "app": "0o555", "app/main.py": "0o444"}
     assert directory.stat().st_mode & 0o777 == 0o555
     assert names(layout.staging) == names(layout.trash) == []
+
+
+def test_a_program_can_be_run_as_soon_as_it_is_staged(layout, tmp_path):
+    """A handle that still writes it, here or in a child, would make the kernel say "text file busy"."""
+    place, program = tmp_path / "download", Path(shutil.which("true")).read_bytes()
+    (place / "tree" / "app").mkdir(parents=True)
+    (place / "tree" / "app" / "run").write_bytes(program)
+    (place / "tree" / "app" / "run").chmod(0o755)
+    name = Downloaded(place).stage(layout)
+    assert subprocess.run([layout.versions / name / "app" / "run"], check=False).returncode == 0
 
 
 def test_staging_again_does_nothing(layout, downloaded):

@@ -73,6 +73,15 @@ def test_only_a_newer_systemd_is_told_to_wait_longer_after_each_crash():
     assert older.count("RestartSec=") == newer.count("RestartSec=") == 1
 
 
+@pytest.mark.parametrize("steps", [False, True])
+def test_no_limit_of_systemds_ends_a_trial_before_its_boots_are_used_up(steps):
+    """Its default is five starts in ten seconds; then a bad version would stand still for ever."""
+    lines = systemd.unit(ROOT, "/usr/bin/python3", steps=steps).splitlines()
+    unit = lines[lines.index("[Unit]") : lines.index("[Service]")]
+    assert "StartLimitIntervalSec=0" in unit
+    assert "Restart=always" in lines
+
+
 @pytest.mark.parametrize(
     ("printed", "release"),
     [
