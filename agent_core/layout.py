@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 BALLAST_LENGTH = 4 << 20
 PRIVATE_MODE = 0o700
 PUBLIC_MODE = 0o755
+_LEFT_OVER = re.compile(r"\..+\.(\d+)\.new")
 
 __all__ = [
     "Layout",
+    "clear_left_overs",
     "read_json",
     "write_durable",
     "write_json",
@@ -92,6 +95,10 @@ class Layout:
     @property
     def spool(self) -> Path:
         return self.state / "spool.db"
+
+    @property
+    def root_history(self) -> Path:
+        return self.tuf / "root_history"
 
     @property
     def identity(self) -> Path:
@@ -214,7 +221,7 @@ def write_news(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) 
 
 
 def _replace(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
-    # A name of this thread's own: two writers never share one, and a cut one leaves no second behind.
+    # A name of this thread's own: two writers never share one, and one that was cut has a dead writer.
     fresh = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
     with _as_disk_error(path):
         try:
@@ -227,6 +234,20 @@ def _replace(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
             raise
         if durable:
             disk.fsync_dir(path.parent)
+
+
+def clear_left_overs(layout: Layout) -> None:
+    """Take away what writers that were killed have left, so that a thousand kills leave no thousand files.
+
+    A file whose writer lives is being written. What cannot be taken away is met again next time.
+    """
+    for place in (layout.root, layout.launcher_file.parent, layout.state, layout.tuf, layout.root_history):
+        with suppress(FileNotFoundError):
+            for name in disk.listdir(place):
+                writer = _LEFT_OVER.fullmatch(name)
+                if writer and not disk.exists(f"/proc/{writer[1]}"):
+                    with suppress(OSError):
+                        disk.unlink(place / name)
 
 
 def _write_new(path: Path, content: bytes, mode: int, *, durable: bool) -> None:

@@ -17,6 +17,7 @@ from agent_core.bundle import Index, host_platforms
 from agent_core.errors import DiskError, RelfleetError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.late import late_dataclass
+from agent_core.layout import clear_left_overs
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 # --- the resident's half --------------------------------------------------------------------------------
 
 
-def is_due(last: Outcome | None, good: str, now: datetime) -> bool:
+def is_due(last: Outcome | None, good: str, now: datetime, *, unverified: bool = False) -> bool:
     """Whether a check is due whatever the server says: never done, not finished, or its time has come.
 
     A clock that was set back since the last check makes one due as well: the time it was to come at was
@@ -52,8 +53,10 @@ def is_due(last: Outcome | None, good: str, now: datetime) -> bool:
         last: what the last check came to.
         good: the version that the record calls good; what was to be installed may be that by now.
         now: wall clock.
+        unverified: this version is on trial and has not verified the manifest itself. No 304 stands for that:
+            a checker that was killed after its last note had told nobody.
     """
-    if last is None or last.failed:
+    if unverified or last is None or last.failed:
         return True
     if last.action is Action.INSTALL:
         return last.candidate != good
@@ -100,6 +103,7 @@ def check(device: Device, *, progress: Callable[[int, int], None] | None = None)
         if memory is not None:
             # Last: a check that is cut short must be done again, so no 304 may stand for it before its end.
             freshness.remember(device.layout.poll, memory)
+        clear_left_overs(device.layout)
         _collect(device)
     except (RelfleetError, OSError) as error:
         log.warning("the outcome could not be kept", extra={"why": str(error)})

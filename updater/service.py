@@ -263,7 +263,9 @@ class Service:
         if self._checking:
             return poll.poll_s(self.device)
         self._checking = True
-        if self._forced or poll.is_due(self.device.outcome(), self.record.good, clock.now()):
+        unverified = self.in_trial and not self.verified
+        outcome, good = self.device.outcome(), self.record.good
+        if self._forced or poll.is_due(outcome, good, clock.now(), unverified=unverified):
             self._forced = False
             self._check()
         else:

@@ -125,6 +125,18 @@ def test_a_root_that_cannot_be_made_is_a_disk_error(tmp_path):
 # Durable writes
 
 
+def test_what_killed_writers_left_is_cleared_away_and_what_is_being_written_is_not(device):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = [device.state / f".poll.json.{ended.pid}.new", device.root / f".hold.{ended.pid}.new"]
+    kept = [device.state / f".poll.json.{os.getpid()}.new", device.state / "poll.json", device.slots]
+    for file in (*left, *kept):
+        file.touch()
+    layout.clear_left_overs(device)
+    assert [file.exists() for file in left] == [False, False]
+    assert all(file.exists() for file in kept)
+
+
 @pytest.mark.parametrize("call", ["fsync", "fchmod"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(device, call):
     write_durable(device.poll, b"old")

@@ -174,3 +174,22 @@ def test_a_bundle_that_could_never_be_unpacked_is_not_downloaded(layout, origin,
     assert "are missing" in caught.value.why
     assert not any(path.endswith(".tar.zst") for path in origin.paths())
     assert list(layout.download.iterdir()) == []
+
+
+# --- when to check ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "unverified", "due"),
+    [
+        (None, False, True),
+        (Outcome(Action.STAY, "up-to-date", "", "", verified=True), False, False),
+        (Outcome(Action.STAY, "up-to-date", "", "", verified=True), True, True),
+        (Outcome(Action.REFUSE, "offline", "", "", failed=True), False, True),
+        (Outcome(Action.INSTALL, "update", "", "", candidate=GOOD), False, False),
+        (Outcome(Action.INSTALL, "update", "", "", candidate=SPARE), False, True),
+    ],
+    ids=["never", "done", "done, but not told to the trial", "failed", "installed", "staged"],
+)
+def test_a_check_is_due_until_it_came_to_its_end_and_its_trial_heard_of_it(outcome, unverified, due):
+    assert poll.is_due(outcome, GOOD, clock.now(), unverified=unverified) is due
