@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -839,3 +841,9 @@ def test_an_etag_is_bound_to_the_timestamp_that_was_verified(
 def test_this_boot_has_a_name() -> None:
     assert freshness.boot_id() == freshness.boot_id()
     assert clock.boot_s() > 0
+
+
+def test_no_process_of_an_agent_loads_urllib3_even_where_it_is_installed() -> None:
+    program = "import sys, updater.catalog; print('urllib3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
