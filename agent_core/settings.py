@@ -310,7 +310,7 @@ AGENT = Table(
             "",
             "proxy for every request, with its password if it needs one; empty: the environment's",
             secret=True,
-            form=r"https?://[^\s]+",
+            form=r"http://[^\s]+",
         ),
         Setting(
             "server.no_proxy",

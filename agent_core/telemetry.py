@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all its descendants; empty when it is gone or a zombie."""
+    """A process and all it started; empty when it is gone or a zombie.
+
+    A child whose own parent ended is nobody's descendant any more, but it stays in the session that a
+    workload leads, so that too is looked at.
+    """
     try:
         parent = psutil.Process(pid)
         if parent.status() == psutil.STATUS_ZOMBIE:
             return []
-        return [parent, *parent.children(recursive=True)]
+        found = {child.pid: child for child in parent.children(recursive=True)}
+        for other in psutil.pids():
+            with contextlib.suppress(OSError, psutil.Error):
+                if other not in found and os.getsid(other) == pid != other:
+                    found[other] = psutil.Process(other)
+        return [parent, *found.values()]
     except psutil.Error:
         return []
 

@@ -379,6 +379,27 @@ def test_memory_and_cpu_have_ceilings_over_the_whole_tree(place: Place) -> None:
         child.stdout.close()
 
 
+def test_a_child_whose_parent_has_ended_counts_for_the_ceilings_still(place: Place) -> None:
+    holds = "x = bytearray(40 * 2**20); print(1, flush=True); import time; time.sleep(60)"
+    program = (
+        "import os, subprocess, sys, time\n"
+        "if os.fork() == 0:\n"
+        f"    subprocess.Popen([sys.executable, '-c', {holds!r}])\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        child.stdout.readline()
+        outcome = run_check(Check(Kind.MEMORY, "m", max_bytes=35 * 2**20), Subject(place, Running(child.pid)))
+        assert "bytes of memory" in outcome.detail
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+
+
 @pytest.mark.parametrize("kind", [Kind.MEMORY, Kind.CPU])
 def test_a_ceiling_of_a_workload_that_is_gone_is_a_failure(place: Place, kind: Kind) -> None:
     check = Check(kind, "c", max_bytes=2**40, max_percent=100, window_s=0.05)

@@ -24,6 +24,7 @@ from agent_core.bundle import BLOCK, File, Index, fault_of_files, header, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, SettingsError, TrustError
 from agent_core.health import parse_checks
 from agent_core.hooks import parse_hooks
+from agent_core.release_file import END, TITLE, Title, opened
 from agent_core.settings import AGENT, AgentSettings
 from agent_core.wire import Directive, EnrollAnswer, Policy, Problem, ReleaseFacts, ReportAnswer
 from updater import transport
@@ -100,6 +101,14 @@ def _refusal(call: Callable[[], Any]) -> str:
     except (TrustError, DiskError) as error:
         return str(error.reason)
     return ""
+
+
+def release_file(raw: bytes) -> None:
+    """Any bytes as a release file: refused, or members that lie within it."""
+    place = _scratch() / "release"
+    place.write_bytes(raw)
+    with suppress(TrustError), opened(place) as found:
+        assert all(len(found.read(name, len(raw)) or b"") == found.length(name) for name in found.names)
 
 
 def index(raw: bytes) -> None:
@@ -208,7 +217,21 @@ CHECKS = b'[{"kind":"http","url":"http://127.0.0.1:1/","status":[200]},{"kind":"
 HOOKS = b'{"pre_activate":{"argv":["app/x"],"timeout_s":5},"post_activate":{"argv":["{python}","app/y"]}}'
 TOML = b'labels = {a = "b"}\n[server]\nno_proxy = ["10.0.0.0/8"]\ntimeout_s = 3\n[log]\nlevel = "debug"\n'
 
+
+def _release_file() -> bytes:
+    title = Title("shop", "1.0.0", ("any",)).to_bytes()
+    members = {TITLE: title, "metadata/2.root.json": b"{}", "metadata/targets.json": b"{}" * 300}
+    return (
+        b"".join(
+            header(File(name, 0o644, len(content), "")) + content + bytes(-len(content) % BLOCK)
+            for name, content in members.items()
+        )
+        + END
+    )
+
+
 TARGETS = {
+    "release-file": Target(release_file, (_release_file(), END)),
     "archive": Target(archive, (zstd.compress(PLAIN), zstd.compress(PLAIN[:512]), b"")),
     "members": Target(members, (PLAIN, PLAIN[:1024], b"")),
     "index": Target(index, (KNOWN.to_bytes(), b"{}")),
