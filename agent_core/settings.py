@@ -295,7 +295,7 @@ AGENT = Table(
             "server.ca_file",
             str,
             "",
-            "PEM file of the authorities the server is checked by; empty: the host's",
+            "PEM file of the only authorities the server is checked by; empty: the host's",
         ),
         Setting("server.client_cert", str, "", "PEM certificate this host shows to the server"),
         Setting(

@@ -102,7 +102,7 @@ class Transport:
 
     Args:
         base_url: `http://` or `https://`, with an optional path prefix.
-        ca_file: certificates to trust besides the host's own.
+        ca_file: certificates to trust instead of the host's own.
         client_cert: certificate and key files for mutual TLS; the key must be its owner's alone.
         proxies: `{"http": URL, "https": URL, "no_proxy": "host,.domain,10.0.0.0/8"}`; None asks the
             environment, an empty mapping means none.
@@ -254,13 +254,11 @@ class Transport:
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self._client_cert is not None:
             _check_private(self._client_cert[1])
         try:
-            if self._ca_file is not None:
-                context.load_verify_locations(self._ca_file)
+            context = ssl.create_default_context(cafile=self._ca_file)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
             if self._client_cert is not None:
                 # A passphrase is never asked for: nobody sits at the terminal of an agent.
                 context.load_cert_chain(*self._client_cert, password="")

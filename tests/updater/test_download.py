@@ -8,10 +8,24 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from agent_core import disk
 from agent_core.errors import DiskError, TrustError, UnreachableError
-from tests.http_origin import Chunked, ContentRange, Origin, Slow, Status, Truncated, Whole, WithoutEtag
+from tests.http_origin import (
+    Chunked,
+    ContentRange,
+    Endless,
+    Gzip,
+    Origin,
+    Raw,
+    Slow,
+    Status,
+    Truncated,
+    Whole,
+    WithoutEtag,
+)
 from updater.download import fetch, fetch_small, hashed_path
 from updater.transport import Transport
 
@@ -234,6 +248,53 @@ def test_a_redirect_is_refused_and_keeps_the_part(origin: Origin, transport: Tra
     with pytest.raises(TrustError) as caught:
         get(transport, part)
     assert caught.value.reason == "bad-answer"
+
+
+SMALL, FOREIGN = CONTENT[:3000], OTHER[:3000]
+SMALL_DIGEST = sha256(SMALL).hexdigest()
+SMALL_PATH = hashed_path("bundles/small.tar.zst", SMALL_DIGEST)
+FAULTS = st.one_of(
+    st.builds(Truncated, st.integers(0, 3000)),
+    st.builds(
+        Status, st.sampled_from([206, 302, 304, 404, 416, 429, 500]), st.just({}), st.binary(max_size=9)
+    ),
+    st.builds(
+        ContentRange, st.sampled_from(["", "bytes 0-2999/3000", "bytes 1-2999/3000", "bytes */3000", "x"])
+    ),
+    st.builds(Raw, st.binary(max_size=40).map(lambda more: b"HTTP/1.1 200 OK\r\n\r\n" + more)),
+    st.sampled_from([Whole(), WithoutEtag(), Chunked(), Gzip(), Endless(), None]),
+)
+LEFT_BEHIND = st.one_of(
+    st.integers(0, 3000).map(lambda length: SMALL[:length]),
+    st.integers(0, 3100).map(lambda length: (FOREIGN + SMALL)[:length]),
+    st.binary(max_size=50),
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, max_size=4), before=LEFT_BEHIND, foreign=st.booleans())
+def test_whatever_a_server_answers_a_download_is_right_or_refused_and_blocks_no_later_one(
+    origin: Origin, transport: Transport, tmp_path: Path, faults: list, before: bytes, foreign: bool
+) -> None:
+    served = origin.directory / SMALL_PATH.lstrip("/")
+    part = tmp_path / "small.part"
+    part.write_bytes(before)
+    served.write_bytes(FOREIGN if foreign else SMALL)
+    for fault in faults:
+        origin.behave()
+        if fault is not None:
+            origin.misbehave("small.tar.zst", fault)
+        try:
+            fetch(transport, SMALL_PATH, SMALL_DIGEST, len(SMALL), part)
+        except (TrustError, UnreachableError):
+            assert not part.exists() or part.stat().st_size <= max(len(SMALL), len(before))
+        else:
+            assert part.read_bytes() == SMALL
+    origin.behave()
+    served.write_bytes(SMALL)
+    fetch(transport, SMALL_PATH, SMALL_DIGEST, len(SMALL), part)
+    assert part.read_bytes() == SMALL
+    assert not part.with_name("small.part.etag").exists()
 
 
 def test_a_slow_drip_is_given_up_and_kept(origin: Origin, transport: Transport, part: Path) -> None:

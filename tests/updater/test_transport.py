@@ -388,6 +388,23 @@ def test_https_is_verified_against_the_given_authority(
         assert caught.value.reason == "bad-answer"
 
 
+def test_with_an_authority_of_ones_own_the_hosts_are_not_believed(
+    tmp_path: Path, authority: Authority, server_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    other = tmp_path / "other"
+    other.mkdir()
+    key = ec.generate_private_key(ec.SECP256R1())
+    other_file = other / "ca.pem"
+    other_file.write_bytes(_certificate("another", key).public_bytes(serialization.Encoding.PEM))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))  # where OpenSSL looks for the host's own
+    with Origin(tmp_path, server_context) as origin:
+        by_the_host = Transport(origin.url, proxies={})
+        assert by_the_host.get("/file", max_length=len(CONTENT)).body == CONTENT
+        with pytest.raises(TrustError):
+            Transport(origin.url, ca_file=other_file, proxies={}).get("/file")
+
+
 def test_a_certificate_for_another_host_is_refused(
     tmp_path: Path, authority: Authority, server_context: ssl.SSLContext
 ) -> None:
