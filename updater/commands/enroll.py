@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import IO
 
 import click
 
 from agent_core import console
-from agent_core.errors import UsageError
+from agent_core.errors import Exit, UsageError
 from agent_core.layout import Layout
 from updater import install
 from updater.commands.common import root_option, sentence
@@ -89,5 +91,7 @@ def _pair(label: str) -> tuple[str, str]:
 )
 def run(root: Path, supervise: bool) -> int:
     """Run the agent; installs the first version if there is none."""
+    # The first process of a container gets no signal that it did not ask for. The launcher asks for its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.DONE))
     install.wait_for_first_version(Device.load(root), progress=console.progress_line("download"))
     return install.exec_launcher(Layout(root), supervise=supervise)
