@@ -433,6 +433,9 @@ class Monitor:
         started_s: boot clock at the start of the workload; the checks' grace begins here.
         gap_s: steps further apart than this mean that nobody was watching.
         launch: carries out a run; the default starts a thread for each.
+
+    Attributes:
+        gaps, slept_s: how often nobody was watching, and for how long in all.
     """
 
     checks: Sequence[Check]
@@ -441,6 +444,7 @@ class Monitor:
     gap_s: float = 15.0
     launch: Callable[[Callable[[], None]], None] = field(default=_in_thread)
     gaps: int = 0
+    slept_s: float = 0.0
     _watches: list[_Watch] = field(init=False)
     _answers: queue.SimpleQueue[tuple[int, _Watch, Outcome]] = field(
         init=False, default_factory=queue.SimpleQueue
@@ -521,6 +525,7 @@ class Monitor:
     def _skip(self, slept_s: float, now_s: float) -> None:
         """Nobody watched for `slept_s`: move every deadline on, and run every check anew."""
         self.gaps += 1
+        self.slept_s += slept_s
         log.info("checks were not run for a while, nothing of it counts", extra={"for_s": round(slept_s, 1)})
         if self._since_s is not None:
             self._since_s += slept_s

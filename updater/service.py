@@ -164,7 +164,11 @@ class Service:
         self._post_activate(place)
 
     def _post_activate(self, place: Place) -> None:
-        """On trial, run the version's hook; its end is one of the facts of the trial."""
+        """On trial, run the version's hook; its end is one of the facts of the trial.
+
+        That moment is kept without the time the host slept until then, and given to the gate with all of it:
+        as with the checks, a sleep after the hook is no observation of what it did.
+        """
         hook = self.index.hooks.post_activate
         self.hooked_s: float | None = self.started_s
         self.hook_failure = ""
@@ -175,7 +179,7 @@ class Service:
 
     def _hooked(self, failure: str | None, error: Exception | None) -> None:
         self.hook_failure = str(error or failure or "")
-        self.hooked_s = None if self.hook_failure else self.runtime.now_s()
+        self.hooked_s = None if self.hook_failure else self.runtime.now_s() - self.monitor.slept_s
         log.info("hook ended", extra={"hook": POST_ACTIVATE, "failure": self.hook_failure})
         self._judge()
 
@@ -206,7 +210,7 @@ class Service:
             healthy_since_s=health.healthy_since_s,
             manifest_verified=self.verified,
             workload_exits=self.workload.exits,
-            hooked_s=self.hooked_s,
+            hooked_s=None if self.hooked_s is None else self.hooked_s + self.monitor.slept_s,
             hook_failure=self.hook_failure,
             boots_left=self.record.boots_left,
             failures=tuple(str(failure) for failure in health.failures),

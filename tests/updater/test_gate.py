@@ -220,6 +220,13 @@ def test_the_detail_stays_short_enough_for_a_report(facts: TrialFacts, now_s: fl
     assert len(judge(facts, now_s).detail) <= 500
 
 
+def test_a_sleep_after_the_hook_is_no_observation_of_what_it_did() -> None:
+    """The service keeps the hook's end without the sleep before it, and hands it on with all of it."""
+    slept_s = 8 * 3600
+    facts = replace(GOOD, healthy_since_s=1005.0 + slept_s, hooked_s=1050.0 + slept_s)
+    assert observed_s(facts, 1070.0 + slept_s) == 20.0
+
+
 def test_no_wall_clock_is_asked_in_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A clock that jumps in the observation ends nothing and shortens nothing: nobody looks at it."""
 
