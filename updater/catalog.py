@@ -436,6 +436,21 @@ class _TrustedSet(TrustedMetadataSet):
         self._add(Targets.type, targets, Root.type)
 
 
+def follow_roots(bootstrap: bytes, later: list[bytes]) -> int:
+    """The version of the newest root that follows, one by one, from the one this host was installed with.
+
+    Raises:
+        TrustError: the first one, or one of the later, is not what its keys and its predecessor's allow.
+    """
+    with _sorted_errors():
+        trusted = _TrustedSet(bootstrap, LIMITS.envelope_type)
+        first = trusted.root.version
+        for content in later:
+            if Metadata[Root].from_bytes(content).signed.version > first:
+                trusted.update_root(content)
+    return trusted.root.version
+
+
 def _signed_targets(root: Root, content: bytes) -> Targets:
     """Top-level targets that enough of the release keys signed; version and expiry are not looked at."""
     metadata = Metadata[Targets].from_bytes(content)

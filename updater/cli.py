@@ -17,7 +17,7 @@ COMMANDS = {
     "once": (WHERE + "once:once", "Look for an update now."),
     "install": (WHERE + "install:install_file", "Install a release from a file, offline."),
     "status": (WHERE + "status:status", "What runs, what is on trial, how the last check went."),
-    "why": (WHERE + "status:why", "Why this host does, or does not, update."),
+    "why": (WHERE + "why:why", "Why this host does, or does not, update."),
     "rollback": (WHERE + "steer:rollback", "Go back to the version before."),
     "retry": (WHERE + "steer:retry", "Let bundles that failed here be tried once more."),
     "hold": (WHERE + "steer:hold", "Take nothing new."),
@@ -25,6 +25,11 @@ COMMANDS = {
     "versions": (WHERE + "status:versions", "Versions on this host."),
     "install-service": (WHERE + "service:install_service", "Run the agent under systemd."),
     "uninstall-service": (WHERE + "service:uninstall_service", "Take the agent's unit away."),
+    "doctor": (WHERE + "doctor:doctor", "Look at everything the agent needs."),
+    "diagnostics": (
+        WHERE + "doctor:diagnostics",
+        "Put what helps to find a fault into a file.",
+    ),
     "upgrade-launcher": (WHERE + "launcher:upgrade_launcher", "Replace the launcher by this agent's own."),
     "config": (WHERE + "config:config", "Check or show the settings."),
 }

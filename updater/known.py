@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from agent_core.layout import Layout
 
+SIGNED_AT = "x-signed-at"
 ROLES = ("root", "targets", "cohorts", "snapshot", "timestamp")
 
 
@@ -62,7 +63,15 @@ def _policy(path: Path, product: str) -> Policy:
 
 def _signed(path: Path) -> dict[str, Any] | None:
     try:
-        signed = json.loads(disk.read_file(path))["signed"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return signed_part(disk.read_file(path))
+    except OSError:
+        return None
+
+
+def signed_part(content: bytes) -> dict[str, Any] | None:
+    """What metadata say, their signatures apart; None when these are none. Nothing is verified here."""
+    try:
+        signed = json.loads(content)["signed"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return signed if isinstance(signed, dict) else None

@@ -24,6 +24,8 @@ from agent_core.layout import write_durable
 if TYPE_CHECKING:
     from agent_core.layout import Layout
 
+OWN = launcher.LAUNCHER
+"""What the launcher can do that this code brings."""
 MODE = 0o755
 TEST_S = 30.0
 MOST_SOURCE = 2**20
@@ -192,6 +194,6 @@ def _failed(why: str) -> RelfleetError:
     return RelfleetError(
         "the new launcher did not prove itself, and the old one stays",
         why=why,
-        then="report it, with what agent status --json says",
+        then="agent diagnostics -o FILE, and report it",
         reason="self-test",
     )

@@ -1,4 +1,4 @@
-"""Commands that only look: what runs on this host, why, and which versions are here."""
+"""Commands that only look: what runs on this host, and which versions are here."""
 
 from __future__ import annotations
 
@@ -7,95 +7,189 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent_core import clock, console, slots
+from agent_core.errors import RelfleetError
 from agent_core.layout import Layout
-from updater import control
+from agent_core.settings import AGENT, AgentSettings, load_agent
+from updater import attempt as attempts
+from updater import control, launchers
+from updater import identity as identities
 from updater.commands.common import root_option, sentence
-from updater.decide import Action
 from updater.device import Device
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from pathlib import Path
+
+    from updater.decide import Hold
+from dataclasses import dataclass
 
 
 @click.command()
 @root_option
 def status(root: Path) -> None:
     """What runs, what is on trial, how the last check went."""
-    device = Device.load(root)
-    console.emit(_status(device), text=lambda: console.facts(_status_lines(device)))
+    host = look(root)
+    console.emit(told(host), text=lambda: console.facts(_lines(host)))
 
 
-def _status(device: Device) -> dict[str, Any]:
-    record = slots.read(device.layout.root)
-    news = control.read_status(device.layout)
+@dataclass(frozen=True)
+class Host:
+    """What the two commands show, read once, from whatever can be read of a host at three in the morning.
+
+    Attributes:
+        record: None when nothing is installed, or when it is damaged: then `lost` is what the links say.
+        problem: why the settings, or the record, cannot be read; empty when they can.
+    """
+
+    device: Device
+    record: slots.Record | None
+    lost: slots.Record | None
+    problem: str
+    now: datetime
+
+    @property
+    def is_up(self) -> bool:
+        return control.is_running(self.device.layout)
+
+
+def look(root: Path) -> Host:
+    """Read this host.
+
+    Raises:
+        NotFoundError, MalformedError, DiskError: it is not enrolled, or its identity cannot be read.
+    """
+    layout, problem = Layout(root), ""
+    identity = identities.load(layout)
+    try:
+        settings = load_agent(layout)
+    except RelfleetError as error:
+        settings, problem = (
+            AgentSettings.of(AGENT.load([], environ={})),
+            str(error).replace("\n  next: ", "; next: "),
+        )
+    try:
+        record = slots.read(root)
+        lost = None if record else slots.by_links(root)
+    except OSError as error:
+        record, lost, problem = None, slots.by_links(root), f"state/slots cannot be read: {error}"
+    return Host(Device(layout, settings, identity), record, lost, problem, clock.now())
+
+
+def told(host: Host) -> dict[str, Any]:
+    """What `agent status --json` says."""
+    device, record = host.device, host.record
     outcome, hold = device.outcome(), device.hold()
     return {
         "agent_id": device.identity.agent_id,
         "product": device.identity.product,
         "cohort": device.identity.cohort,
         "server": device.server,
-        "running": bool(news) and control.is_running(device.layout),
+        "enrolled": device.identity.enrolled,
+        "running": host.is_up,
         "good": record.good if record else None,
         "previous": record.previous if record else None,
         "candidate": (record.candidate or None) if record else None,
         "phase": record.phase if record else None,
         "boots_left": record.boots_left if record else None,
         "reason": record.reason if record else None,
-        "skipped": [{"digest": entry[0], "reason": entry[1]} for entry in record.skip] if record else [],
-        "hold": {"until": hold.until and clock.iso(hold.until), "reason": hold.reason} if hold else None,
+        "skipped": [
+            {"digest": entry[0], "reason": entry[1], "version": _version_of(device, entry[0])}
+            for entry in (record.skip if record else ())
+        ],
+        "hold": _held(hold) if hold and hold.holds(host.now) else None,
+        "launcher": launchers.number_of(device.layout.launcher_file),
         "last_check": outcome.to_json() if outcome else None,
-        "news": news,
+        "news": control.read_status(device.layout),
+        "problem": host.problem,
     }
 
 
-def _status_lines(device: Device) -> list[tuple[str, Any]]:
-    found = _status(device)
-    outcome, news = device.outcome(), found["news"]
+def _held(hold: Hold) -> dict[str, Any]:
+    return {"until": hold.until and clock.iso(hold.until), "reason": hold.reason}
+
+
+def _version_of(device: Device, digest: str) -> str | None:
+    """The version that a skipped bundle was, where its facts are still here."""
+    for file in device.layout.state.glob(f"facts-*-{digest}.json"):
+        return slots.version_of(file.name.removeprefix("facts-").removesuffix(".json"))
+    last = attempts.load(device.attempt_file)
+    return last.version if last and last.digest == digest else None
+
+
+def _lines(host: Host) -> list[tuple[str, Any]]:
+    found, record = told(host), host.record
+    who = f"{found['agent_id']}, {found['product']}, cohort {found['cohort'] or '(none)'}"
     lines: list[tuple[str, Any]] = [
-        ("agent", f"{found['agent_id']}, cohort {found['cohort'] or '(none)'}, {found['server']}"),
-        ("runs", f"{found['good'] or 'nothing yet'}{'' if found['running'] else '  (the agent is stopped)'}"),
+        ("agent", who),
+        ("server", _server_line(found)),
+        ("runs", _runs(host, found)),
     ]
-    if found["candidate"]:
-        lines.append(("on trial", f"{found['candidate']}, {found['boots_left']} boots left"))
-    if found["previous"] and found["previous"] != found["good"]:
-        lines.append(("before", found["previous"]))
-    lines += [("skipped", f"{entry['digest']}  {entry['reason']}") for entry in found["skipped"]]
+    if record and record.phase == slots.TRIAL:
+        boots = f"{record.boots_left} of {record.boots_max} boots left"
+        lines.append(("on trial", f"{record.candidate}, {boots}; goes back to {record.good} if it fails"))
+    elif record and record.phase == slots.ROLLBACK:
+        lines.append(("going back", f"from {record.candidate} to {record.good}: {record.reason}"))
+    if record and record.previous not in ("", record.good):
+        lines.append(("before", record.previous))
+    if record and record.phase == slots.IDLE and record.tried not in ("", record.good):
+        lines.append(("left", f"{record.tried}: {record.reason}{_words_of(host, record.tried)}"))
+    lines += [("skipped", _skipped(entry)) for entry in found["skipped"]]
     if found["hold"]:
-        lines.append(("held", f"{found['hold']['reason']} (until {found['hold']['until'] or 'unhold'})"))
-    lines.append(("last check", f"{outcome.at}  {sentence(outcome)}" if outcome else "never"))
-    lines += [(key, news[key]) for key in ("trial", "settings") if news.get(key)]
-    return lines
+        until = found["hold"]["until"] or "somebody types agent unhold"
+        lines.append(("held", f"until {until}: {found['hold']['reason']}"))
+    outcome = host.device.outcome()
+    lines.append(
+        (
+            "last check",
+            f"{ago(outcome.at, host.now)}  {sentence(outcome)}" if outcome else "never: agent once",
+        )
+    )
+    lines.append(("launcher", found["launcher"] or "missing: agent upgrade-launcher"))
+    lines += [
+        (key, found["news"][key]) for key in ("trial", "settings") if host.is_up and found["news"].get(key)
+    ]
+    return [*lines, ("problem", host.problem)] if host.problem else lines
 
 
-@click.command()
-@root_option
-def why(root: Path) -> None:
-    """Why this host does, or does not, update."""
-    device = Device.load(root)
-    chain = _chain(device)
-    record = slots.read(device.layout.root)
-    running = slots.version_of(record.good) if record else "nothing yet"
-    summary = f"{device.identity.agent_id} runs {running}"
-    rows = "\n".join(f"  {'ok' if link['ok'] else 'no'}  {link['text']}" for link in chain)
-    console.emit({"summary": summary, "chain": chain}, text=f"{summary}\n{rows}")
+def _skipped(entry: dict[str, Any]) -> str:
+    return f"{entry['version'] or '(unknown)'}-{entry['digest']}: {entry['reason']}; agent retry forgets it"
 
 
-def _chain(device: Device) -> list[dict[str, Any]]:
-    """What had to be so for an update, in order; the last link is the decision."""
-    outcome, hold = device.outcome(), device.hold()
-    links = [(device.identity.cohort is not None, "cohort", f"cohort {device.identity.cohort or 'none'}")]
-    if outcome is None:
-        return [_link(*link) for link in [*links, (False, "unchecked", "no check was done yet: agent once")]]
-    links.append((outcome.verified, "verified", f"manifest checked at {outcome.at}"))
-    if hold:
-        links.append((not hold.holds(clock.now()), "held", f"hold: {hold.reason}"))
-    moves = outcome.action is Action.INSTALL or outcome.reason == "up-to-date"
-    links.append((moves, outcome.reason, sentence(outcome)))
-    return [_link(*link) for link in links]
+def _server_line(found: dict[str, Any]) -> str:
+    known = "" if found["enrolled"] else "  (this host is unknown to it: agent enroll)"
+    return f"{found['server']}{known}"
 
 
-def _link(ok: bool, code: str, text: str) -> dict[str, Any]:
-    return {"ok": ok, "code": code, "text": text}
+def _runs(host: Host, found: dict[str, Any]) -> str:
+    if host.lost is not None:
+        return f"{host.lost.good}, by its link: the record is damaged, and written anew at the next start"
+    if host.record is None:
+        return "nothing yet: agent once, or agent install FILE"
+    name = (host.record.candidate if found["news"].get("version") == host.record.candidate else "") or found[
+        "good"
+    ]
+    if not slots.is_complete(host.device.layout.root, found["good"]):
+        name += "  (it is damaged: agent doctor)"
+    return name if found["running"] else f"{name}  (no agent runs: agent run, or the unit)"
+
+
+def _words_of(host: Host, name: str) -> str:
+    """What was said about the end of an attempt, beside its code."""
+    last = attempts.load(host.device.attempt_file)
+    return f" ({last.detail})" if last and last.name == name and last.detail else ""
+
+
+def ago(moment: str, now: datetime) -> str:
+    try:
+        age_s = (now - clock.parse_iso(moment)).total_seconds()
+    except ValueError:
+        return moment
+    if age_s < 0:
+        return f"{moment} (ahead of this clock)"
+    for unit_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if age_s >= 2 * unit_s:
+            return f"{moment} ({age_s // unit_s:.0f} {unit} ago)"
+    return f"{moment} ({age_s:.0f} s ago)"
 
 
 @click.command()

@@ -1,0 +1,152 @@
+"""What status and why say at three in the morning, in every state a host can be in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from agent_core import clock
+from agent_core.wire import AttemptState, Reason
+from tests.updater.commands.conftest import A, B, C
+from updater import attempt as attempts
+from updater.attempt import Attempt
+from updater.commands.why import CHANGED_BY, DISTRUST, _changed_by
+from updater.decide import Action, Hold
+from updater.device import Outcome
+
+
+def outcome(host, action, reason, detail="", *, ago_s=30, **more):
+    at = clock.iso(clock.now() - timedelta(seconds=ago_s))
+    host.device().remember_outcome(Outcome(action, str(reason), detail, at, **{"verified": True, **more}))
+
+
+def fresh(host):
+    """Enrolled, and nothing more."""
+
+
+def resting(host):
+    host.stage(A, B)
+    host.on(B, A)
+    outcome(host, Action.STAY, Reason.UP_TO_DATE, "eu-web is on 1.1.0", ago_s=200)
+
+
+def trial(host):
+    resting(host)
+    host.stage(C)
+    host.put(replace(host.record, phase="trial", candidate=C, boots_left=1, boots_max=3, deadman_s=9))
+
+
+def rolled_back(host):
+    resting(host)
+    host.stage(C)
+    host.put(
+        replace(host.record, tried=C, reason="workload-exited", skip=(("c" * 12, "workload-exited", 0),))
+    )
+    last = Attempt("1.2.0", "c" * 12, "salt", AttemptState.ROLLED_BACK, "workload-exited", "it exited with 3")
+    attempts.save(host.device().attempt_file, last)
+    outcome(host, Action.STAY, Reason.SKIPPED, "this bundle failed here before", version="1.2.0")
+
+
+def held(host):
+    resting(host)
+    host.device().set_hold(Hold(clock.now() + timedelta(hours=2), "stocktaking"))
+    outcome(host, Action.STAY, Reason.HELD, "held on the host", version="1.2.0")
+
+
+def offline(host):
+    resting(host)
+    why = "http://127.0.0.1:9 does not answer: connection refused\n  next: look at it"
+    outcome(host, Action.REFUSE, Reason.OFFLINE, why, verified=False, failed=True)
+
+
+def disk_full(host):
+    resting(host)
+    why = "the disk has no room: 5 bytes are missing"
+    outcome(host, Action.REFUSE, Reason.NO_ROOM, why, failed=True, version="1.2.0")
+
+
+def damaged_record(host):
+    resting(host)
+    host.layout.slots.write_bytes(b"garbage" * 2000)
+
+
+def damaged_version(host):
+    resting(host)
+    (host.layout.version_dir(B) / "agent.py").unlink()
+
+
+def bad_settings(host):
+    resting(host)
+    host.layout.settings.write_text("[poll]\nmin_sec = 1\n")
+
+
+def no_launcher(host):
+    resting(host)
+    host.layout.launcher_file.unlink()
+
+
+STATES = {
+    fresh: (["nothing yet", "never: agent once"], ["no check was done yet", "agent once"]),
+    resting: ([f"{B}  (no agent runs", "up-to-date", "3 min ago", A], ["no agent runs here"]),
+    trial: ([f"{C}, 1 of 3 boots left; goes back to {B}"], ["1.2.0 is on trial"]),
+    rolled_back: (
+        [f"{C}: workload-exited (it exited with 3)", "agent retry forgets it"],
+        ["1.2.0 is what it is asked to run", "agent retry here, or release rollout retry for all"],
+    ),
+    held: (["stocktaking", "until 2"], ["held until 2", "agent unhold"]),
+    offline: (["failed (offline)", "connection refused"], ["could not be verified", "agent install FILE"]),
+    disk_full: (["no-room", "5 bytes are missing"], ["room on the disk: agent doctor"]),
+    damaged_record: (["by its link", "the record is damaged"], ["runs 1.1.0"]),
+    damaged_version: (["it is damaged: agent doctor"], ["runs 1.1.0"]),
+    bad_settings: (["poll.min_sec", "poll.min_s"], ["poll.min_sec", "agent config check"]),
+    no_launcher: (["missing: agent upgrade-launcher"], ["runs 1.1.0"]),
+}
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+def test_both_say_how_it_is_and_what_would_change_it(host, state):
+    state(host)
+    in_status, in_why = STATES[state]
+    code, out, said = host.agent("status")
+    assert (code, said) == (0, "")
+    assert [text for text in in_status if text not in out] == []
+    assert all(len(line) < 200 for line in out.splitlines())
+    code, out, said = host.agent("why")
+    assert (code, said) == (0, "")
+    assert [text for text in in_why if text not in out] == []
+    code, found = host.ask("why")
+    assert code == 0
+    assert all(link["then"] for link in found["chain"] if not link["ok"])
+    assert host.ask("status")[0] == 0
+    assert host.ask("versions")[0] == 0
+
+
+def test_every_reason_not_to_update_says_what_would_change_it():
+    for reason in Reason:
+        assert _changed_by(str(reason))
+    assert _changed_by("something newer") == "agent doctor"
+    refusals = {Reason.BAD_SIGNATURE, Reason.REPLAYED, Reason.DIGEST_MISMATCH, Reason.BAD_ARCHIVE}
+    assert {_changed_by(str(reason)) for reason in refusals} == {DISTRUST}
+    assert not refusals & set(CHANGED_BY)
+
+
+@pytest.mark.parametrize("command", ["status", "why", "rollback", "hold", "install"])
+def test_a_host_that_is_not_enrolled_says_so(host, command):
+    host.layout.identity.unlink()
+    words = ["FILE"] if command == "install" else []
+    code, _, said = host.agent(command, *words)
+    assert (code, "not enrolled" in said, "agent enroll" in said) == (7, True, True)
+
+
+def test_what_only_looks_writes_nothing(host):
+    damaged_record(host)
+    before = tree(host.root)
+    for command in ("status", "why", "versions", "doctor"):
+        host.agent(command)
+    assert tree(host.root) == before
+
+
+def tree(root):
+    return {path: (path.lstat().st_mode, path.lstat().st_mtime_ns) for path in root.rglob("*")}
