@@ -19,7 +19,7 @@ def test_what_the_readers_begin_from_is_read_as_promised(name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(choice=st.data())
 def test_no_bytes_whatever_bring_a_reader_to_break_its_promise(name, choice):
     target = TARGETS[name]
