@@ -49,7 +49,8 @@ SITES = ("nord", "sued", "west", "ost")
 @click.option("--exit", "leave", is_flag=True, help="End when the story is told.")
 def demo(agents: int, data: Path, leave: bool) -> None:
     """A real server and real agents on this machine: one good release, one bad one, one tampered byte."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job begins with INT ignored
+        signal.signal(number, signal.default_int_handler)
     story = Story(data.absolute(), data, agents)
     try:
         story.tell()
@@ -135,7 +136,7 @@ class Story:
         self.processes.keep_command("server", "release-server", "run", *data, "--port", port, log=log)
         url_file = server / "run" / "url"
         self.url = self.processes.wait_for(
-            "the server", lambda: url_file.exists() and url_file.read_text(), within_s=30
+            "the server", lambda: url_file.exists() and url_file.read_text(), within_s=120
         ).strip()
         reader = self.client.post("/tokens", {"name": "demo-page", "role": "reader", "expires_s": 86_400})
         self.line("server", f"{self.url}   data in {self.shown}")

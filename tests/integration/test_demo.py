@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -115,3 +116,15 @@ def test_a_directory_that_no_demo_made_is_left_alone(tmp_path):
     assert done.returncode == 2
     assert "no demo made it" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_ctrl_c_ends_it_and_all_it_started_also_where_a_shell_had_it_ignored(tmp_path):
+    home = tmp_path / "relfleet-demo"
+    argv = [sys.executable, "-m", "release_server.demo.cli", "demo", "--agents", "3", "--data", str(home)]
+    in_background = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", *argv]
+    demo = subprocess.Popen(in_background, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert demo.stdout.readline().startswith(" server ")
+    demo.send_signal(signal.SIGINT)
+    _, complained = demo.communicate(timeout=60)
+    assert (demo.returncode, "Traceback" in complained) == (130, False)
+    assert subprocess.run(["pgrep", "-f", str(home)], capture_output=True, check=False).stdout == b""
