@@ -7,7 +7,7 @@ files around them.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
@@ -39,11 +39,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnlineKeys:
-    """The public halves of the server's keys, as `GET /trust` shows them under `online`."""
+    """The public halves of the server's keys, as `GET /trust` shows them under `online`.
+
+    Attributes:
+        upcoming: the keys that are to take their place, once people have signed a root that names them.
+    """
 
     snapshot: Key
     timestamp: Key
     cohorts: Key
+    upcoming: OnlineKeys | None = field(default=None, compare=False)
+
+    def of(self, role: str) -> list[Key]:
+        """The keys that may be named for a role: today's, and the one to come."""
+        found: list[Key] = [getattr(self, role)]
+        return found + ([getattr(self.upcoming, role)] if self.upcoming else [])
 
     def to_json(self) -> dict[str, dict[str, str]]:
         return {name: _public(getattr(self, name)) for name in ONLINE_ROLES}
@@ -52,7 +62,11 @@ class OnlineKeys:
     def from_json(cls, online: object, path: str = "online") -> Self:
         """Read `{role: {keytype, scheme, public}}`; key ids are computed, never believed."""
         get = Getter(online, path)
-        return cls(**{name: public_key(get.object(name), f"{path}.{name}") for name in ONLINE_ROLES})
+        return cls.of_roles({name: public_key(get.object(name), f"{path}.{name}") for name in ONLINE_ROLES})
+
+    @classmethod
+    def of_roles(cls, keys: Mapping[str, Key]) -> Self:
+        return cls(keys[SNAPSHOT], keys[TIMESTAMP], keys[COHORTS])
 
 
 def _public(key: Key) -> dict[str, str]:

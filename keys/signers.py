@@ -87,6 +87,8 @@ class KeyFile:
             "keyid": self.keyid,
             "created": self.created,
             "protection": self.protection,
+            "keytype": self.public.keytype,
+            "scheme": self.public.scheme,
             "public": self.public.keyval["public"],
             "path": str(self.path),
         }

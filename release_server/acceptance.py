@@ -18,7 +18,7 @@ from keys import ceremony, changes
 from keys.roles import COHORT_PATHS, COHORTS, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server import audit, releases
 from release_server.models import Bundle, Product, Release
-from release_server.repository import newest, read, store
+from release_server.repository import forget_run_forward, newest, read, store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,7 +39,15 @@ def _refuse(what: str, why: str, reason: str, then: str = "") -> TrustError:
 # --- root ------------------------------------------------------------------------------------------------
 
 
-def accept_root(session: Session, body: bytes, *, now: datetime, actor: str, online: OnlineKeys) -> int:
+def accept_root(
+    session: Session,
+    body: bytes,
+    *,
+    now: datetime,
+    actor: str,
+    online: OnlineKeys,
+    with_targets: bool = False,
+) -> int:
     """Take in the first root, or the next one: signed by the old keys and the new, one version up.
 
     Args:
@@ -48,6 +56,7 @@ def accept_root(session: Session, body: bytes, *, now: datetime, actor: str, onl
         now: when.
         actor: who sent it.
         online: the server's public keys, which the root must name.
+        with_targets: targets that the new root's keys signed follow in the same transaction.
 
     Returns:
         The version that is trusted now.
@@ -55,24 +64,64 @@ def accept_root(session: Session, body: bytes, *, now: datetime, actor: str, onl
     Raises:
         ConflictError: it is not the next version.
         TrustError: `bad-metadata`, `bad-signature`, `expired`, `online-key`; or see `ceremony.check_root`.
+            `unsigned-targets`, when nobody could verify the current targets any more.
     """
     metadata = ceremony.parse_root(body)
     current = newest(session, ROOT)
     changes.check_version(ROOT, current.version if current else 0, metadata.signed.version)
     ceremony.verify_root(metadata, read(current, Root) if current else None)
     _check_fresh(ROOT, metadata, now)
-    for role, key in ((SNAPSHOT, online.snapshot), (TIMESTAMP, online.timestamp)):
-        named = metadata.signed.roles[role]
-        if list(named.keyids) != [key.keyid] or metadata.signed.keys[key.keyid] != key:
+    for role in (SNAPSHOT, TIMESTAMP):
+        named = [metadata.signed.keys[keyid] for keyid in metadata.signed.roles[role].keyids]
+        if named not in [[key] for key in online.of(role)]:
             raise _refuse(
                 "the root is refused",
                 f"it does not name this server's {role} key, alone",
                 "online-key",
                 "make it with the keys of `GET /api/v1/trust`",
             )
+    if not with_targets:
+        _check_targets_stay(session, metadata.signed)
     store(session, ROOT, metadata, body, now)
+    before = read(current, Root).signed if current else metadata.signed
+    for role in (SNAPSHOT, TIMESTAMP):
+        if before.roles[role].keyids != metadata.signed.roles[role].keyids:
+            forget_run_forward(session, role)
     audit.record(session, now, actor, "trust.root", ROOT, version=metadata.signed.version)
     return metadata.signed.version
+
+
+def accept_ceremony(
+    session: Session,
+    blobs: Blobs,
+    root: bytes,
+    targets: bytes,
+    *,
+    now: datetime,
+    actor: str,
+    online: OnlineKeys,
+) -> tuple[int, int]:
+    """Take in a root and the targets that its release keys signed, both or neither; their versions.
+
+    Raises:
+        ConflictError, TrustError, MalformedError, UsageError: see `accept_root` and `accept_targets`.
+    """
+    how: dict[str, Any] = {"now": now, "actor": actor, "online": online}
+    return (
+        accept_root(session, root, with_targets=True, **how),
+        accept_targets(session, blobs, targets, **how),
+    )
+
+
+def _check_targets_stay(session: Session, root: Root) -> None:
+    row = newest(session, TARGETS)
+    if row is not None and ceremony.missing_signatures(root, TARGETS, read(row, Targets)):
+        raise _refuse(
+            "the root is refused",
+            "its release keys have not signed the current targets, so nobody could verify them",
+            "unsigned-targets",
+            "send it together with targets that they have signed: release key publish FILE",
+        )
 
 
 def _check_fresh(role: str, metadata: Metadata[Any], now: datetime) -> None:
@@ -122,6 +171,8 @@ def accept_targets(
         if old is not None and old.custom != metadata.signed.targets[path].custom:
             _follow_facts(session, entry.facts)
     store(session, TARGETS, metadata, body, now)
+    if before and _delegated(before) != _delegated(metadata.signed):
+        forget_run_forward(session, COHORTS)
     audit.record(session, now, actor, "targets.accept", "targets", version=metadata.signed.version)
     return metadata.signed.version
 
@@ -137,7 +188,7 @@ def check_targets(
     root, before = trusted_root(session), current_targets(session)
     changes.check_version(TARGETS, before.version if before else 0, targets.version)
     ceremony.check_targets(targets, root)
-    _check_delegation(targets, online.cohorts)
+    _check_delegation(targets, online.of(COHORTS))
     fresh = changes.check_successor(before, targets, now)
     _check_blobs(blobs, fresh)
     return fresh
@@ -166,15 +217,19 @@ def current_targets(session: Session) -> Targets | None:
     return read(row, Targets).signed if row else None
 
 
-def _check_delegation(targets: Targets, online: Key) -> None:
+def _delegated(targets: Targets) -> set[str]:
+    return set(targets.delegations.keys) if targets.delegations else set()
+
+
+def _check_delegation(targets: Targets, online: list[Key]) -> None:
     """`ceremony.check_targets` has seen that `cohorts` is the only role; it must be this server's, too."""
     delegations = targets.delegations
     role = delegations.roles[COHORTS] if delegations and delegations.roles else None
     if (
         delegations is None
         or role is None
-        or delegations.keys != {online.keyid: online}
-        or (list(role.keyids), role.threshold) != ([online.keyid], 1)
+        or delegations.keys not in [{key.keyid: key} for key in online]
+        or (list(role.keyids), role.threshold) != (list(delegations.keys), 1)
         or tuple(role.paths or ()) != COHORT_PATHS
     ):
         raise _refuse(

@@ -424,7 +424,7 @@ def _examine_expiries(_config: Config, engine: Engine) -> list[dict[str, str]]:
 
 
 RENEWAL = {
-    "root": "make the next root with the root keys",
+    "root": "release key rotate, where the root keys are",
     "targets": "release renew, where the release keys are",
 }
 """What people type to make a role last longer; the others the jobs process signs."""

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select, update
@@ -21,12 +22,12 @@ from release_server import fleet, repository
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
+from release_server.signer import follow_public
 from release_server.signing.client import SignerClient, over_socket
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
-    from datetime import datetime, timedelta
 
     from sqlalchemy.orm import Session
 
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 LEASE = "jobs"
 MOST_BACKOFF_S = 30.0
+KEYS_EVERY = timedelta(minutes=1)
+"""How soon keys that were made to take the place of others are offered to a ceremony."""
 WAITING = 1
 """While the signer is away the pause is doubled once: it is back in seconds, or a person is needed anyway."""
 
@@ -130,6 +133,8 @@ class Jobs:
         self._restored = False
         self._leading = False
         self._waiting = False
+        self._told: tuple[int, ...] = ()
+        self._keys_due = datetime.min.replace(tzinfo=UTC)
 
     def tick(self) -> bool:
         """Do everything once, when the lease is ours.
@@ -144,6 +149,7 @@ class Jobs:
         if fence is None:
             return False
         self._work(fence, now)
+        self._note_keys(now)
         if not self._restored:
             repository.restore_bundles(self.sessions, self.blobs, self.config.repository)
             self._restored = True
@@ -163,6 +169,14 @@ class Jobs:
         if self._waiting:
             log.info("the signer signs again")
         self._waiting = False
+
+    def _note_keys(self, now: datetime) -> None:
+        """Tell web processes, by files, which keys the signer has and which wait to take their place."""
+        if not self.signer.briefed or (self._told == self.signer.briefed and now < self._keys_due):
+            return
+        known = self.signer.known()
+        follow_public(self.config.trust, known.keys, known.upcoming)
+        self._told, self._keys_due = self.signer.briefed, now + KEYS_EVERY
 
     def _note(self, *, leading: bool) -> None:
         if leading != self._leading:

@@ -15,7 +15,7 @@ from datetime import UTC, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
@@ -27,7 +27,7 @@ from keys.changes import EMPTY, POLICY
 from keys.roles import COHORTS, ONLINE_ROLES, ROLES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server.blobs import write_file
 from release_server.models import Cohort, CohortStatus, MetadataFile, Product, Release
-from release_server.signing.policy import SIGNED_AT
+from release_server.signing.policy import MOST_FIRST, SIGNED_AT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -96,6 +96,11 @@ def store(session: Session, role: str, metadata: Metadata[Any], body: bytes, now
         ) from error
 
 
+def forget_run_forward(session: Session, role: str) -> None:
+    """Drop versions that only a thief can have reached, once his key counts no more: clients do the same."""
+    session.execute(delete(MetadataFile).where(MetadataFile.role == role, MetadataFile.version > MOST_FIRST))
+
+
 # --- publishing ------------------------------------------------------------------------------------------
 
 
@@ -137,11 +142,14 @@ def _brief(session: Session, signer: SignerClient, root: int, targets: MetadataF
         signer.trust(ROOT, _row(session, ROOT, version).body)
     if known.targets < targets.version:
         signer.trust(TARGETS, targets.body)
+    known = signer.known()  # it may have put other keys in place
     for role in ONLINE_ROLES:
         row, signed = newest(session, role), known.signed.get(role, 0)
+        keyid = known.keys.of(role)[0].keyid
         if row is not None and row.version > signed:
-            signer.trust(role, row.body)
-        elif signed > (row.version if row else 0):
+            if keyid in Metadata.from_bytes(row.body).signatures:  # else it is of a key that counts no more
+                signer.trust(role, row.body)
+        elif signed > (row.version if row else 0) and known.signed_by[role] == keyid:
             body = signer.last(role)
             store(session, role, Metadata.from_bytes(body), body, now)
 
@@ -224,7 +232,9 @@ def _publish_timestamp(
     if before is not None and before.signed.snapshot_meta == wanted and _holds(TIMESTAMP, root, before, now):
         return False
     # After the clock was corrected backward the time that was said last is said again: it never goes back.
-    said = before.signed.unrecognized_fields.get(SIGNED_AT, "") if before else ""
+    # What a key said that counts no more may be a thief's.
+    counts = before is not None and _counts(TIMESTAMP, root, before)
+    said = str(before.signed.unrecognized_fields.get(SIGNED_AT, "")) if before and counts else ""
     signed = Timestamp(
         current.version + 1 if current else 1,
         expires=ROLES[TIMESTAMP].expiry(now),
@@ -243,6 +253,11 @@ def _holds(role: str, delegator: Root | Targets, metadata: Metadata[Any], now: d
     """Whether signed metadata can stay: not due, and still signed by the keys that count today."""
     if ROLES[role].is_due(metadata.signed.expires.replace(tzinfo=UTC), now):
         return False
+    return _counts(role, delegator, metadata)
+
+
+def _counts(role: str, delegator: Root | Targets, metadata: Metadata[Any]) -> bool:
+    """Whether metadata is signed by the keys that count today."""
     try:
         delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     except UnsignedMetadataError:

@@ -7,6 +7,7 @@ Only the signer process opens them (`release_server.signing`). Everyone else kno
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from agent_core.errors import MalformedError, NotFoundError, UsageError
@@ -21,18 +22,27 @@ if TYPE_CHECKING:
 
 
 ONLINE = roles.ONLINE_ROLES
+NEXT = ".next"
+"""In the names of key files that wait to take the place of today's."""
+UPCOMING = "upcoming.json"
+"""Beside `online.json`: the public halves of keys that wait for a root that names them."""
 
 
 def key_path(directory: Path, role: str) -> Path:
     return directory / f"{role}{signers.SUFFIX}"
 
 
-def make_keys(directory: Path, now: datetime) -> None:
-    """Make the key of each online role; one that is there already is kept."""
+def make_keys(directory: Path, now: datetime, *, beside: str = "") -> None:
+    """Make the key of each online role; one that is there already is kept.
+
+    Args:
+        beside: `NEXT` for keys that wait until people have signed a root that names them.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for role in ONLINE:
-        if not key_path(directory, role).exists():
-            signers.create(key_path(directory, role), role=role, now=now, passphrase=None)
+        place = key_path(directory, f"{role}{beside}")
+        if not place.exists():
+            signers.create(place, role=role, now=now, passphrase=None)
 
 
 def use_token(directory: Path, role: str, uri: str, now: datetime, pin: Callable[[str], str]) -> None:
@@ -65,7 +75,16 @@ def use_token(directory: Path, role: str, uri: str, now: datetime, pin: Callable
 
 def public_halves(directory: Path) -> OnlineKeys:
     """What a root ceremony needs of the online keys; the private halves stay closed."""
-    return OnlineKeys(**{role: signers.read(key_path(directory, role)).public for role in ONLINE})
+    return OnlineKeys.of_roles({role: signers.read(key_path(directory, role)).public for role in ONLINE})
+
+
+def upcoming_halves(directory: Path) -> OnlineKeys | None:
+    """The keys that are to take the place of today's; None when none were made."""
+    found = {role: key_path(directory, f"{role}{NEXT}") for role in ONLINE}
+    if not any(place.exists() for place in found.values()):
+        return None
+    places = {role: place if place.exists() else key_path(directory, role) for role, place in found.items()}
+    return OnlineKeys.of_roles({role: signers.read(place).public for role, place in places.items()})
 
 
 def write_public(place: Path, halves: OnlineKeys) -> None:
@@ -86,4 +105,19 @@ def read_public(place: Path) -> OnlineKeys:
         raise NotFoundError(f"{place} does not exist", then="release-server init") from None
     except ValueError as error:
         raise MalformedError(f"{place} cannot be read", why=str(error)) from None
-    return OnlineKeys.from_json(decoded, place.name)
+    online = OnlineKeys.from_json(decoded, place.name)
+    beside = place.with_name(UPCOMING)
+    if place.name == UPCOMING or not beside.exists():
+        return online
+    return replace(online, upcoming=read_public(beside))
+
+
+def follow_public(place: Path, keys: OnlineKeys, upcoming: OnlineKeys | None) -> None:
+    """Have the files say what the signer says; they are how web processes know its keys."""
+    beside = place.with_name(UPCOMING)
+    if read_public(place) != keys:
+        write_public(place, keys)
+    if upcoming is None:
+        beside.unlink(missing_ok=True)
+    elif not beside.exists() or read_public(beside) != upcoming:
+        write_public(beside, upcoming)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from flask import g, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from agent_core.errors import MalformedError
 from keys.roles import ROOT, TARGETS
 from release_server import acceptance, repository, signer
 from release_server.api import PREFIX, services
@@ -31,6 +33,7 @@ def show_trust() -> dict[str, Any]:
     with hub.sessions.read() as session:
         return {
             "online": online.to_json(),
+            "upcoming": online.upcoming.to_json() if online.upcoming else None,
             "root_version": repository.newest_version(session, ROOT),
             "targets_version": repository.newest_version(session, TARGETS),
         }
@@ -46,6 +49,38 @@ def put_root() -> tuple[dict[str, Any], int]:
     with hub.sessions.write() as session:
         version = acceptance.accept_root(session, body, now=hub.clock(), actor=g.person.name, online=online)
     return {"version": version}, 202
+
+
+class CeremonyBody(BaseModel):
+    """A root and targets as they were signed, each as the text of its file."""
+
+    model_config = ConfigDict(extra="forbid")
+    root: str
+    targets: str
+
+
+@blueprint.put("/trust/ceremony")
+@requires("admin")
+def put_ceremony() -> tuple[dict[str, Any], int]:
+    """Trust the next root with the targets that its release keys signed: `{root, targets}` as texts."""
+    hub = services()
+    try:
+        said = CeremonyBody.model_validate_json(signed_body(hub))
+    except ValidationError as error:
+        why = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        raise MalformedError("this is no root with its targets", why=why) from None
+    online = signer.read_public(hub.config.trust)
+    with hub.sessions.write() as session:
+        root, targets = acceptance.accept_ceremony(
+            session,
+            hub.blobs,
+            said.root.encode(),
+            said.targets.encode(),
+            now=hub.clock(),
+            actor=g.person.name,
+            online=online,
+        )
+    return {"version": root, "targets_version": targets}, 202
 
 
 def signed_body(hub: Services) -> bytes:

@@ -118,18 +118,19 @@ class Client:
     def delete(self, path: str) -> Any:
         return self._json(self.call("DELETE", path))
 
-    def download(self, path: str, length: int, sink: Callable[[bytes], Any]) -> None:
+    def download(self, path: str, length: int, sink: Callable[[bytes], Any], *, static: bool = False) -> None:
         """Hand the bytes at an API path to `sink`, piece by piece.
 
         Args:
             length: how many there may be; one more is refused before it is kept.
+            static: the path is of a public file instead.
 
         Raises:
             TrustError: `length-mismatch`; there are more.
             UnreachableError: they stopped coming.
         """
         arrived = 0
-        with closing(self.call("GET", path, stream=True)) as response:
+        with closing(self.call("GET", path, static=static, stream=True)) as response:
             try:
                 for chunk in response.iter_content(64 * 1024):
                     arrived += len(chunk)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64 * 1024
 MAX_TARGETS = 64 * 2**20
+MAX_ROOT = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,27 @@ def fetch(client: Client, root: bytes, cache: Path) -> Trusted:
             updater.refresh()
         except (exceptions.RepositoryError, exceptions.DownloadError) as error:
             raise refusal(error, client.url) from error
-        trusted = Trusted(
-            ceremony.parse_root((cache / "root.json").read_bytes()),
-            ceremony.parse_targets((cache / "targets.json").read_bytes()),
-        )
+        trusted = recall(cache)
     ceremony.check_root(trusted.root.signed)
     ceremony.check_targets(trusted.targets.signed, trusted.root.signed)
     return trusted
+
+
+def recall(cache: Path) -> Trusted:
+    """What `fetch` has verified last.
+
+    Raises:
+        NotFoundError: nothing yet.
+    """
+    try:
+        return Trusted(
+            ceremony.parse_root((cache / "root.json").read_bytes()),
+            ceremony.parse_targets((cache / "targets.json").read_bytes()),
+        )
+    except FileNotFoundError:
+        raise NotFoundError(
+            "this machine has verified nothing of this server yet", then="run this once without --offline"
+        ) from None
 
 
 @contextmanager

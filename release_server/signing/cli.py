@@ -28,6 +28,7 @@ directory_option = click.Path(path_type=Path, file_okay=False)
 @click.option("--root", type=file_option, help="The first root, from a way of its own.")
 @click.option("--make-keys", is_flag=True, help="Make the keys that are not there.")
 @click.option("--token", "tokens", multiple=True, metavar="ROLE=URI", help="Use a PKCS#11 key; then end.")
+@click.option("--next-keys", is_flag=True, help="Make the keys that the next root is to name, and end.")
 @click.option("--check", is_flag=True, help="Check the log from its first line on, and end.")
 def signer(
     data: Path | None,
@@ -38,6 +39,7 @@ def signer(
     root: Path | None,
     make_keys: bool,
     tokens: tuple[str, ...],
+    next_keys: bool,
     check: bool,
 ) -> int:
     """Sign directives, snapshots and timestamps for the jobs process, as far as the policy allows.
@@ -47,11 +49,15 @@ def signer(
     """
     from release_server import serve
 
+    trust = None
     if keys is None:
         config = Config.load(data or Path("relfleet-server"))
         keys, state, place = config.keys, config.signer_state, config.signer_socket
-    elif state is None or place is None or user is None:
+        trust = config.trust
+    elif not next_keys and (state is None or place is None or user is None):
         raise UsageError("a signer of its own user needs --keys, --state, --socket and --user")
+    if next_keys:
+        return _make_next(keys, trust)
     if state is None or place is None:
         raise UsageError("the signer's places are not known")
     if check:
@@ -97,6 +103,20 @@ def _use_tokens(keys: Path, tokens: Sequence[str]) -> int:
             raise UsageError(f"{role!r} has no online key", why=f"roles are {', '.join(ONLINE_ROLES)}")
         online.use_token(keys, role, uri, clock.now(), _secrets())
         console.say(f"{role}: signed by {uri}")
+    return 0
+
+
+def _make_next(keys: Path, trust: Path | None) -> int:
+    """Make the next keys; a ceremony sees them at once where `trust` is known, else within a minute."""
+    from agent_core import clock, console
+    from release_server import signer as online
+
+    online.make_keys(keys, clock.now(), beside=online.NEXT)
+    made = online.upcoming_halves(keys)
+    if trust is not None:
+        online.follow_public(trust, online.public_halves(keys), made)
+    console.say("made; they sign once people have signed a root that names them: release key rotate --online")
+    console.emit(made.to_json() if made else {})
     return 0
 
 

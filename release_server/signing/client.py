@@ -29,23 +29,33 @@ SERIALIZER = JSONSerializer(compact=True)
 
 @dataclass(frozen=True)
 class Known:
-    """What the signer knows: versions of root, targets and of what it has signed; 0 before the first."""
+    """What the signer knows: versions of root, targets and of what it has signed; 0 before the first.
+
+    Attributes:
+        upcoming: keys that wait for a root that names them.
+        signed_by: role → the id of the key that made its newest signature.
+    """
 
     keys: OnlineKeys
+    upcoming: OnlineKeys | None
     root: int
     targets: int
     signed: dict[str, int]
+    signed_by: dict[str, str]
     entries: int
 
     @classmethod
     def from_json(cls, status: object) -> Known:
         get = Getter(status, "status")
         signed = Getter(get.object("signed"), "status.signed")
+        by, waiting = Getter(get.object("signed_by"), "status.signed_by"), get.mapping.get("upcoming")
         return cls(
             OnlineKeys.from_json(get.object("keys"), "status.keys"),
+            OnlineKeys.from_json(waiting, "status.upcoming") if waiting else None,
             get.integer("root"),
             get.integer("targets"),
             {role: signed.integer(role) for role in signed.mapping},
+            {role: by.text(role) for role in by.mapping},
             get.integer("entries"),
         )
 

@@ -20,7 +20,7 @@ from agent_core.errors import ConflictError, MalformedError, RelfleetError, Trus
 from keys import ceremony, changes, signers
 from keys.roles import ONLINE_ROLES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server.blobs import sync_directory, write_file
-from release_server.signer import key_path
+from release_server.signer import NEXT, key_path, upcoming_halves
 from release_server.signing.log import Log, open_log
 from release_server.signing.policy import (
     SIGNED_AT,
@@ -30,11 +30,12 @@ from release_server.signing.policy import (
     Refusal,
     Signed,
     judge,
+    named_keys,
     next_due,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from datetime import datetime
     from pathlib import Path
 
@@ -74,6 +75,18 @@ class Keyring:
     def public(self, role: str) -> Key:
         return self.signer(role).public_key
 
+    def promote(self, role: str, named: Collection[str]) -> str:
+        """Let the key that waits for a role take its place, once it is named; its id, or empty."""
+        waiting = key_path(self.directory, f"{role}{NEXT}")
+        if not waiting.exists():
+            return ""
+        keyid = signers.read(waiting).keyid
+        if keyid not in named:
+            return ""
+        waiting.replace(key_path(self.directory, role))
+        sync_directory(self.directory)
+        return keyid
+
 
 @dataclass
 class Desk:
@@ -90,12 +103,14 @@ class Desk:
     def status(self) -> dict[str, Any]:
         """Which keys there are and what was signed last; nothing of it is secret."""
         return {
-            "keys": ceremony.OnlineKeys(
-                **{role: self.keyring.public(role) for role in ONLINE_ROLES}
+            "keys": ceremony.OnlineKeys.of_roles(
+                {role: self.keyring.public(role) for role in ONLINE_ROLES}
             ).to_json(),
+            "upcoming": upcoming.to_json() if (upcoming := upcoming_halves(self.keyring.directory)) else None,
             "root": self.memory.root.version if self.memory.root else 0,
             "targets": self.memory.targets.version if self.memory.targets else 0,
             "signed": {role: signed.version for role, signed in self.memory.signed.items()},
+            "signed_by": {role: signed.keyid for role, signed in self.memory.signed.items()},
             "entries": self.journal.sequence,
         }
 
@@ -176,6 +191,7 @@ class Desk:
         write_file(self._root(metadata.signed.version), body, mode=0o600)
         self.journal.append(entry | {"version": metadata.signed.version, "answer": "follow"})
         self.memory = replace(self.memory, root=metadata.signed)
+        self._promote()
 
     def _follow_targets(self, body: bytes, entry: dict[str, Any]) -> None:
         metadata, held = ceremony.parse_targets(body), self.memory.targets
@@ -196,6 +212,14 @@ class Desk:
         write_file(self._targets, body, mode=0o600)
         self.journal.append(entry | {"version": metadata.signed.version, "answer": "follow"})
         self.memory = _with_targets(self.memory, metadata.signed, body)
+        self._promote()
+
+    def _promote(self) -> None:
+        """Put keys that waited in the place of those that people have taken away, which are gone then."""
+        for role in ONLINE_ROLES:
+            if keyid := self.keyring.promote(role, named_keys(self.memory, role)):
+                entry = {"at": iso(self.clock()), "op": "promote", "role": role, "keyid": keyid}
+                self.journal.append(entry | {"answer": "follow"})
 
     def _learn(self, role: str, body: bytes, entry: dict[str, Any], now: datetime) -> None:
         """Take over what this very key has signed elsewhere: beside another server, or before a backup."""
@@ -267,6 +291,7 @@ class Desk:
             self.memory = _with_targets(self.memory, ceremony.parse_targets(body).signed, body)
         for role, entry in self.journal.newest.items():
             self._recall_signed(role, entry)
+        self._promote()
         kept = {self._envelope(role, signed) for role, signed in self.memory.signed.items()}
         for left in set((self.state / "signed").iterdir()) - kept:
             left.unlink()  # a kill came before its line in the log
@@ -353,5 +378,13 @@ def _with_signed(memory: Memory, role: str, metadata: Metadata[Any], signed: Sig
         entries = {name: entry.version for name, entry in metadata.signed.meta.items()}
         return replace(memory, entries=entries)
     if role == TIMESTAMP and isinstance(metadata.signed, Timestamp):
-        return replace(memory, signed_at=parse_iso(metadata.signed.unrecognized_fields[SIGNED_AT]))
+        return replace(memory, signed_at=_said(metadata.signed) or memory.signed_at)
     return memory
+
+
+def _said(timestamp: Timestamp) -> datetime | None:
+    """The time a timestamp says it was signed at; one that a thief made elsewhere may say anything."""
+    try:
+        return parse_iso(timestamp.unrecognized_fields[SIGNED_AT])
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -158,16 +158,19 @@ def _judge_key(memory: Memory, role: str, keyid: str) -> Verdict | None:
         return refuse(Refusal.NO_ROOT, "the signer trusts no root yet")
     if memory.targets is None:
         return refuse(Refusal.NO_TARGETS, "the signer has verified no targets yet")
-    if role == COHORTS:
-        delegations = memory.targets.delegations
-        named = (delegations.roles or {}).get(COHORTS) if delegations else None
-        keyids = named.keyids if named else []
-    else:
-        keyids = memory.root.roles[role].keyids
-    if keyid not in keyids:
+    if keyid not in named_keys(memory, role):
         giver = TARGETS if role == COHORTS else "root"
         return refuse(Refusal.ONLINE_KEY, f"the {giver} that people signed name another key for {role}")
     return None
+
+
+def named_keys(memory: Memory, role: str) -> list[str]:
+    """The ids of the keys that people have named for an online role, as far as the signer has verified."""
+    if role != COHORTS:
+        return memory.root.roles[role].keyids if memory.root else []
+    delegations = memory.targets.delegations if memory.targets else None
+    named = (delegations.roles or {}).get(COHORTS) if delegations else None
+    return named.keyids if named else []
 
 
 def _judge_version(last: Signed | None, version: int) -> Verdict | None:
@@ -194,7 +197,7 @@ def _judge_content(
     if isinstance(signed, Targets):
         return _judge_cohorts(memory, signed)
     if isinstance(signed, Snapshot):
-        return _judge_snapshot(memory, signed)
+        return _judge_snapshot(memory, signed, same_key=same_key)
     return _judge_timestamp(memory, signed, now, same_key=same_key)
 
 
@@ -241,12 +244,14 @@ def _judge_directive(released: frozenset[str], path: str, target: TargetFile) ->
 # --- snapshot --------------------------------------------------------------------------------------------
 
 
-def _judge_snapshot(memory: Memory, snapshot: Snapshot) -> Verdict | None:
-    if dropped := set(memory.entries) - set(snapshot.meta):
+def _judge_snapshot(memory: Memory, snapshot: Snapshot, *, same_key: bool) -> Verdict | None:
+    # Clients forget what a key said that people have taken away; so versions that a thief ran forward end.
+    entries = memory.entries if same_key else {}
+    if dropped := set(entries) - set(snapshot.meta):
         return refuse(Refusal.DROPPED, f"{min(dropped)} was listed before")
     for name, entry in snapshot.meta.items():
-        if entry.version < memory.entries.get(name, 0):
-            return refuse(Refusal.LOWERED, f"{name} was at {memory.entries[name]}, not {entry.version}")
+        if entry.version < entries.get(name, 0):
+            return refuse(Refusal.LOWERED, f"{name} was at {entries[name]}, not {entry.version}")
     cohorts = memory.signed.get(COHORTS)
     known = {f"{TARGETS}.json": memory.targets_file, f"{COHORTS}.json": cohorts.file if cohorts else None}
     for name in snapshot.meta.keys() | known.keys():

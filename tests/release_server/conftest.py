@@ -220,11 +220,12 @@ def trusted(sessions, managers, clock, online):
 
 @pytest.fixture
 def accept_root(sessions, clock, online):
-    def send(metadata):
+    """Send a root in, as PUT /trust/root does."""
+
+    def send(metadata, keys=online):
+        body = metadata.to_bytes()
         with sessions.write() as session:
-            return acceptance.accept_root(
-                session, metadata.to_bytes(), now=clock(), actor="ada", online=online
-            )
+            return acceptance.accept_root(session, body, now=clock(), actor="ada", online=keys)
 
     return send
 

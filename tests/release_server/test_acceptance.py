@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -57,6 +58,41 @@ def test_the_next_root_is_signed_by_the_old_keys_and_the_new(trusted, clock, acc
     following.signatures.clear()
     ceremony.sign(following, [heir, trusted.root_key])
     assert accept_root(following) == 2
+
+
+def test_a_root_that_the_targets_could_not_follow_is_taken_with_others_or_not_at_all(
+    published, trusted, accept_root, sessions, blobs, clock, online
+):
+    heir = CryptoSigner.generate_ed25519()
+    root = ceremony.next_root(trusted.root(), clock(), keys={"targets": [heir.public_key]})
+    ceremony.sign(root, [trusted.root_key])
+    with pytest.raises(TrustError) as caught:
+        accept_root(root)
+    assert caught.value.reason == "unsigned-targets"
+
+    def both(*signers):
+        targets = trusted.next_targets(published)
+        ceremony.sign(targets, signers)
+        with sessions.write() as session:
+            bodies = root.to_bytes(), targets.to_bytes()
+            how = {"now": clock(), "actor": "ada", "online": online}
+            return acceptance.accept_ceremony(session, blobs, *bodies, **how)
+
+    with pytest.raises(TrustError):
+        both(*trusted.release_keys)
+    assert ("root", 2) not in versions(sessions)
+    assert both(heir) == (2, 2)
+
+
+def test_a_root_may_name_the_keys_that_wait_beside_todays(trusted, accept_root, clock, online):
+    fresh = ceremony.OnlineKeys(*(CryptoSigner.generate_ed25519().public_key for _ in range(3)))
+    keys = {"snapshot": [fresh.snapshot], "timestamp": [fresh.timestamp]}
+    root = ceremony.next_root(trusted.root(), clock(), keys=keys)
+    ceremony.sign(root, [trusted.root_key])
+    with pytest.raises(TrustError) as caught:
+        accept_root(root)
+    assert caught.value.reason == "online-key"
+    assert accept_root(root, replace(online, upcoming=fresh)) == 2
 
 
 @pytest.mark.parametrize("version", [1, 3])

@@ -14,6 +14,7 @@ from agent_core.errors import ConflictError, MalformedError
 from keys import cli as keys_cli
 from keys.cli import keys_dir_option, passphrase_option, passphrases
 from release_server.publish import profile as profiles
+from release_server.publish.commands import ceremony as ceremonies
 from release_server.publish.profile import connect
 
 if TYPE_CHECKING:
@@ -198,4 +199,6 @@ def _tell_ceremony(
 
 
 for command in (keys_cli.list_keys, keys_cli.show_key, keys_cli.export_trust):
+    key.add_command(command)
+for command in (ceremonies.rotate, ceremonies.revoke, ceremonies.sign_file, ceremonies.publish):
     key.add_command(command)

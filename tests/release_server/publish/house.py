@@ -84,6 +84,11 @@ class House:
         with self.hub.sessions.read() as session:
             return [entry.action for entry in reversed(audit.entries(session))]
 
+    def stop_jobs(self) -> None:
+        """Nothing is signed or exported any more; what lies in the repository is served as it is."""
+        self.stop.set()
+        self.threads[1].join()
+
     def close(self) -> None:
         self.stop.set()
         self.server.shutdown()

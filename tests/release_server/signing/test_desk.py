@@ -259,6 +259,31 @@ def test_a_new_key_is_taken_up_without_a_restart_and_signs_once_people_name_it(
     sign(shown, SNAPSHOT)
 
 
+def test_a_key_that_waits_takes_the_place_of_one_that_people_took_away(shown, config, managers, clock):
+    for role in (COHORTS, SNAPSHOT):
+        sign(shown, role)
+    signer.make_keys(config.keys, clock(), beside=signer.NEXT)
+    fresh = signer.upcoming_halves(config.keys)
+    assert shown.status()["upcoming"] == fresh.to_json()
+    sign(shown, COHORTS, version=2)  # today's key goes on until then
+    second = ceremony.next_root(managers.root(), clock(), keys={SNAPSHOT: [fresh.snapshot]})
+    shown.trust(ROOT, managers.signed(second, managers.root_key).to_bytes(), ASKER)
+    assert signer.public_halves(config.keys).snapshot == fresh.snapshot
+    assert not signer.key_path(config.keys, f"{SNAPSHOT}{signer.NEXT}").exists()
+    assert signer.key_path(config.keys, f"{COHORTS}{signer.NEXT}").exists()
+    assert entries(config)[-1]["op"] == "promote"
+    sign(shown, SNAPSHOT, version=1)
+    assert shown.memory.signed[SNAPSHOT].keyid == fresh.snapshot.keyid
+
+
+def test_a_timestamp_that_a_thief_made_without_a_time_is_learned_all_the_same(shown):
+    key = signer.signers.load(signer.key_path(shown.keyring.directory, TIMESTAMP))
+    forged = Metadata(Timestamp(5, expires=ROLES[TIMESTAMP].expiry(shown.clock()), snapshot_meta=MetaFile(1)))
+    forged.sign(key)
+    shown.trust(TIMESTAMP, forged.to_bytes(SERIALIZER), ASKER)
+    assert shown.memory.signed[TIMESTAMP].version == 5
+
+
 def test_the_clock_is_the_signers_own(shown, clock):
     for role in (COHORTS, SNAPSHOT):
         sign(shown, role)

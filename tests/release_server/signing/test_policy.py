@@ -209,6 +209,15 @@ def test_a_new_key_begins_where_it_is_told_but_not_at_the_end_of_the_world():
     assert ask(snapshot(version=2**30), memory=memory).reason == Refusal.VERSION
 
 
+def test_a_new_snapshot_key_is_not_held_to_what_a_thief_listed_with_the_old_one():
+    before = replace(MEMORY.signed[SNAPSHOT], keyid="f" * 64)
+    far = {"targets.json": 3, "cohorts.json": 2**31, "evil.json": 1}
+    held = replace(MEMORY, entries=far)
+    assert ask(snapshot(), memory=held).reason == Refusal.DROPPED
+    moved = replace(held, signed={**MEMORY.signed, SNAPSHOT: before})
+    assert ask(snapshot(), memory=moved).answer is Answer.SIGN
+
+
 def test_after_a_clock_that_was_ahead_the_last_signed_time_may_be_said_again():
     ahead = replace(MEMORY, signed_at=NOW + timedelta(days=3))
     assert ask(timestamp(said=NOW + timedelta(days=3)), memory=ahead).answer is Answer.SIGN
