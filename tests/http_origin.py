@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, request: Request, fault: Fault | None) -> Status:
         root = self.server.origin.directory
         file = root / request.path.lstrip("/") if root else None
-        if file is None or ".." in request.path or not file.is_file():
+        if file is None or ".." in request.path.split("/") or not file.is_file():
             return Status(404)
         content = file.read_bytes()
         etag = f'"{sha256(content).hexdigest()[:16]}"'

@@ -169,12 +169,8 @@ class Catalog:
         if self._lock is None:
             raise RuntimeError("a catalog is refreshed inside its `with` block")
         self._client = None
-        with _sorted_errors():
-            try:
-                client = self._refreshed(now, high_water)
-            except tuf_errors.UnsignedMetadataError:
-                # Signers may have rotated after our look at the root and before the timestamp; once.
-                client = self._refreshed(now, high_water)
+        with sorted_errors():
+            client = self._refreshed(now, high_water)
             _check_delegations(client.targets)
             verified = self._verified(client, client.cohorts(), now, high_water)
         self._client = client
@@ -201,7 +197,7 @@ class Catalog:
         if self._lock is None:
             raise RuntimeError("a catalog is asked inside its `with` block")
         self._client = None
-        with _sorted_errors():
+        with sorted_errors():
             time = trusted_time(Memory(high_water=high_water), now)
             client = _Client(self._dir, _Fetcher(self._transport), self._bootstrap, time)
             targets = client.take_targets(kept)
@@ -215,7 +211,7 @@ class Catalog:
         Raises:
             TrustError: `bad-directive`, when it is malformed or speaks of another product or cohort.
         """
-        with _sorted_errors():
+        with sorted_errors():
             client = self._verified_client()
             path = wire.directive_path(self._product, cohort)
             cohorts = client.cohorts() if client.delegates_to_cohorts(path) else None
@@ -286,6 +282,13 @@ class Catalog:
         )
 
     def _refreshed(self, now: datetime, high_water: datetime | None) -> _Client:
+        try:
+            return self._refreshed_once(now, high_water)
+        except tuf_errors.UnsignedMetadataError:
+            # Signers may have rotated after our look at the root and before the timestamp; once.
+            return self._refreshed_once(now, high_water)
+
+    def _refreshed_once(self, now: datetime, high_water: datetime | None) -> _Client:
         fetcher = _Fetcher(self._transport)
         client = _Client(
             self._dir, fetcher, self._bootstrap, trusted_time(Memory(high_water=high_water), now)
@@ -442,7 +445,7 @@ def follow_roots(bootstrap: bytes, later: list[bytes]) -> int:
     Raises:
         TrustError: the first one, or one of the later, is not what its keys and its predecessor's allow.
     """
-    with _sorted_errors():
+    with sorted_errors():
         trusted = _TrustedSet(bootstrap, LIMITS.envelope_type)
         first = trusted.root.version
         for content in later:
@@ -581,7 +584,8 @@ REASONS: tuple[tuple[type[Exception], Reason], ...] = (
 
 
 @contextmanager
-def _sorted_errors() -> Iterator[None]:
+def sorted_errors() -> Iterator[None]:
+    """Turn whatever python-tuf and the disk raise into this project's errors, with their reasons."""
     try:
         yield
     except tuf_errors.DownloadHTTPError as error:

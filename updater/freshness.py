@@ -93,7 +93,7 @@ def trusted_time(memory: Memory, now: datetime) -> datetime:
 def is_fresh(
     memory: Memory, *, timestamp_sha256: str | None, now: datetime, boot_s: float, boot_id: str
 ) -> bool:
-    """Whether a 304 (or the very same bytes) may stand for a full refresh (design section 2).
+    """Whether a 304 may stand for a full refresh (design section 2).
 
     Args:
         memory: of the last full refresh.
@@ -115,18 +115,20 @@ def is_unchanged(
 ) -> bool:
     """Ask, with one conditional GET, whether the published timestamp is still the verified one.
 
-    False means that a full refresh is due; nothing is asked when it is due anyway.
+    False means that a full refresh is due; nothing is asked when it is due anyway. Without an ETag it always
+    is: the very same timestamp may stand beside a new root, which only the ETag of ours would show.
 
     Raises:
         UnreachableError: the server is away or overloaded.
         TrustError: the answer is none that an honest server gives.
     """
     cached = cached_timestamp_sha256(metadata_dir)
-    if not is_fresh(memory, timestamp_sha256=cached, now=now, boot_s=boot_s, boot_id=boot_id):
+    if not memory.etag or not is_fresh(
+        memory, timestamp_sha256=cached, now=now, boot_s=boot_s, boot_id=boot_id
+    ):
         return False
-    condition = {"If-None-Match": memory.etag} if memory.etag else {}
-    answer = transport.get(TIMESTAMP_PATH, condition, max_length=TIMESTAMP_MAX)
-    return answer.status == 304 or (answer.status == 200 and sha256(answer.body).hexdigest() == cached)
+    answer = transport.get(TIMESTAMP_PATH, {"If-None-Match": memory.etag}, max_length=TIMESTAMP_MAX)
+    return answer.status == 304
 
 
 def cached_timestamp_sha256(metadata_dir: Path) -> str | None:
