@@ -22,8 +22,6 @@ IDLE_S = 30.0
 
 def serve(root: Path) -> int:
     """Answer `check` and `report FIGURES`, one line each, until nobody asks any more."""
-    from updater import catalog, download, poll, stage  # noqa: F401 - loaded once, for all that is asked
-
     gc.enable()
     _log_to_stderr()
     while line := _next_line(IDLE_S):
@@ -31,7 +29,7 @@ def serve(root: Path) -> int:
         try:
             device = Device.load(root)
             if verb == "check":
-                answer(poll.check(device).to_json())
+                answer(_check(device))
             else:
                 answer(_report(device, rest))
         except (RelfleetError, OSError, ValueError) as error:
@@ -44,6 +42,13 @@ def report_once(root: Path) -> int:
     _log_to_stderr()
     answer(_report(Device.load(root), sys.stdin.buffer.read(MOST_LINE).decode()))
     return Exit.DONE
+
+
+def _check(device: Device) -> dict[str, Any]:
+    """TUF is loaded by the first check, and stays; a quiet day's reports need none of it."""
+    from updater import catalog, download, poll, stage  # noqa: F401 - all of it, before anything is begun
+
+    return poll.check(device).to_json()
 
 
 def _report(device: Device, figures: str) -> dict[str, Any]:

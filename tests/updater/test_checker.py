@@ -1,0 +1,58 @@
+"""The checker's process: one request a line, one answer a line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent_core.layout import Layout
+from updater import identity as identities
+from updater.identity import Identity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ASKED = """
+import pathlib, sys
+from updater import checker
+code = checker.serve(pathlib.Path(sys.argv[1]))
+print(sorted({"tuf", "securesystemslib"} & set(sys.modules)), code)
+"""
+
+
+@pytest.fixture
+def enrolled(tmp_path: Path) -> Path:
+    """A host whose server is not there."""
+    layout = Layout(tmp_path / "root")
+    layout.make()
+    identities.make_key(layout)
+    identities.save(layout, Identity("http://127.0.0.1:9", "shop", "web-1", "any", "main"))
+    return layout.root
+
+
+def asked(root: Path, requests: str) -> list[str]:
+    argv = [sys.executable, "-c", ASKED, str(root)]
+    done = subprocess.run(argv, input=requests, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_report_loads_no_tuf_and_a_check_does(enrolled: Path) -> None:
+    """Each start of an agent begins with a report; a check comes with news only."""
+    *answers, loaded = asked(enrolled, "report {}\n")
+    assert ["problem" in json.loads(answer) for answer in answers] == [True]  # nobody listens at its server
+    assert loaded == "[] 0"
+    *answers, loaded = asked(enrolled, "report {}\ncheck\n")
+    assert [set(json.loads(answer)) & {"problem", "action"} for answer in answers] == [
+        {"problem"},
+        {"action"},
+    ]
+    assert loaded == "['securesystemslib', 'tuf'] 0"
+
+
+def test_a_host_that_is_not_enrolled_is_an_answer_too(tmp_path: Path) -> None:
+    *answers, _ = asked(tmp_path, "check\n")
+    assert "problem" in json.loads(answers[0])
