@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 R = TypeVar("R")
-READ = 1 << 20
+READ = 1 << 16
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _FALLOC_FL_KEEP_SIZE = 1
 _AT_FDCWD = -100
@@ -243,9 +243,13 @@ def make_dirs(path: Path, mode: int = 0o777) -> None:
             mkdir(path, mode)
 
 
-def exists(path: Path, *, follow: bool = True) -> bool:
-    """Whether something has this name; what cannot be asked is not there."""
-    return _mode(path, follow=follow) != 0
+def exists(path: Path) -> bool:
+    """Whether something has this name.
+
+    Raises:
+        OSError: the disk does not say, which is another thing than no; so do the next two.
+    """
+    return _mode(path) != 0
 
 
 def is_file(path: Path) -> bool:
@@ -259,8 +263,10 @@ def is_link(path: Path) -> bool:
 def _mode(path: Path, *, follow: bool = True) -> int:
     try:
         return stat(path, follow=follow).st_mode
-    except (OSError, ValueError):
-        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise
 
 
 # --- calls that Python does not have ----------------------------------------------------------------------

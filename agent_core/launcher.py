@@ -115,8 +115,7 @@ def _become(root: str, name: str, mode: str, alarm_s: int = 0) -> OSError:
     """Replace this process by a version, by its own path; the error is why that failed."""
     place = os.path.join(os.path.realpath(root), "versions", name)
     own = os.path.join(place, "python", "bin", "python3")
-    python = own if disk.exists(own) else sys.executable
-    words = [python, "-I", "-S", "-B", f"{place}/agent.py", "run", "--root", os.path.realpath(root)]
+    words = ["-I", "-S", "-B", f"{place}/agent.py", "run", "--root", os.path.realpath(root)]
     environment = {**os.environ, "RELFLEET_BOOT": mode, "RELFLEET_LAUNCHER": str(LAUNCHER)}
     # The alarm outlives exec, and so does an ignored or blocked SIGALRM, which would disarm it.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -124,7 +123,8 @@ def _become(root: str, name: str, mode: str, alarm_s: int = 0) -> OSError:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.alarm(alarm_s)
     try:
-        os.execve(python, words, environment)
+        python = own if disk.exists(own) else sys.executable
+        os.execve(python, [python, *words], environment)
     except OSError as error:
         return error
 

@@ -175,8 +175,8 @@ class Layout:
                 disk.fsync_dir(self.root.parent)
             disk.fsync_dir(self.state)
             disk.fsync_dir(self.root)
-        if not disk.exists(self.launcher_file):
-            write_launcher(self)
+            if not disk.exists(self.launcher_file):
+                write_launcher(self)
 
 
 def write_launcher(layout: Layout) -> Path:

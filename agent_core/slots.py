@@ -455,11 +455,19 @@ def switch(root: Root, to: str, back: str = "") -> None:
 
 
 def is_complete(root: Root, name: str) -> bool:
-    """Whether a version's directory is whole: it is renamed there only when every file is on the disk."""
+    """Whether a version's directory is whole: it is renamed there only when every file is on the disk.
+
+    A disk that does not say is not believed to have lost it: one failed read must not unseat what is good. It
+    is started, and if that fails the next one is.
+    """
     place = os.path.join(root, "versions", name)
-    if not _NAME.fullmatch(name) or disk.is_link(place):
+    if not _NAME.fullmatch(name):
         return False
-    return all(disk.is_file(os.path.join(place, part)) for part in (".bundle.json", "agent.py"))
+    try:
+        parts = (os.path.join(place, part) for part in (".bundle.json", "agent.py"))
+        return not disk.is_link(place) and all(map(disk.is_file, parts))
+    except OSError:
+        return True
 
 
 def complete(root: Root, record: Record | None) -> frozenset[str]:
@@ -499,10 +507,21 @@ def _follow(root: Root, record: Record) -> None:
 
 
 def _point(root: Root, name: str, version: str) -> None:
-    fresh = os.path.join(root, f".{name}.new")
+    fresh = _fresh(root, name)
     disk.remove(fresh)
     disk.symlink(os.path.join("versions", version), fresh)
     disk.rename(fresh, os.path.join(root, name))
+
+
+def _forget_fresh_links(root: Root) -> None:
+    """A link that was made beside, and never took its place, is not left for ever."""
+    for name in (CURRENT, PREVIOUS):
+        with suppress(OSError):
+            disk.remove(_fresh(root, name))
+
+
+def _fresh(root: Root, name: str) -> str:
+    return os.path.join(root, f".{name}.new")
 
 
 def _exchange(root: Root, to: str) -> None:
@@ -745,6 +764,7 @@ def _recovered(root: Root) -> Record | None:
         record = Slots(root).write(whole)
     if record.good:
         _follow(root, record)
+        _forget_fresh_links(root)
     return record
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
+from agent_core import disk, slots
 from agent_core import layout as durable
-from agent_core import slots
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
@@ -192,6 +192,13 @@ class Device:
 
     def facts_file(self, name: str) -> Path:
         return self.layout.state / f"facts-{name}.json"
+
+    def forget_facts(self) -> None:
+        """Remove the facts of versions that are not there any more, also of those that a cut left behind."""
+        there = {self.facts_file(name).name for name in disk.listdir(self.layout.versions)}
+        for name in disk.listdir(self.layout.state):
+            if name.startswith("facts-") and name not in there:
+                disk.remove(self.layout.state / name)
 
     # --- hold ------------------------------------------------------------------------------------------
 

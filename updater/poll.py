@@ -449,8 +449,7 @@ def _discard(device: Device, record: slots.Record, retention: Retention) -> bool
     from updater.stage import collect
 
     names = collect(device.layout, record, retention)
-    for name in names:
-        disk.remove(device.facts_file(name))
+    device.forget_facts()
     return bool(names)
 
 

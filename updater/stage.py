@@ -132,9 +132,16 @@ def believe(index_bytes: bytes, facts: ReleaseFacts) -> Index:
 
 
 def is_complete(directory: Path, index_bytes: bytes) -> bool:
-    """Whether exactly this bundle stands there; its index is the last thing written before the rename."""
+    """Whether this bundle stands there, down to the last byte.
+
+    The rename made it appear whole; but disks rot and people delete, and what is damaged would be taken for
+    staged at every poll and never start.
+    """
     try:
-        return disk.read_file(directory / INDEX_NAME) == index_bytes
+        return disk.read_file(directory / INDEX_NAME) == index_bytes and all(
+            sha256(disk.read_file(directory / file.path)).hexdigest() == file.sha256
+            for file in Index.from_bytes(index_bytes).files
+        )
     except (FileNotFoundError, NotADirectoryError):
         return False
 

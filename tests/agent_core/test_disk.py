@@ -17,6 +17,8 @@ AROUND_THE_SEAM = {
     "agent_core/workload.py": "its logs",
     "agent_core/spool.py": "a database of its own",
     "agent_core/bundle.py": "`pack` runs where releases are made",
+    "agent_core/release_file.py": "it is packed where releases are made",
+    "updater/launchers.py": "a copy to test a launcher on, thrown away at once",
 }
 CHANGES_THE_DISK = {
     "unlink", "rename", "rmdir", "mkdir", "touch", "symlink_to", "hardlink_to", "write_text", "write_bytes",

@@ -684,6 +684,39 @@ def test_a_failed_first_update_goes_back_to_the_only_version(tmp_path):
     assert links(tmp_path) == (A, A)
 
 
+class OneRefusal:
+    """A disk that fails one reading of a name under `versions`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def before(self, name, words, options) -> None:
+        if name == "stat" and "versions" in str(words[0]):
+            self.at -= 1
+            if self.at == 0:
+                raise OSError(errno.EIO, "bad block")
+
+    def after(self, name, words, options, result) -> None:
+        pass
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_one_failed_read_does_not_unseat_the_good_version(root, at):
+    put(root, RESTING)
+    watch = OneRefusal(at)
+    with disk.watched_by(watch):
+        slots.recover(root)
+    assert watch.at <= 0
+    assert slots.read(root).good == A
+
+
+def test_a_link_that_was_left_beside_is_taken_away(root):
+    put(root, RESTING)
+    (root / ".current.new").symlink_to("versions/nowhere")
+    slots.recover(root)
+    assert not (root / ".current.new").is_symlink()
+
+
 def test_a_damaged_good_version_gives_way_to_the_previous_one(root):
     (root / "versions" / A / ".bundle.json").unlink()
     record = slots.recover(root)

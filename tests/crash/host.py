@@ -87,7 +87,7 @@ class Host:
         self, argv: list[str] | None = None, log: Path | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
         """The real launcher with the real agent, until left; stopped as an operator would."""
-        with open(log or os.devnull, "ab") as output:  # noqa: PTH123 - the log may be the null device
+        with open(log or os.devnull, "ab") as output:
             child = subprocess.Popen(
                 argv or self.supervised(),
                 stdin=subprocess.DEVNULL,

@@ -5,8 +5,6 @@ signal; here a filter in the kernel (seccomp) stops a process at calls that chan
 the calls are counted over the whole tree of processes, and only those that touch the directory count.
 """
 
-# ruff: noqa: PTH115, PTH118, PTH123, PTH202 - of /proc, where text is text and not a place
-
 from __future__ import annotations
 
 import ctypes

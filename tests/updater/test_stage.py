@@ -206,6 +206,22 @@ def test_a_half_written_version_is_not_taken_for_complete(layout, downloaded):
     assert (directory / "agent.py").read_text() == PREFLIGHT
 
 
+@pytest.mark.parametrize("damage", ["missing", "shorter", "changed"])
+def test_a_version_that_was_damaged_after_staging_is_staged_anew(layout, downloaded, damage):
+    """Case 3: its index stands there, so it was taken for staged at every poll, and never started."""
+    downloaded.stage(layout)
+    file = layout.versions / downloaded.name / "agent.py"
+    file.parent.chmod(0o755)
+    file.chmod(0o644)
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text("" if damage == "shorter" else PREFLIGHT.replace("0", "1"))
+    downloaded.stage(layout)
+    assert file.read_text() == PREFLIGHT
+    assert file.stat().st_mode & 0o777 == 0o444
+
+
 def test_a_damaged_version_that_runs_is_left_alone(layout, downloaded):
     directory = plant(layout, downloaded.name)
     handle = stage.hold(directory)
