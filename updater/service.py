@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,17 +241,25 @@ class Service:
         attempt = attempts.load(self.device.attempt_file)
         if attempt and attempt.name == self.name:
             # The record keeps the code of the reason; the words for people are kept here, if the disk can.
-            attempts.save(self.device.attempt_file, replace(attempt, detail=detail))
+            with suppress(RelfleetError):
+                attempts.save(self.device.attempt_file, replace(attempt, detail=detail))
         self.record = slots.roll_back(self.root, reason)
         self.runtime.stop(Exit.RESTART)
 
     def _settle(self) -> bool:
-        """Put into the spool how the attempt in progress stands by the record; whether that is news."""
+        """Put into the spool how the attempt in progress stands by the record; whether that is news.
+
+        A full disk must not keep a version from running: what cannot be noted now is, with a later report.
+        """
         attempt = attempts.settled(attempts.load(self.device.attempt_file), self.record)
         if attempt is None:
             return False
-        with Spool(self.device.layout.spool) as spool:
-            report.record_transition(self.device, spool, attempt)
+        try:
+            with Spool(self.device.layout.spool) as spool:
+                report.record_transition(self.device, spool, attempt)
+        except (RelfleetError, OSError) as error:
+            log.warning("attempt not noted", extra={"state": str(attempt.state), "why": str(error)})
+            return False
         return True
 
     # --- polling ---------------------------------------------------------------------------------------
@@ -350,6 +359,7 @@ class Service:
 
     def _heartbeat(self) -> float:
         """Tell the server that we live; a signed report when there is news or the session is over."""
+        self._settle()
         period_s = jittered(poll.report_s(self.device), random.random())  # noqa: S311 - jitter is no secret
         session = report.session(self.device)
         with Spool(self.device.layout.spool) as spool:
