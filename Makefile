@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What `make crash` runs: the tiers that need nothing but this machine, as far as they are there.
-TIERS ?= $(foreach tier,model kill,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
+TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test crash crash-all fuzz check format lock clean
@@ -26,10 +26,12 @@ test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
 crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]
+	@scripts/crash-setup
 	@$(BIN)/python -m tests.crash $(TIERS)
 
 crash-all: $(READY) ## every tier of the crash proof; some need root
-	@$(BIN)/python -m tests.crash all
+	@scripts/crash-setup
+	@RELFLEET_CRASH=all $(BIN)/python -m tests.crash all
 
 fuzz: $(READY) ## readers of foreign bytes, by coverage: make fuzz [ARGS='60 index settings']
 	@scripts/fuzz $(or $(ARGS),15)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from tests.crash.tally import Tally
 
-TIERS = ("model", "kill", "power", "full", "systemd", "chaos")
+TIERS = ("model", "kill", "seam", "power", "full", "systemd", "chaos")
 """Cheapest first. One that is not there yet is left out of `all`, and cannot be named."""
 
 

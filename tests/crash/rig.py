@@ -23,7 +23,7 @@ from typing import Self
 from agent_core import slots
 from agent_core.bundle import Index, host_platforms, pack
 from agent_core.layout import write_durable
-from agent_core.wire import ReportAnswer
+from agent_core.wire import ReleaseFacts, ReportAnswer, bundle_path
 from tests.crash.host import RUNS, Host
 from tests.http_origin import Origin, Request, Status
 from tests.repository_simulator import RepositorySimulator
@@ -50,11 +50,14 @@ if __name__ == "__main__":
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A directory that an origin serves, and the version that it leads this host to."""
+class Release:
+    """What the release keys say of a version: its facts, and where the archive is."""
 
-    version: str
-    www: Path
+    facts: ReleaseFacts
+    path: str
+    sha256: str
+    length: int
+    index: bytes
 
 
 class Rig:
@@ -69,7 +72,7 @@ class Rig:
         memory = Path("/dev/shm")
         self.home = Path(tempfile.mkdtemp(prefix="relfleet-crash-", dir=memory if memory.is_dir() else None))
         self.names: dict[str, str] = {}
-        self.offers: dict[str, Offer] = {}
+        self.releases: dict[str, Release] = {}
         self._origins: dict[str, Origin] = {}
         self._trust = b""
 
@@ -77,8 +80,8 @@ class Rig:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was prepared goes with us then too
         try:
             self._publish()
-            for version, offer in self.offers.items():
-                origin = Origin(offer.www)
+            for version in self.releases:
+                origin = Origin(self.home / f"www-{version}")
                 origin.answer("POST", "/api/v1/report", _accept)
                 self._origins[version] = origin.__enter__()
         except BaseException:
@@ -105,7 +108,7 @@ class Rig:
         for seq, version in enumerate((OLD, GOOD, NEW, BAD), 1):
             archive, index = self._bundle(version, library)
             self.names[version] = f"{version}-{sha256(index.to_bytes()).hexdigest()[:12]}"
-            repository.add_release(
+            facts = repository.add_release(
                 version,
                 seq,
                 archive.read_bytes(),
@@ -113,6 +116,14 @@ class Rig:
                 index.platform,
                 unpacked=index.unpacked,
                 files=len(index.files),
+            )
+            packed = archive.read_bytes()
+            self.releases[version] = Release(
+                facts,
+                bundle_path(PRODUCT, version, index.platform),
+                sha256(packed).hexdigest(),
+                len(packed),
+                index.to_bytes(),
             )
         for revision, version in enumerate((OLD, GOOD, NEW, BAD), 1):
             repository.set_directive(
@@ -125,9 +136,7 @@ class Rig:
                 report_s=3600,
             )
             repository.publish()
-            www = self.home / f"www-{version}"
-            shutil.copytree(repository.directory, www)
-            self.offers[version] = Offer(version, www)
+            shutil.copytree(repository.directory, self.home / f"www-{version}")
         self._trust = repository.trusted_root
 
     def _bundle(self, version: str, library: Path) -> tuple[Path, Index]:
@@ -163,6 +172,9 @@ class Rig:
         return self._origins[version].url
 
     # --- hosts -------------------------------------------------------------------------------------------
+
+    def host(self, root: Path) -> Host:
+        return Host(self, root)
 
     def enrolled(self, root: Path, *, reserve: int = 0) -> Host:
         """A new host without a version."""

@@ -128,6 +128,8 @@ def run(
     stdin: bytes = b"",
     environ: dict[str, str] | None = None,
     until: Callable[[], bool] = lambda: False,
+    at_cut: Callable[[], None] = lambda: None,
+    kills: bool = True,
     limit_s: float = 60.0,
 ) -> Trace:
     """Run a program to its end, or up to its `cut`-th call on `root`, counted from 1.
@@ -140,18 +142,21 @@ def run(
         output: gets what it prints.
         stdin: all that it can read.
         environ: its environment.
+        at_cut: called while the call waits, before anything is killed.
+        kills: kill at the cut; else that is all that happens there.
         until: asked ten times a second; everything is killed when it is true.
         limit_s: after which everything is killed.
     """
-    tracer = _Tracer(os.fspath(root), cut, only_one)
+    tracer = _Tracer(os.fspath(root), cut, only_one, at_cut, kills)
     with tracer.looking(until, limit_s):
         tracer.follow(tracer.start(argv, output, stdin, environ))
     return tracer.trace
 
 
 class _Tracer:
-    def __init__(self, root: str, cut: int, only_one: bool) -> None:
-        self.root, self.cut, self.only_one = root, cut, only_one
+    def __init__(self, root: str, cut: int, only_one: bool, at_cut: Callable[[], None], kills: bool) -> None:
+        self.root, self.cut, self.only_one, self.at_cut = root, cut, only_one, at_cut
+        self.kills = kills
         self.column, self.arch = ARCHES[platform.machine()]
         self.by_number = {
             numbers[self.column]: (name, numbers[2])
@@ -250,6 +255,9 @@ class _Tracer:
             return False
         self.trace.calls.append(call)
         if self.trace.killed or len(self.trace.calls) != self.cut:
+            return False
+        self.at_cut()
+        if not self.kills:
             return False
         self.trace.killed = True
         if self.only_one:
