@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+
 import pytest
 
 from agent_core import slots
@@ -27,6 +30,25 @@ def test_a_held_host_takes_nothing_until_the_hold_ends(world, host):
     assert host.agent("unhold")[0] == 0
     host.await_good("1.1.0")
     host.await_seen(held=False, version="1.1.0")
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_host_that_runs_and_what_is_sent_is_whole(world, host):
+    until("a check", lambda: host.reason == "up-to-date")
+    host.await_agent()
+    code, told, said = host.agent("doctor", "--json")
+    findings = json.loads(told)
+    assert (code, said) == (0, ""), [finding for finding in findings if finding["state"] == "bad"]
+    assert {finding["check"] for finding in findings} >= {"server", "clock", "trust", "running", "spool"}
+    file = world.home / f"{host.name}.zip"
+    assert host.agent("diagnostics", "-o", str(file))[0] == 0
+    with zipfile.ZipFile(file) as archive:
+        text = b"".join(archive.read(name) for name in archive.namelist()).decode()
+        versions = json.loads(archive.read("versions.json"))
+    assert host.layout.key.read_text().strip() not in text
+    assert json.loads((host.layout.state / "session.json").read_text())["session"] not in text
+    assert all(version["wrong or missing"] == [] for version in versions.values())
+    code, told, _ = host.agent("upgrade-launcher", "--json")
+    assert (code, json.loads(told)["changed"]) == (0, False)
 
 
 def test_a_rollback_by_hand_goes_back_and_skips_until_retry(world, host):
