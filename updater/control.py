@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
 from agent_core import layout as durable
-from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.wire import Getter
@@ -60,6 +59,8 @@ def carry_out(device: Device, request: Request) -> slots.Record:
         case "rollback":
             return slots.go_back(root, retry_epoch, request.name)
         case "activate":
+            from agent_core.bundle import INDEX_NAME, Index  # seldom needed, and it brings zstd
+
             index = Index.from_bytes(disk.read_file(device.layout.version_dir(request.name) / INDEX_NAME))
             return slots.begin_trial(
                 root, request.name, index.boots, index.deadman_s, retry_epoch=retry_epoch

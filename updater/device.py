@@ -18,13 +18,13 @@ from agent_core.settings import AgentSettings, load_agent
 from agent_core.wire import Directive, Getter, Reason, ReleaseFacts
 from updater import identity as identities
 from updater.decide import Action, Hold, Running
-from updater.transport import Transport, environment
 
 if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
     from updater.identity import Identity
+    from updater.transport import Transport
 
 
 class Note(Protocol):
@@ -221,6 +221,8 @@ class Device:
 
 def connect(server: str, settings: AgentSettings) -> Transport:
     """The way to a server, with the authorities, certificate and proxy that the settings name."""
+    from updater.transport import Transport  # TLS and HTTP: most commands ask no server
+
     pair = (settings.server_client_cert, settings.server_client_key)
     return Transport(
         server,
@@ -233,6 +235,8 @@ def connect(server: str, settings: AgentSettings) -> Transport:
 
 def _proxies(settings: AgentSettings) -> dict[str, str]:
     """The proxy and the hosts reached without it: each as set, else as the environment says."""
+    from updater.transport import environment
+
     found = environment()
     if settings.server_proxy:
         found |= {"http": settings.server_proxy, "https": settings.server_proxy}

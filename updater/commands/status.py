@@ -11,7 +11,7 @@ from agent_core.errors import RelfleetError
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings, load_agent
 from updater import attempt as attempts
-from updater import control, launchers
+from updater import control
 from updater import identity as identities
 from updater.commands.common import root_option, sentence
 from updater.device import Device
@@ -77,6 +77,8 @@ def look(root: Path) -> Host:
 
 def told(host: Host) -> dict[str, Any]:
     """What `agent status --json` says."""
+    from updater import launchers  # it knows archives and processes, which no help needs
+
     device, record = host.device, host.record
     outcome, hold = device.outcome(), device.hold()
     return {
