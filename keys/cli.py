@@ -30,6 +30,8 @@ RELEASE = "release"
 """The role that key files of release managers carry; in TUF's words they sign `targets`."""
 ROOT_FILE = "root.json"
 TARGETS_FILE = "targets.json"
+NEWEST_ROOT_FILE = "newest-root.json"
+"""The root that took the place of the ceremony's own, where one was made or signed here."""
 
 
 def default_dir() -> Path:
@@ -51,7 +53,7 @@ def passphrase_option() -> Callable[[Any], Any]:
     return click.option(
         "--passphrase-file",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Holds the passphrase; else RELFLEET_PASSPHRASE, a systemd credential, or a prompt.",
+        help="Holds the passphrase, - is stdin; else RELFLEET_PASSPHRASE, a systemd credential, or a prompt.",
     )
 
 
@@ -271,9 +273,18 @@ def export_trust(output: Path | None, keys_dir: Path | None) -> None:
 
 def described(entry: KeyFile, directory: Path) -> dict[str, Any]:
     """What a key file says, and which roles of the directory's root its key has."""
-    found = read_ceremony(directory) if (directory / TARGETS_FILE).exists() else None
-    roles = found.root.signed.roles if found else {}
+    root = _newest_root(directory)
+    roles = root.signed.roles if root else {}
     return {**entry.to_json(), "signs": [name for name, role in roles.items() if entry.keyid in role.keyids]}
+
+
+def _newest_root(directory: Path) -> Metadata[Root] | None:
+    from keys import ceremony
+
+    for name in (NEWEST_ROOT_FILE, ROOT_FILE):
+        if (directory / name).exists():
+            return ceremony.parse_root((directory / name).read_bytes())
+    return None
 
 
 def one_key(directory: Path, name: str) -> KeyFile:

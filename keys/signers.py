@@ -16,7 +16,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from dataclasses import dataclass
+from functools import cache
 from hashlib import scrypt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,7 @@ SCRYPT_MOST = 2**28
 """Bytes of memory that a key file may ask of scrypt; a hostile one could ask for all there is."""
 MIN_PASSPHRASE = 8
 MAX_FILE = 64 * 1024
+STDIN = Path("-")
 CREDENTIAL = "relfleet-passphrase"
 """The name of the systemd credential that holds a passphrase (`LoadCredential=relfleet-passphrase:…`)."""
 
@@ -436,17 +439,20 @@ def passphrase_source(
     `relfleet-passphrase`, and `ask`.
 
     Args:
-        file: holds the passphrase in its first line. Its mode is not looked at: container secrets are often
-            readable by all, and without the key file a passphrase opens nothing.
+        file: holds the passphrase in its first line; `-` is stdin, which is read once. Its mode is not looked
+            at: container secrets are often readable by all, and without the key file it opens nothing.
         environ: the process's environment.
         ask: prompts a person, or None when there is nobody.
 
     Returns:
         A function from the words of a prompt to a passphrase; it raises NotAllowedError when there is none.
     """
+    from_stdin = cache(lambda: sys.stdin.readline().rstrip("\n"))
     named = file or (Path(text) if (text := environ.get("RELFLEET_PASSPHRASE_FILE")) else None)
 
     def get(prompt: str) -> str:
+        if named == STDIN:
+            return from_stdin()
         if named is not None:
             return _first_line(named)
         if (said := environ.get("RELFLEET_PASSPHRASE")) is not None:

@@ -1,9 +1,11 @@
 """Key files: what they keep secret, what they refuse, and where passphrases come from."""
 
+import io
 import json
 import os
 import stat
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -249,6 +251,12 @@ def test_a_uri_that_leads_nowhere_is_a_usage_error(uri):
 
 
 # --- passphrases ---
+
+
+def test_a_passphrase_on_stdin_is_read_once_for_every_key(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("first line\nsecond\n"))
+    ask = signers.passphrase_source(Path("-"), {"RELFLEET_PASSPHRASE": "not this"}, None)
+    assert [ask("one"), ask("two")] == ["first line", "first line"]
 
 
 def test_passphrases_come_from_the_first_place_that_has_one(tmp_path):

@@ -17,7 +17,7 @@ from agent_core.errors import TrustError
 from agent_core.wire import Directive, bundle_path, directive_path, index_path
 from keys import ceremony
 from keys.roles import ONLINE_ROLES
-from release_server import repository, signer
+from release_server import acceptance, repository, signer
 from release_server.models import (
     Cohort,
     CohortStatus,
@@ -293,20 +293,22 @@ def test_a_tuf_client_finds_bundle_index_and_directive(published, publish, steer
 
 
 def test_a_tuf_client_follows_new_roots_and_releases(
-    published, publish, trusted, blobs, accept, accept_root, clock, tuf_client
+    published, publish, trusted, blobs, sessions, online, clock, tuf_client
 ):
     publish()
     heir = CryptoSigner.generate_ed25519()
     following = ceremony.next_root(trusted.root(), clock(), keys={"targets": [heir.public_key]})
-    accept_root(trusted.signed(following, trusted.root_key))
+    root = trusted.signed(following, trusted.root_key)
     metadata = trusted.next_targets(published)
-    trusted.add(metadata, blobs, "1.1", 11)
     trusted.release_keys = [heir]
-    accept(metadata)
+    with sessions.write() as session:
+        how = {"now": clock(), "actor": "ada", "online": online}
+        acceptance.accept_ceremony(session, blobs, root.to_bytes(), trusted.sign(metadata), **how)
     publish()
     client = tuf_client()
     client.refresh()
-    assert client.get_targetinfo(bundle_path("demo", "1.1", "any")).custom["seq"] == 11
+    assert (client._trusted_set.root.version, client._trusted_set.targets.version) == (2, 2)
+    assert client.get_targetinfo(ONE).custom["seq"] == 10
 
 
 def test_targets_that_are_accepted_but_not_published_are_not_exported(

@@ -144,7 +144,7 @@ def _make(
         raise ConflictError(f"{file} exists", then="name another file with -o, or remove it", reason="exists")
     _sign_here(following, file, directory, passphrases(passphrase_file))
     done = not offline and rotation.missing(following).is_none
-    _finish(following, file, who if done else None)
+    _finish(following, file, directory, who if done else None)
 
 
 def _sign_here(following: NextRoot, file: Path, directory: Path, passphrase: Callable[[str], str]) -> int:
@@ -160,7 +160,7 @@ def _sign_here(following: NextRoot, file: Path, directory: Path, passphrase: Cal
     return len(opened)
 
 
-def _finish(following: NextRoot, file: Path, who: Manager | None) -> None:
+def _finish(following: NextRoot, file: Path, directory: Path, who: Manager | None) -> None:
     """Publish when somebody is to, and say what is so and what to type next."""
     from keys import rotation
     from release_server.publish import ceremony
@@ -169,6 +169,8 @@ def _finish(following: NextRoot, file: Path, who: Manager | None) -> None:
     state = "signed" if missing.is_none else "waiting"
     if who is not None:
         state = "published" if ceremony.publish(who, following, wait_s()) else "accepted"
+    if missing.is_none:
+        keys_cli.write_public(directory / keys_cli.NEWEST_ROOT_FILE, following.root.to_bytes())
     words = {
         "published": f"root {version} is published; every agent follows it at its next poll",
         "accepted": f"root {version} is with the server, which has not published it yet; it will by itself",
@@ -212,7 +214,7 @@ def sign_file(file: Path, trust: Path | None, keys_dir: Path | None, passphrase_
             then="name the directory of your keys with --keys-dir",
             reason="no-root-key",
         )
-    _finish(following, file, None)
+    _finish(following, file, directory, None)
 
 
 @click.command("publish", short_help="Bring a next root that enough have signed to the server.")
@@ -234,7 +236,8 @@ def publish(file: Path, trust: Path | None, keys_dir: Path | None) -> None:
         )
     console.say(changes_table(rotation.describe(following)))
     console.confirm(f"This publishes root {following.root.signed.version}, as above.")
-    _finish(following, file, manager(keys_dir, trust))
+    directory = profiles.current(keys_dir=keys_dir).keys_dir
+    _finish(following, file, directory, manager(keys_dir, trust))
 
 
 def _read(file: Path, trust: Path | None) -> NextRoot:

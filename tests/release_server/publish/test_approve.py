@@ -235,6 +235,12 @@ def lower_floor(targets):
             target.custom["floor_seq"] = 0
 
 
+def lie(targets):
+    """What is signed of the new bundle is not what is in it."""
+    path = next(path for path in targets.targets if "/0.9.0/" not in path and path.endswith(".tar.zst"))
+    targets.targets[path].custom["files"] += 1
+
+
 def hold_long(targets):
     targets.expires = targets.expires.replace(year=targets.expires.year + 5)
 
@@ -248,6 +254,7 @@ def hold_long(targets):
         (delegate, Exit.TRUST, "targets delegate to"),
         (lower_floor, Exit.TRUST, "its floor 0 is lower"),
         (hold_long, Exit.TRUST, "60 days are the most"),
+        (lie, Exit.TRUST, "not what is signed of it"),
     ],
 )
 def test_what_the_rules_forbid_is_refused_whoever_has_signed_it(

@@ -133,6 +133,8 @@ def test_a_stolen_release_key_is_replaced_and_signs_nothing_more(begun, desk, ho
     assert made["state"] == "published"
     seen = agent.look()
     assert (seen.root_version, seen.targets_version) == (2, 3)
+    signs = {row["name"]: row["signs"] for row in ada.json("key", "list")}
+    assert (signs["release"], signs["release-b"], signs["root"]) == ([], ["targets"], ["root"])
     code, _, said = thief("push", make_bundle("6.6.6", product=PRODUCT))
     assert (code, "no release key" in said) == (Exit.NOT_ALLOWED, True), said
     assert ada.json("push", make_bundle("1.1.0", product=PRODUCT), "--wait")["state"] == "published"
