@@ -107,7 +107,7 @@ def _seen(line: str, root: str) -> Change | None:
     places = [match for match in _WHERE.finditer(words) if match["handle"] or match["path"]]
     if name == "symlink":
         places = places[1:]
-    files = [_under(root, os.path.join(one["handle"] or "", one["path"] or "")) for one in places]  # noqa: PTH118
+    files = [_under(root, os.path.join(one["handle"] or "", one["path"] or "")) for one in places]
     inside = [file for file in files if file is not None]
     return (WORDS.get(name, name), tracer.steady(inside[-1])) if inside else None
 
