@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 from tuf.api.metadata import DelegatedRole, Metadata, Role, Snapshot, TargetFile
 
 from agent_core.errors import ConflictError, MalformedError, TrustError, UsageError
@@ -88,6 +88,20 @@ def test_one_key_under_two_ids_is_refused():
         ceremony.check_root(root)
     assert caught.value.reason == "duplicate-key"
     assert ceremony.duplicate_keys(root.keys) == [(key.keyid, twin.keyid)]
+
+
+def test_one_key_under_two_ids_counts_once_even_in_a_root_that_lists_it_so():
+    key = RELEASES[0]
+    twin = SSlibKey("f" * 64, key.public_key.keytype, key.public_key.scheme, dict(key.public_key.keyval))
+    root = first_root(release_keys=public([key]), targets_threshold=1).signed
+    root.keys[twin.keyid] = twin
+    root.roles["targets"] = Role([key.public_key.keyid, twin.keyid], 2)
+    targets = signed(ceremony.make_targets(ONLINE.cohorts, NOW), key)
+    signature = targets.signatures[key.public_key.keyid]
+    targets.signatures[twin.keyid] = Signature(twin.keyid, signature.signature)
+    assert root.get_verification_result("targets", targets.signed_bytes, targets.signatures).verified
+    assert ceremony.missing_signatures(root, "targets", targets) == 1
+    assert len(ceremony.signed_by(root, "targets", targets)) == 1
 
 
 def test_one_key_listed_twice_for_a_role_is_refused():

@@ -7,7 +7,7 @@ import threading
 import pytest
 from sqlalchemy import select
 
-from release_server import fleet, jobs
+from release_server import fleet, jobs, signer
 from release_server.jobs import Jobs, LostLeaseError
 from release_server.models import Lease, MetadataFile
 
@@ -99,6 +99,18 @@ def published_targets(trusted, blobs, accept):
     metadata = trusted.targets()
     trusted.add(metadata, blobs, "1.0", 10)
     accept(metadata)
+
+
+def test_keys_that_the_signer_made_for_later_are_told_within_a_minute(
+    make_jobs, published_targets, config, clock
+):
+    jobs = make_jobs()
+    jobs.tick()
+    assert signer.read_public(config.trust).upcoming is None
+    signer.make_keys(config.keys, clock(), beside=signer.NEXT)
+    clock.step(seconds=60)
+    jobs.tick()
+    assert signer.read_public(config.trust).upcoming == signer.upcoming_halves(config.keys)
 
 
 def test_a_tick_publishes_what_was_accepted(make_jobs, published_targets, config):

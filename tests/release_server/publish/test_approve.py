@@ -237,8 +237,8 @@ def lower_floor(targets):
 
 def lie(targets):
     """What is signed of the new bundle is not what is in it."""
-    path = next(path for path in targets.targets if "/0.9.0/" not in path and path.endswith(".tar.zst"))
-    targets.targets[path].custom["files"] += 1
+    bundles = [target for path, target in targets.targets.items() if path.endswith(".tar.zst")]
+    max(bundles, key=lambda target: target.custom["seq"]).custom["files"] += 1
 
 
 def hold_long(targets):
