@@ -130,7 +130,7 @@ class Spool:
         with self._high.locked() as high:
             if through > high.value:
                 high.raise_to(through)
-        self._attempt("DELETE FROM transitions WHERE number <= ?", (through,), durable=True)
+        self._attempt("DELETE FROM transitions WHERE number <= ?", (through,))
         self._attempt(_RAISE_FACT, ("accepted", through))
 
     @property
@@ -201,7 +201,7 @@ class Spool:
                 transition.detail,
             )
             insert = "INSERT OR IGNORE INTO transitions VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-            if self._attempt(insert, row, durable=True) is None:
+            if self._attempt(insert, row) is None:
                 return False
         dropped = self._attempt(
             "DELETE FROM transitions WHERE number <="
@@ -226,7 +226,7 @@ class Spool:
             return int(at.timestamp())
         return highest
 
-    def _attempt(self, sql: str, values: tuple[Any, ...], *, durable: bool = False) -> list[Any] | None:
+    def _attempt(self, sql: str, values: tuple[Any, ...]) -> list[Any] | None:
         """Run one statement in a transaction of its own.
 
         Returns:
@@ -236,7 +236,6 @@ class Spool:
         for _ in range(2):
             try:
                 db = self._connect()
-                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 rows = db.execute(sql, values).fetchall()
             except sqlite3.Error as error:
                 self._note(str(error))
@@ -265,8 +264,11 @@ class Spool:
             self._disconnect()  # the other process moved a damaged database aside
         db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            # Not WAL: it maps a sparse file, and on a full disk a write there is answered with SIGBUS. This
+            # journal keeps its room, so that a small change has it on a full disk too.
+            db.execute("PRAGMA journal_mode = PERSIST")
             db.execute("PRAGMA journal_size_limit = 1048576")
+            db.execute("PRAGMA synchronous = FULL")
             if db.execute("PRAGMA user_version").fetchone()[0] < 1:
                 db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}COMMIT;")
             self._inode = self.path.stat().st_ino
@@ -290,11 +292,11 @@ class Spool:
         aside = self._aside()
         number = 1 + max((int(file.name.rpartition("-")[2]) for file in aside), default=0)
         log.error("the spool was damaged; it is kept aside and begun anew", extra={"file": str(self.path)})
-        with contextlib.suppress(OSError):
-            self.path.replace(self.path.with_name(f"{self.path.name}.damaged-{number:06d}"))
-        for ending in ("-wal", "-shm"):
+        for ending in ("-journal", "-wal", "-shm"):  # first: a new database must never meet an old journal
             with contextlib.suppress(OSError):
                 self.path.with_name(self.path.name + ending).unlink()
+        with contextlib.suppress(OSError):
+            self.path.replace(self.path.with_name(f"{self.path.name}.damaged-{number:06d}"))
         for file in self._aside()[:-KEPT_ASIDE]:
             with contextlib.suppress(OSError):
                 file.unlink()

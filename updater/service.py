@@ -100,6 +100,7 @@ class Service:
         self.runtime = Runtime(on_stop=self._on_stop, on_poll=self._on_signal)
         self.started_s = self.runtime.now_s()
         self.verified = False
+        self._numbered: attempts.Attempt | None = None
         self.failures, self._wait_s = control.recall_backoff(device.layout)
         self.figures = Figures()
         self._checking = False
@@ -255,12 +256,22 @@ class Service:
         if attempt is None:
             return False
         try:
-            with Spool(self.device.layout.spool) as spool:
-                report.record_transition(self.device, spool, attempt)
+            self._note(attempt)
         except (RelfleetError, OSError) as error:
             log.warning("attempt not noted", extra={"state": str(attempt.state), "why": str(error)})
             return False
         return True
+
+    def _note(self, attempt: attempts.Attempt) -> None:
+        """A transition is numbered once, also when the note of it has to be tried again."""
+        with Spool(self.device.layout.spool) as spool:
+            if attempt == self._numbered:
+                attempts.save(self.device.attempt_file, attempt)
+                return
+            try:
+                report.record_transition(self.device, spool, attempt)
+            finally:
+                self._numbered = None if spool.problem else attempt
 
     # --- polling ---------------------------------------------------------------------------------------
 

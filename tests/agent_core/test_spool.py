@@ -51,6 +51,12 @@ def test_numbers_go_on_after_a_restart_even_when_all_were_accepted(tmp_path: Pat
         assert add(spool) == 2
 
 
+def test_no_file_is_mapped_so_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+    with Spool(tmp_path / "spool.db") as spool:
+        assert add(spool) == 1
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_two_processes_never_give_out_the_same_number(tmp_path: Path) -> None:
     program = (
         "import sys; from datetime import datetime, UTC; from pathlib import Path\n"

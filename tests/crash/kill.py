@@ -352,7 +352,7 @@ def _rows(path: Path) -> bytes:
     """What a restart would find in the spool: its rows without their times."""
     beside = Path(f"{path}.read")
     try:
-        for tail in ("", "-wal"):
+        for tail in ("", "-journal"):
             with suppress(FileNotFoundError):
                 shutil.copy(f"{path}{tail}", f"{beside}{tail}")
         with closing(sqlite3.connect(beside)) as database:

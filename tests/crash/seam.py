@@ -29,7 +29,7 @@ from updater.device import Device
 
 AROUND = {
     r"\w+ state/spool\.(db.*|high)": "the spool: SQLite keeps its files whole, and they decide nothing",
-    r"fdatasync state": "SQLite makes its file names durable",
+    r"f(data)?sync state": "SQLite makes its file names durable",
     r"(unlink|symlink) state/tuf/root\.json": "python-tuf's link, made anew before it is read",
     r"mkdir state/tuf/root_history": "python-tuf makes it when it is not there",
     r"\w+ log/.*": "what is logged may be lost",
