@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +42,14 @@ class _Quiet(WSGIRequestHandler):
         """Quiet."""
 
 
+@cache
+def _schema() -> bytes:
+    """A database at the newest schema; made once a process."""
+    with tempfile.TemporaryDirectory() as place:
+        upgrade(f"sqlite:///{place}/relfleet.db")
+        return Path(place, "relfleet.db").read_bytes()
+
+
 class House:
     """A server: its web application in a thread, its jobs in another."""
 
@@ -49,7 +60,7 @@ class House:
         signer.make_keys(data / "keys", datetime.now(UTC))
         signer.write_public(data / "trust" / "online.json", signer.public_halves(data / "keys"))
         (data / "server.toml").write_text("[server]\nport = 0\n[jobs]\ntick_s = 0.05\n")
-        upgrade(f"sqlite:///{data / 'relfleet.db'}")
+        (data / "relfleet.db").write_bytes(_schema())
         self.config = Config.load(data, environ={})
         self.app = create_app(self.config)
         self.hub = self.app.extensions["relfleet"]
@@ -113,8 +124,8 @@ def serve(data: Path) -> Iterator[House]:
 class Desk:
     """One person's machine: keys, token, trusted root and memory of its own."""
 
-    def __init__(self, house: House, home: Path, capsys: Any = None, role: str = "releaser") -> None:
-        self.home, self.capsys = home, capsys
+    def __init__(self, house: House, home: Path, role: str = "releaser") -> None:
+        self.home = home
         self.keys = home / "config" / "relfleet" / "keys"
         self.keys.mkdir(parents=True, mode=0o700)
         self.environ = {
@@ -133,13 +144,14 @@ class Desk:
         kept = dict(os.environ)
         os.environ.clear()
         os.environ.update(self.environ | environ)
+        out, said = StringIO(), StringIO()
         try:
-            code = main([str(word) for word in words])
+            with redirect_stdout(out), redirect_stderr(said):
+                code = main([str(word) for word in words])
         finally:
             os.environ.clear()
             os.environ.update(kept)
-        printed = self.capsys.readouterr()
-        return code, printed.out, printed.err
+        return code, out.getvalue(), said.getvalue()
 
     def json(self, *words: object, **environ: str) -> Any:
         """What a command that must go well says under --json."""

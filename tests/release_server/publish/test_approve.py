@@ -35,11 +35,9 @@ def desks(house, tmp_path_factory):
 
 
 @pytest.fixture
-def people(desks, house, capsys, make_bundle):
+def people(desks, make_bundle):
     """Ada and Bo with nothing staged, 0.9.0 published, and a floor there."""
     ada, bo, root = desks
-    for desk in desks:
-        desk.capsys = capsys
     code, _, said = root("key", "gen", "--release-keys", "2", "--release-threshold", "2")
     assert code == Exit.DONE, said
     for entry in ada.json("approve", "--list"):

@@ -28,11 +28,11 @@ def house(tmp_path):
 
 
 @pytest.fixture
-def desk(house, tmp_path, capsys):
+def desk(house, tmp_path):
     """Makes people's machines, each with the trusted root."""
 
     def make(name, role="reader", *, root=None):
-        made = Desk(house, tmp_path / name, capsys, role=role)
+        made = Desk(house, tmp_path / name, role=role)
         if root is not None:
             made.take(root)
         return made
@@ -222,16 +222,27 @@ def test_stolen_online_keys_are_moved_and_versions_that_ran_forward_end(begun, a
 # --- files that somebody has changed on their way ---
 
 
-@pytest.fixture
-def on_the_way(begun, desk):
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory):
     """A next root made at Ada's without the server, which Bo is to sign."""
-    ada = begun(root_keys=2, root_threshold=2)
-    bo = desk("bo", root=ada.keys / "root.json")
-    move("root-2", ada, bo)
-    file = ada.home / "next.json"
-    made = ada.json("key", "rotate", "--offline", "-o", file, "--yes")
-    assert made["state"] == "waiting"
-    return bo, file
+    place = tmp_path_factory.mktemp("waiting")
+    with serve(place / "server") as house:
+        ada, bo = Desk(house, place / "ada", role="admin"), Desk(house, place / "bo", role="reader")
+        ceremony_at(ada, house, root_keys=2, root_threshold=2)
+        assert ada("key", "gen", "--keys", "2", "--threshold", "2")[0] == Exit.DONE
+        bo.take(ada.keys / "root.json")
+        move("root-2", ada, bo)
+        file = place / "next.json"
+        assert ada.json("key", "rotate", "--offline", "-o", file, "--yes")["state"] == "waiting"
+        yield bo, file
+
+
+@pytest.fixture
+def on_the_way(waiting, tmp_path):
+    """Bo, and a copy of the file of this test's own."""
+    bo, file = waiting
+    (tmp_path / "next.json").write_bytes(file.read_bytes())
+    return bo, tmp_path / "next.json"
 
 
 def edit(file, change):
@@ -270,7 +281,7 @@ def test_a_file_that_was_changed_on_its_way_is_not_signed(on_the_way, change, wo
     assert words in said
 
 
-def test_signing_takes_a_key_that_counts_and_whoever_signs_twice_is_told(on_the_way, desk, tmp_path):
+def test_signing_takes_a_key_that_counts_and_whoever_signs_twice_is_told(on_the_way, tmp_path):
     bo, file = on_the_way
     words = ("--keys-dir", tmp_path / "none", "--trust", bo.keys / "root.json")
     code, _, said = bo("key", "sign", file, "--yes", *words)

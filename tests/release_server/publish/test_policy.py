@@ -25,10 +25,10 @@ def desk(house, tmp_path_factory):
 
 
 @pytest.fixture
-def ada(desk, capsys, make_bundle, request):
+def ada(desk, make_bundle, request):
     """The same with a product of this test's own, of which 1.0.0 and 1.1.0 are published."""
     product = f"{PRODUCT}-{request.node.name[5:40].strip('_').replace('_', '-')}"
-    desk.capsys, desk.environ["RELFLEET_PRODUCT"] = capsys, product
+    desk.environ["RELFLEET_PRODUCT"] = product
     code, _, said = desk("key", "gen")
     assert code == Exit.DONE, said
     for version in ("1.0.0", "1.1.0"):
