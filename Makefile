@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash crash-all fuzz check format lock clean
+.PHONY: help setup demo test crash crash-all mutants fuzz check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ crash-all: $(READY) ## every tier of the crash proof; some need root
 
 fuzz: $(READY) ## readers of foreign bytes, by coverage: make fuzz [ARGS='60 index settings']
 	@scripts/fuzz $(or $(ARGS),15)
+
+mutants: $(READY) ## faults put in on purpose, each of which the crash proof must catch
+	@$(BIN)/python -m tests.crash.mutants
 
 check: $(READY) ## lint, format, types, import contracts
 	@$(BIN)/ruff check .

@@ -7,12 +7,14 @@ the end the promises are checked; a `Ledger` carries over a power cut what was p
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
@@ -145,6 +147,7 @@ class Host:
         Raises:
             BrokenPromise: a start, or the disk at rest, is not as promised.
         """
+        self._check_what_the_cut_left()
         with disk.watched_by(self.watch):
             if self.watch.step:
                 self.watch.step(self.watch.journal)
@@ -276,6 +279,22 @@ class Host:
 
     # --- promises -------------------------------------------------------------------------------------
 
+    def _check_what_the_cut_left(self) -> None:
+        """Before anything is recovered: both links are there, and show only what the record has said."""
+        if not self.script.ledger.goods:
+            return
+        links = {slots.link(self.root, name) for name in (slots.CURRENT, slots.PREVIOUS)}
+        if "" in links:
+            raise BrokenPromise("a link is gone")
+        record = slots.read(self.root)
+        if record is not None and not links <= slots.kept(record) | {record.tried}:
+            raise BrokenPromise(f"the links show {sorted(links)}, which the record does not say")
+        for note in Path(self.root, "state").glob("*.json"):
+            try:
+                json.loads(note.read_bytes())
+            except ValueError:
+                raise BrokenPromise(f"{note.name} holds some of two notes, or of none") from None
+
     def _check_start(self, name: str, *, stumbled: bool) -> None:
         """What was started, by what is promised.
 
@@ -320,6 +339,8 @@ class Host:
             raise BrokenPromise(f"the record calls {record.good} good")
         if record.floor < self.ledger.floor:
             raise BrokenPromise(f"the floor fell from {self.ledger.floor} to {record.floor}")
+        if not self.watch.failed and not slots.links_follow(self.root, record):
+            raise BrokenPromise("something was started, and the links do not follow the record")
         skipped = frozenset(entry[0] for entry in record.skip)
         if missing := self.ledger.skipped - skipped:
             raise BrokenPromise(f"{sorted(missing)} are not skipped any more")

@@ -41,12 +41,14 @@ class Bounds(NamedTuple):
         depth: cuts in a row. What follows a cut is cut again where either nothing or all of what was not safe
             had happened, and both times into these two ends.
         shares: one of so many states is looked at, and of so many squared operations that fail.
+        goes_on: whether what comes after a failure is looked at too.
     """
 
     first: int
     widths: tuple[int, ...]
     depth: int
     shares: int = 1
+    goes_on: bool = True
 
 
 FULL = Bounds(first=64, widths=(1, 2), depth=2)
@@ -102,7 +104,7 @@ def explore(script: Script, bounds: Bounds) -> Told:
     told, seen = Told(), set[int]()
     with playground() as place, fast_motion():
         todo = [_State(script.tree, script.ledger, ())]
-        while todo:
+        while todo and (bounds.goes_on or not told.failures):
             state = todo.pop()
             told.tried += 1
             found = _live(place, script, state, bounds, seen, told)
@@ -154,6 +156,8 @@ def break_disk(script: Script, bounds: Bounds) -> Told:
         for code in CODES:
             for stays in (False, True):
                 for at in range(1, _operations(place, script, code, stays=stays) + 1, bounds.shares**2):
+                    if told.failures and not bounds.goes_on:
+                        return told
                     told.tried += 1
                     fault = Fault(code, at, stays)
                     if why := _endure(place, script, fault):
