@@ -36,6 +36,7 @@ ROOT = "/var/lib/relfleet"
 WORKLOAD = "app/main.py"
 UNIT = "relfleet-agent.service"
 HOUSE = Path(__file__).resolve().parents[2]
+OTHER_USER = "daemon"
 SERVER_UNIT = HOUSE / "deploy" / "systemd" / "relfleet-server.service"
 SERVER_DATA = "/var/lib/relfleet-server"
 SERVER = """\
@@ -358,6 +359,21 @@ def _uninstalls(bench: Bench) -> None:
     assert json.loads(bench.agent("uninstall-service", "--yes").stdout)["removed"] is False
 
 
+def _runs_as_another_user(bench: Bench) -> None:
+    bench.agent("uninstall-service", "--yes")
+    bench.machine.do("chown", "-R", f"{OTHER_USER}:", ROOT)
+    assert bench.agent("install-service", "--root", ROOT, "--user", "nobody").returncode == 2
+    done = bench.agent("install-service", "--root", ROOT, "--user", OTHER_USER)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    bench.await_active()
+    bench.offer("5.2.0", {"app/notes.txt": "of another user\n"})
+    bench.host.await_good("5.2.0")
+    bench.await_active()
+    assert bench.machine.ask("stat", "--format=%U", f"/proc/{bench.show('MainPID')}") == OTHER_USER
+    bench.agent("uninstall-service", "--yes")
+    bench.machine.do("chown", "-R", "root:", ROOT)
+
+
 def _serves(bench: Bench) -> None:
     machine, unit, port = bench.machine, SERVER_UNIT.name, _free_port()
     machine.put("/usr/lib/python3/dist-packages/relfleet.pth", LIBRARIES)
@@ -439,6 +455,7 @@ SCENARIOS = (
     Scenario("a cut in mid-trial gives the boot back, and the trial goes on", _cut),
     Scenario("kills without end do not end the service", _kills),
     Scenario("the unit is taken away, and the root stays", _uninstalls, quick=True),
+    Scenario("the agent runs, and updates, as another user than root", _runs_as_another_user),
     Scenario("the server's unit runs the server, starts it again and stops it", _serves),
 )
 
