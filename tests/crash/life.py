@@ -305,9 +305,10 @@ class Host:
         ledger = self.ledger
         if stumbled and (self.watch.is_blind or not self.watch.stays_bad):
             self._check_whole(name)
-            if slots.digest_of(name) in ledger.skipped - {slots.digest_of(good) for good in ledger.goods}:
+            last_resort = ledger.goods | {slots.link(self.root, slots.PREVIOUS)}
+            if slots.digest_of(name) in ledger.skipped - {slots.digest_of(each) for each in last_resort}:
                 raise BrokenPromise(f"{name} was started, which is skipped")
-            if name not in ledger.goods | {ledger.tries, slots.link(self.root, slots.PREVIOUS)}:
+            if name not in last_resort | {ledger.tries}:
                 raise BrokenPromise(f"{name} was started, which is a third version")
             if name == ledger.tries and not self.watch.is_blind:
                 self.ledger = ledger._replace(starts=ledger.starts + 1)
