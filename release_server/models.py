@@ -302,7 +302,10 @@ class Token(Base):
 
 
 class AuditEntry(Base):
-    """Who did what to what, and when; written in the same transaction as the deed."""
+    """Who did what to what, and when; written in the same transaction as the deed.
+
+    `hash` covers the entry and `previous`, the hash of the one before (`audit_chain`).
+    """
 
     __tablename__ = "audit"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -311,6 +314,17 @@ class AuditEntry(Base):
     action: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(256))
     detail: Mapped[dict[str, Any]]
+    previous: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+class AuditHead(Base):
+    """The newest audit entry, in one row that every writer of the log locks."""
+
+    __tablename__ = "audit_head"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    entry: Mapped[int]
+    hash: Mapped[str] = mapped_column(String(64))
 
 
 class MetadataFile(Base):

@@ -1,4 +1,4 @@
-"""The audit log, newest first."""
+"""The audit log: newest first for people, oldest first for whoever checks that it is whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
-from agent_core.clock import iso, parse_iso
+from agent_core.clock import parse_iso
 from agent_core.errors import MalformedError
 from release_server import audit
 from release_server.api import PREFIX, services
@@ -37,16 +37,28 @@ def list_entries(query: AuditQuery) -> dict[str, Any]:
         raise MalformedError("since is not a time", why="it must look like 2026-01-31T12:00:00Z") from None
     with services().sessions.read() as session:
         found = audit.entries(session, since=since, actor=query.actor, limit=query.limit)
-        return {
-            "items": [
-                {
-                    "id": entry.id,
-                    "at": iso(entry.at),
-                    "actor": entry.actor,
-                    "action": entry.action,
-                    "subject": entry.subject,
-                    "detail": entry.detail,
-                }
-                for entry in found
-            ]
-        }
+        return {"items": [audit.said(entry) for entry in found]}
+
+
+class ChainQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    after: int = Field(0, ge=0, le=2**53)
+    limit: int = Field(audit.MOST, ge=1, le=audit.MOST)
+
+
+@blueprint.get("/audit/chain")
+@requires("reader")
+def read_chain(query: ChainQuery) -> dict[str, Any]:
+    """The oldest entries behind `after`, with their hashes, and the head; `next` is null at the end."""
+    with services().sessions.read() as session:
+        found, head = audit.stretch(session, after=query.after, limit=query.limit)
+        following = found[-1].id if found and found[-1].id < head.id else None
+        return {"items": [audit.said(entry) for entry in found], "head": str(head), "next": following}
+
+
+@blueprint.get("/audit/verify")
+@requires("reader")
+def verify_chain() -> dict[str, Any]:
+    """Check every entry here and now. Whoever does not believe the server checks `/audit/chain` at home."""
+    with services().sessions.read() as session:
+        return {"head": str(audit.verify(session))}

@@ -27,6 +27,8 @@ import pytest
 
 from agent_core import clock
 from agent_core.errors import Exit
+from release_server import audit_chain
+from release_server.audit_chain import Head
 from release_server.publish.cli import main
 from release_server.publish.commands import agents as agents_commands
 from release_server.publish.commands import operate
@@ -1130,6 +1132,66 @@ def test_follow_prints_what_comes_once_and_ends_with_the_timeout(release: Releas
     assert ran.code == 0
     assert [json.loads(line)["id"] for line in ran.out.splitlines()] == [1, 2, 3]
     assert fleet.seen[-1].query["since"] == ["2026-01-31T11:06:00Z"]
+
+
+def chained(*entries: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Entries as the server gives them, each with its hash, and the head."""
+    head, found = Head(), []
+    for entry in sorted(entries, key=lambda entry: int(entry["id"])):
+        made = audit_chain.link(head.hash, entry)
+        found.append(entry | {"previous": head.hash, "hash": made})
+        head = Head(entry["id"], made)
+    return found, str(head)
+
+
+def test_the_chain_is_checked_here_over_every_page(release: Release, fleet: Fleet) -> None:
+    entries, head = chained(*AUDIT)
+    first = {"items": entries[:1], "next": 1, "head": head}
+    fleet.on("GET", "/audit/chain", first, {"items": entries[1:], "next": None, "head": head})
+    ran = release("audit", "verify")
+    assert (ran.code, ran.out.strip()) == (0, head)
+    assert fleet.seen[-1].query == {"after": ["1"]}
+
+
+@pytest.mark.parametrize("words", ["audit verify", "audit export"])
+def test_a_broken_chain_is_3_and_names_the_first_broken_entry(
+    release: Release, fleet: Fleet, words: str
+) -> None:
+    entries, head = chained(*AUDIT)
+    entries[0]["actor"] = "eve"
+    fleet.on("GET", "/audit/chain", {"items": entries, "next": None, "head": head})
+    ran = release(*words.split())
+    assert ran.code == Exit.TRUST
+    assert "entry 1 was changed" in ran.err
+
+
+def test_an_end_that_the_server_keeps_back_is_3(release: Release, fleet: Fleet) -> None:
+    entries, head = chained(*AUDIT)
+    fleet.on("GET", "/audit/chain", {"items": entries[:1], "next": None, "head": head})
+    ran = release("audit", "verify")
+    assert ran.code == Exit.TRUST
+    assert "ends with entry 1, and 2" in ran.err
+
+
+def test_an_export_is_checked_without_a_server_and_against_a_head_noted_before(
+    release: Release, fleet: Fleet, tmp_path: Path
+) -> None:
+    entries, head = chained(*AUDIT)
+    fleet.on("GET", "/audit/chain", {"items": entries, "next": None, "head": head})
+    assert release("audit", "export", "-o", "log.jsonl").code == 0
+    fleet.seen.clear()
+    assert release("audit", "verify", "log.jsonl", "--head", head).out.strip() == head
+    other = f"2:{'a' * 64}"
+    assert release("audit", "verify", "log.jsonl", "--head", other).code == Exit.TRUST
+    assert release("audit", "verify", "log.jsonl", "--head", "2").code == Exit.USAGE
+    kept = tmp_path / "log.jsonl"
+    kept.write_text(kept.read_text().replace("odd graphs", "odd grasps"))
+    ran = release("audit", "verify", "log.jsonl")
+    assert ran.code == Exit.TRUST
+    assert "entry 2 was changed" in ran.err
+    kept.write_text("[]")
+    assert release("audit", "verify", "log.jsonl").code == Exit.TRUST
+    assert fleet.seen == []
 
 
 # --- help ------------------------------------------------------------------------------------------------
