@@ -7,7 +7,11 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
+<<<<<<< Updated upstream
 .PHONY: help setup demo test crash crash-all mutants fuzz check format lock clean
+=======
+.PHONY: help setup demo test attacks crash crash-all fuzz check format lock clean
+>>>>>>> Stashed changes
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +28,9 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 
 test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+
+attacks: $(READY) ## what a thief and a hostile network try, and what is refused (part of make test)
+	@$(BIN)/python -m tests.attacks $(ARGS)
 
 crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]
 	@scripts/crash-setup

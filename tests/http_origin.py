@@ -187,7 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.server.origin
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, headers, body)
+        # As a proxy it is asked by the whole address: a hostile one answers by itself, whoever was meant.
+        path = re.sub(r"^http://[^/]+", "", self.path)
+        request = Request(self.command, path, headers, body)
         origin.requests.append(request)
         fault = origin.fault_for(request.path)
         self.close_connection = True

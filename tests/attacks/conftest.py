@@ -1,0 +1,21 @@
+"""Hosts to attack; each is gone with its test."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.attacks.victim import Victim
+
+
+@pytest.fixture
+def make_victim(tmp_path):
+    """Makes a host with 1.0.0; `thresholds`, `proxied` and `gate` as of `Victim`."""
+    with ExitStack() as stack:
+        yield lambda **how: stack.enter_context(Victim(tmp_path, **how))
+
+
+@pytest.fixture
+def victim(make_victim):
+    return make_victim()

@@ -1,0 +1,134 @@
+"""Each key stolen by itself, and used as well as it can be: the table of docs/security.md.
+
+The thief stands on the wire as well: he may put any file in the place of any other.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from datetime import timedelta
+
+import pytest
+from securesystemslib.signer import CryptoSigner
+
+from tests.attacks.victim import GOOD, NEW, OLD, SEQ
+
+DAY = timedelta(days=1)
+
+
+def test_one_of_three_root_keys_names_no_release_key(make_victim):
+    """Threshold 2 of 3. His own root names his own release key, which signs."""
+    victim = make_victim(thresholds={"root": 2})
+    server, honest = victim.server, list(victim.server.signers["root"])
+    server.root.revoke_key(server.signers["targets"].pop().public_key.keyid, "targets")
+    server.add_signer("targets", CryptoSigner.generate_ed25519())
+    server.publish_root(signers=honest[:1])
+    server.release("6.6.6", 666)
+    server.lead_to("6.6.6")
+    victim.refuses("bad-signature")
+    victim.is_well_again()
+
+
+def test_one_of_three_root_keys_does_not_lower_the_threshold(make_victim):
+    victim = make_victim(thresholds={"root": 2})
+    victim.server.root.roles["root"].threshold = 1
+    victim.server.publish_root(signers=victim.server.signers["root"][:1])
+    victim.refuses("bad-signature")
+    victim.is_well_again()
+
+
+def test_one_of_two_release_keys_with_all_online_keys_beside_it(make_victim):
+    """The worst case: published by the server's keys, with a floor that would lock people out."""
+    victim = make_victim(thresholds={"targets": 2})
+    victim.server.release("6.6.6", 666)
+    victim.server.set_policy(floor_seq=666)
+    victim.server.signers["targets"].pop(0)
+    victim.server.lead_to("6.6.6")
+    victim.refuses("bad-signature")
+    assert victim.before[0].floor < 666
+    victim.is_well_again()
+
+
+def test_the_cohorts_key_alone_says_nothing_that_anybody_takes(victim):
+    """Nobody asks for one that snapshot does not name, and in the place of the one it names he has others."""
+    server = victim.server
+    server.set_directive("stable", release=OLD, base=OLD, rollback=True)
+    server.cohorts.version += 1
+    forged = server.sign(server.cohorts, server.signers["cohorts"])
+    server.write(f"{server.cohorts.version}.cohorts.json", forged)
+    assert victim.poll().reason == "up-to-date"
+    server.cohorts.version -= 1
+    server.lead_to(GOOD, revision=2)
+    server.write(f"{server.cohorts.version}.cohorts.json", forged)
+    victim.refuses("digest-mismatch")
+    victim.is_well_again()
+
+
+def test_the_snapshot_key_alone_puts_nothing_together(victim):
+    """A snapshot of his, in the place of the one that the timestamp names."""
+    server = victim.server
+    server.lead_to(GOOD, revision=2)
+    named = deepcopy(server.snapshot)
+    named.meta["targets.json"].version = 9
+    server.write(f"{named.version}.snapshot.json", server.sign(named, server.signers["snapshot"]))
+    victim.refuses("digest-mismatch")
+    victim.is_well_again()
+
+
+def test_the_timestamp_key_alone_names_no_older_snapshot(victim):
+    server = victim.server
+    server.lead_to(GOOD, revision=2)
+    assert victim.poll().reason == "up-to-date"
+    server.timestamp.snapshot_meta.version -= 1
+    server.bump_timestamp()
+    victim.refuses("replayed")
+    victim.is_well_again()
+
+
+def test_the_timestamp_key_alone_throws_no_host_past_what_others_signed(victim):
+    """A signed time past the expiry of a role of others is no time: every host would refuse all there is."""
+    victim.server.snapshot.expires = victim.server.now + 3 * DAY
+    victim.server.publish()
+    victim.server.bump_timestamp(victim.server.now + 10_000 * DAY)
+    victim.refuses("expired")
+    victim.is_well_again()
+
+
+@pytest.mark.parametrize("ahead", [1, 6], ids=["a day", "a week, nearly"])
+def test_the_timestamp_key_alone_costs_a_week_at_most(victim, ahead):
+    """What he can do is said in docs/security.md; the host is well again with the server's next timestamp."""
+    victim.server.bump_timestamp(victim.server.now + ahead * DAY)
+    assert victim.poll().reason == "up-to-date"
+    assert victim.state() == victim.before
+    victim.server.now += ahead * DAY
+    victim.is_well_again()
+
+
+def test_all_online_keys_make_no_code_run(victim):
+    """He has directives, snapshot and timestamp, and signs a role of the releases by all three."""
+    server = victim.server
+    server.release("6.6.6", 666)
+    server.signers["targets"] = [server.signers[role][0] for role in ("cohorts", "snapshot", "timestamp")]
+    server.lead_to("6.6.6")
+    victim.refuses("bad-signature")
+    victim.is_well_again()
+
+
+def test_all_online_keys_are_of_no_use_after_the_ceremony(victim):
+    """What the stolen keys sign from then on is refused; the honest server's next word is taken."""
+    server = victim.server
+    stolen = {role: list(server.signers[role]) for role in ("snapshot", "timestamp")}
+    for role in stolen:
+        server.rotate(role)
+    server.publish_root()
+    server.lead_to(GOOD, revision=2)
+    assert victim.poll().reason == "up-to-date"
+    fresh = {role: list(server.signers[role]) for role in stolen}
+    server.signers |= stolen
+    server.lead_to(OLD, rollback=True, revision=3)
+    victim.refuses("bad-signature")
+    server.signers |= fresh
+    server.release(NEW, SEQ[NEW])
+    server.lead_to(NEW, revision=4)
+    outcome = victim.poll()
+    assert (outcome.reason, outcome.candidate) == ("update", victim.name_of(NEW))
