@@ -7,11 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-<<<<<<< Updated upstream
-.PHONY: help setup demo test crash crash-all mutants fuzz check format lock clean
-=======
-.PHONY: help setup demo test attacks crash crash-all fuzz check format lock clean
->>>>>>> Stashed changes
+.PHONY: help setup demo test attacks crash crash-all mutants fuzz check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
