@@ -89,6 +89,8 @@ class Reason(StrEnum):
     IN_TRIAL = "in-trial"
     NO_COHORT = "no-cohort"
     NO_DIRECTIVE = "no-directive"
+    PENDING = "pending"
+    RETIRED = "retired"
     # Refused: the release must not run here.
     WRONG_PRODUCT = "wrong-product"
     NO_BUNDLE = "no-bundle"
@@ -475,18 +477,32 @@ class EnrollRequest:
 
 @late_dataclass(frozen=True)
 class EnrollAnswer:
-    """Who the agent is from now on, and the cohort it starts in (None: no cohort matches yet)."""
+    """Who the agent is from now on, and the cohort it starts in (None: no cohort matches yet).
+
+    Attributes:
+        pending: an operator has to accept it first; until then it has no cohort.
+    """
 
     agent_id: str
     cohort: str | None
+    pending: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "agent_id": self.agent_id, "cohort": self.cohort}
+        return {
+            "schema": SCHEMA,
+            "agent_id": self.agent_id,
+            "cohort": self.cohort,
+            "pending": self.pending,
+        }
 
     @classmethod
     def from_json(cls, body: object, path: str = "enroll answer") -> Self:
         get = Getter(body, path)
-        return cls(get.text("agent_id", form=AGENT_ID), get.optional_text("cohort", form=NAME))
+        return cls(
+            agent_id=get.text("agent_id", form=AGENT_ID),
+            cohort=get.optional_text("cohort", form=NAME),
+            pending=get.boolean("pending", False),
+        )
 
 
 @late_dataclass(frozen=True)
@@ -615,12 +631,14 @@ class ReportAnswer:
         accepted: the highest transition number that is durable at the server.
         session: a new token for unsigned heartbeats, or None when the old one holds.
         session_s: seconds the session lasts.
+        pending: an operator has not accepted this agent yet.
     """
 
     cohort: str | None
     accepted: int
     session: str | None = None
     session_s: int = 0
+    pending: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -629,6 +647,7 @@ class ReportAnswer:
             "accepted": self.accepted,
             "session": self.session,
             "session_s": self.session_s,
+            "pending": self.pending,
         }
 
     @classmethod
@@ -639,6 +658,7 @@ class ReportAnswer:
             accepted=get.integer("accepted"),
             session=get.optional_text("session"),
             session_s=get.integer("session_s", 0),
+            pending=get.boolean("pending", False),
         )
 
 

@@ -6,7 +6,6 @@ import hmac
 import secrets
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidSignature
@@ -18,8 +17,6 @@ from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import (
     AttemptState,
     Directive,
-    EnrollAnswer,
-    EnrollRequest,
     Phase,
     Reason,
     Report,
@@ -62,92 +59,12 @@ UNPROVEN = frozenset(
 """Reasons that say who sent a report is not proven: the API answers 401."""
 
 
-# --- enrolment -------------------------------------------------------------------------------------------
-
-
-def enroll(session: Session, now: datetime, token: str, request: EnrollRequest) -> EnrollAnswer:
-    """Take a host into the fleet; the same public key again gets the same answer and costs no further use.
-
-    Args:
-        token: text of an enroller token; one of its uses is taken in this transaction.
-
-    Raises:
-        NotAllowedError: the token is unknown, revoked, expired, used up, or not for this product; or the
-            agent of this key has been retired.
-        NotFoundError: no such product.
-        ConflictError: the key belongs to an agent of another product.
-    """
-    known = session.scalar(select(Agent).where(Agent.public_key == request.public_key))
-    try:
-        person = auth.check_token(session, token, now)
-    except NotAllowedError as error:
-        # The answer to a one-time enrolment may have been lost: asking again must not strand a host.
-        if error.reason == "token-used-up" and known is not None:
-            return _same_again(known, request)
-        raise
-    _check_scope(person, request)
-    if known is not None:
-        return _same_again(known, request)
-    product = releases.find_product(session, request.product)
-    auth.use_up(session, person, now)
-    agent = Agent(
-        id=_free_name(session, request),
-        product=product,
-        public_key=request.public_key,
-        platform=request.platform,
-        gate=request.gate,
-        labels=dict(request.labels),
-        operator_labels={},
-        figures={},
-        enrolled_at=now,
-        seen_at=now,
-    )
-    session.add(agent)
-    session.flush()
-    cohorts.place(session, agent)
-    session.flush()
-    audit.record(session, now, person.name, "agent.enroll", agent.id, product=product.name)
-    return EnrollAnswer(agent.id, _cohort_name(session, agent))
-
-
-def _check_scope(person: auth.Person, request: EnrollRequest) -> None:
-    if not person.may("enroller"):
-        raise NotAllowedError(
-            f"{person.name} may not enrol agents", why=f"the token has the role {person.role}", reason="scope"
-        )
-    if person.product not in (None, request.product):
-        raise NotAllowedError(
-            f"the token does not enrol agents of {request.product}",
-            why=f"it is for {person.product}",
-            reason="scope",
-        )
-
-
-def _same_again(agent: Agent, request: EnrollRequest) -> EnrollAnswer:
-    if agent.retired_at is not None:
-        raise NotAllowedError(
-            f"agent {agent.id} is retired", then="enrol the host anew with a fresh key", reason="retired"
-        )
-    if agent.product.name != request.product:
-        raise ConflictError(
-            f"this key is enrolled as {agent.id} of {agent.product.name}", then="make a key for each product"
-        )
-    return EnrollAnswer(agent.id, agent.cohort.name if agent.cohort else None)
-
-
-def _free_name(session: Session, request: EnrollRequest) -> str:
-    """The asked name when it is free, else with a piece of the key's digest behind it."""
-    digest = sha256(request.public_key.encode()).hexdigest()
-    names = [request.name, *(f"{request.name[:100]}-{digest[:size]}" for size in (4, 8, 16))]
-    taken = set(session.scalars(select(Agent.id).where(Agent.id.in_(names))))
-    return next((name for name in names if name not in taken), f"{request.name[:60]}-{digest}")
-
-
-def _cohort_name(session: Session, agent: Agent) -> str | None:
-    return session.scalar(select(Cohort.name).where(Cohort.id == agent.cohort_id))
-
-
 # --- reports ---------------------------------------------------------------------------------------------
+
+
+def cohort_name(session: Session, agent: Agent) -> str | None:
+    """The cohort that agents are told they belong to."""
+    return session.scalar(select(Cohort.name).where(Cohort.id == agent.cohort_id))
 
 
 @dataclass(frozen=True)
@@ -177,7 +94,7 @@ def take_report(session: Session, now: datetime, proof: Signed | Bearer, report:
         NotAllowedError: reasons in `UNPROVEN` when the sender is not proven; `not-yourself`, `retired` or
             `unsigned` when it is, but may not say this.
     """
-    agent = _prove(session, now, proof)
+    agent = prove(session, now, proof)
     _check_subject(agent, proof, report)
     for transition in sorted(report.transitions, key=lambda entry: entry.number):
         if transition.number > agent.accepted:
@@ -187,14 +104,20 @@ def take_report(session: Session, now: datetime, proof: Signed | Bearer, report:
     token = _renew(agent, now, report) if isinstance(proof, Signed) else None
     session.flush()
     return ReportAnswer(
-        cohort=_cohort_name(session, agent),
+        cohort=cohort_name(session, agent),
+        pending=agent.pending,
         accepted=agent.accepted,
         session=token,
         session_s=int(SESSION.total_seconds()) if token else 0,
     )
 
 
-def _prove(session: Session, now: datetime, proof: Signed | Bearer) -> Agent:
+def prove(session: Session, now: datetime, proof: Signed | Bearer) -> Agent:
+    """The agent that sent a request.
+
+    Raises:
+        NotAllowedError: reasons in `UNPROVEN`.
+    """
     agent = session.get(Agent, proof.agent_id, populate_existing=True)
     if agent is None:
         raise NotAllowedError("no agent of this name is enrolled", reason="unknown-agent")
@@ -240,11 +163,19 @@ def _raise_counter(session: Session, agent: Agent, counter: int) -> None:
     session.refresh(agent)  # another report of this agent may have been taken in while this one waited
 
 
-def _check_subject(agent: Agent, proof: Signed | Bearer, report: Report) -> None:
+def refuse_retired(agent: Agent) -> None:
+    """An agent that was retired, or not accepted, is told so and not listened to."""
     if agent.retired_at is not None:
         raise NotAllowedError(
-            f"agent {agent.id} is retired", then="enrol the host anew with a fresh key", reason="retired"
+            f"agent {agent.id} is retired",
+            why="the server takes no more reports of it; what it runs keeps running",
+            then="agent enroll --new-key makes this host a new agent",
+            reason=str(Reason.RETIRED),
         )
+
+
+def _check_subject(agent: Agent, proof: Signed | Bearer, report: Report) -> None:
+    refuse_retired(agent)
     if report.agent_id != agent.id or report.product != agent.product.name:
         raise NotAllowedError(
             f"{agent.id} speaks for itself only",
@@ -433,7 +364,7 @@ def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
 
 @dataclass(frozen=True)
 class View:
-    """An agent as people see it; `state` is ok, silent, failed, held or retired."""
+    """An agent as people see it; `state` is ok, silent, failed, held, pending or retired."""
 
     agent: Agent
     product: str
@@ -497,6 +428,8 @@ def _view(agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: 
     spec = specs.get(agent.cohort_id or 0)
     if agent.retired_at is not None:
         state = "retired"
+    elif agent.pending:
+        state = "pending"
     elif is_silent(agent, spec, now):
         state = "silent"
     elif agent.id in failed:
@@ -555,10 +488,14 @@ def _conditions(
 def _state_conditions(
     state: str | None, specs: Mapping[int, CohortSpec], now: datetime
 ) -> list[ColumnElement[bool]]:
-    """The same order as in `_view`: retired, silent, failed, held, ok."""
+    """The same order as in `_view`: retired, pending, silent, failed, held, ok."""
     if state == "retired":
         return [Agent.retired_at.is_not(None)]
-    silent, here = _is_silent(specs, now), Agent.retired_at.is_(None)
+    if state == "pending":
+        return [Agent.retired_at.is_(None), Agent.pending.is_(True)]
+    if state is None:
+        return [Agent.retired_at.is_(None)]
+    silent, here = _is_silent(specs, now), and_(Agent.retired_at.is_(None), Agent.pending.is_(False))
     match state:
         case "silent":
             return [here, silent]
@@ -592,7 +529,13 @@ def move(
     session: Session, now: datetime, actor: str, agent_id: str, *, cohort: str | None, reason: str = ""
 ) -> None:
     """Put an agent into a cohort whatever its labels say; None lets the labels decide again."""
-    agent = _active(session, agent_id)
+    agent = active(session, agent_id)
+    if agent.pending:
+        raise ConflictError(
+            f"agent {agent.id} waits to be accepted",
+            then=f"release agents accept {agent.id}",
+            reason=str(Reason.PENDING),
+        )
     if cohort is None:
         agent.cohort_fixed = False
         cohorts.place(session, agent)
@@ -614,7 +557,7 @@ def label(
     reason: str = "",
 ) -> None:
     """Replace the operators' labels of an agent; they override its own."""
-    agent = _active(session, agent_id)
+    agent = active(session, agent_id)
     agent.operator_labels = dict(labels)
     cohorts.place(session, agent)
     session.flush()
@@ -632,7 +575,8 @@ def retire(session: Session, now: datetime, actor: str, agent_id: str, *, reason
         audit.record(session, now, actor, "agent.retire", agent.id, reason=reason)
 
 
-def _active(session: Session, agent_id: str) -> Agent:
+def active(session: Session, agent_id: str) -> Agent:
+    """The agent of that id, unless it is retired."""
     agent = find(session, agent_id)
     if agent.retired_at is not None:
         raise ConflictError(f"agent {agent.id} is retired", reason="retired")
@@ -686,6 +630,14 @@ def _summary(agent: Agent, wanted: str | None, *, blocked: bool) -> str:
 def _chain(session: Session, now: datetime, agent: Agent) -> tuple[list[Link], str | None]:
     if agent.retired_at is not None:
         return [Link(False, "retired", "it is retired: its reports are refused", "enrol the host anew")], None
+    if agent.pending:
+        waits = Link(
+            False,
+            str(Reason.PENDING),
+            "it waits for an operator to accept it",
+            f"release agents accept {agent.id}",
+        )
+        return [_heard(agent, None, now), waits], None
     if agent.cohort is None:
         none = Link(
             False,

@@ -21,7 +21,7 @@ from release_server.api import services
 from release_server.models import Token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from sqlalchemy.orm import Session
@@ -87,16 +87,27 @@ def add_token(
     expires: timedelta | None = None,
     product: str | None = None,
     uses: int | None = None,
+    approve: bool = False,
+    cohort: str | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> tuple[Token, str]:
     """Make a token; its text is returned here and nowhere again.
 
+    Args:
+        approve: whom it enrols waits until an operator accepts.
+        cohort: whom it enrols belongs to this cohort, whatever its labels say.
+        labels: the operators' labels of whom it enrols.
+
     Raises:
-        UsageError: `uses` or `product` on a role that does not know them.
+        UsageError: anything of an enrolment said of a role that enrols nobody, or a cohort of no product.
     """
-    if role is not Role.ENROLLER and (uses is not None or product is not None):
+    if role is not Role.ENROLLER and (uses or product or approve or cohort or labels):
         raise UsageError(
-            "a token cannot be limited like that", why="uses and product limit enroller tokens only"
+            "a token cannot be limited like that",
+            why="uses, product, approve, cohort and labels are for enroller tokens",
         )
+    if cohort is not None and product is None:
+        raise UsageError("a cohort belongs to a product", then="name the product too")
     text = make_token()
     token = Token(
         name=name,
@@ -104,6 +115,9 @@ def add_token(
         hash=hash_token(text),
         product=product,
         uses_left=uses,
+        approve=approve,
+        cohort=cohort,
+        labels=dict(labels or {}),
         created_at=now,
         created_by=actor,
         expires_at=None if expires is None else now + expires,

@@ -488,8 +488,8 @@ def candidates(session: Session, product_id: int) -> list[Candidate]:
 
 
 def place(session: Session, agent: Agent) -> None:
-    """Put one agent where its labels say, unless an operator has moved it by hand."""
-    if not agent.cohort_fixed:
+    """Put one agent where its labels say, unless an operator has moved it by hand or not let it in yet."""
+    if not agent.cohort_fixed and not agent.pending:
         agent.cohort_id = choose(candidates(session, agent.product_id), labels_of(agent))
 
 
@@ -513,7 +513,10 @@ def reassign(session: Session, product_id: int) -> int:
 
 def _movable(product_id: int) -> Any:
     return select(Agent.id, Agent.labels, Agent.operator_labels, Agent.cohort_id).where(
-        Agent.product_id == product_id, Agent.cohort_fixed.is_(False), Agent.retired_at.is_(None)
+        Agent.product_id == product_id,
+        Agent.cohort_fixed.is_(False),
+        Agent.pending.is_(False),
+        Agent.retired_at.is_(None),
     )
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -221,7 +222,10 @@ class RolloutEvent(Base):
 
 
 class Agent(Base):
-    """One enrolled agent, as it last reported."""
+    """One enrolled agent, as it last reported.
+
+    `pending` ones wait for an operator and belong to no cohort; `token_id` is the token that enrolled it.
+    """
 
     __tablename__ = "agents"
     __table_args__ = (Index("ix_agents_cohort_seen", "cohort_id", "seen_at"),)
@@ -248,6 +252,8 @@ class Agent(Base):
     enrolled_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     retired_at: Mapped[datetime | None]
+    pending: Mapped[bool] = mapped_column(default=False, server_default=false())
+    token_id: Mapped[int | None] = mapped_column(ForeignKey("tokens.id"))
     product: Mapped[Product] = relationship()
     cohort: Mapped[Cohort | None] = relationship()
 
@@ -285,7 +291,10 @@ class AgentEvent(Base):
 
 
 class Token(Base):
-    """A token of a person, a pipeline or an enrolment; only its hash is kept."""
+    """A token of a person, a pipeline or an enrolment; only its hash is kept.
+
+    `approve`, `cohort` and `labels` are for what an enroller's token enrols.
+    """
 
     __tablename__ = "tokens"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -294,6 +303,9 @@ class Token(Base):
     hash: Mapped[str] = mapped_column(String(64), unique=True)
     product: Mapped[str | None] = mapped_column(String(64))
     uses_left: Mapped[int | None]
+    approve: Mapped[bool] = mapped_column(default=False, server_default=false())
+    cohort: Mapped[str | None] = mapped_column(String(64))
+    labels: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
     created_at: Mapped[datetime]
     created_by: Mapped[str] = mapped_column(String(128))
     expires_at: Mapped[datetime | None]

@@ -34,6 +34,7 @@ class Identity:
         cohort: as the server last said, None while no cohort matches.
         gate: set on this host and never by the server; empty lets every release through.
         enrolled: the server knows this agent; False where none could be asked yet.
+        standing: `pending` until an operator accepts it, `retired` once the server says so, else empty.
     """
 
     server: str
@@ -44,6 +45,7 @@ class Identity:
     gate: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     enrolled: bool = True
+    standing: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +58,7 @@ class Identity:
             "gate": self.gate,
             "labels": dict(self.labels),
             "enrolled": self.enrolled,
+            "standing": self.standing,
         }
 
     @classmethod
@@ -71,6 +74,7 @@ class Identity:
             gate=get.text("gate", ""),
             labels=get.labels("labels"),
             enrolled=get.boolean("enrolled", True),
+            standing=get.text("standing", ""),
         )
 
 
@@ -94,13 +98,13 @@ def save(paths: Layout, identity: Identity) -> None:
     layout.write_json(paths.identity, identity.to_json(), 0o600)
 
 
-def make_key(paths: Layout) -> str:
-    """Make this host's ed25519 key unless it has one; a repeated enrolment keeps it.
+def make_key(paths: Layout, *, fresh: bool = False) -> str:
+    """Make this host's ed25519 key unless it has one; a repeated enrolment keeps it, unless `fresh`.
 
     Returns:
         The public half, 64 hex digits.
     """
-    if not paths.key.exists():
+    if fresh or not paths.key.exists():
         layout.write_durable(paths.key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
     return public_key(paths)
 

@@ -16,7 +16,7 @@ from agent_core.bundle import host_platforms
 from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
 from agent_core.settings import load_agent
 from agent_core.spool import Spool
-from agent_core.wire import AGENT_ID, AttemptState, EnrollAnswer, EnrollRequest
+from agent_core.wire import AGENT_ID, AttemptState, EnrollAnswer, EnrollRequest, Reason
 from updater import attempt as attempts
 from updater import identity as identities
 from updater import poll, report, server
@@ -43,6 +43,8 @@ def enroll(
     name: str,
     labels: Mapping[str, str],
     gate: str,
+    *,
+    new_key: bool = False,
 ) -> Device:
     """Make the directory, the key and the identity. Done again, it goes on where it was cut.
 
@@ -50,6 +52,7 @@ def enroll(
         token: None where no server can be asked: the host takes releases from files, under the name it gives
             itself, and becomes known to the server when it is enrolled again with a token.
         trust: the root metadata this host is to believe, brought by another way than the server.
+        new_key: become another agent than before, e.g. because that one was retired.
 
     Raises:
         UsageError: this host is enrolled with another server or product.
@@ -64,7 +67,7 @@ def enroll(
     if token is None and before is not None:
         return Device(layout, settings, before)
     platform = host_platforms()[0]
-    public_key = identities.make_key(layout)
+    public_key = identities.make_key(layout, fresh=new_key)
     request = EnrollRequest(product, name, public_key, platform, gate, labels)
     if token is None:
         answer = EnrollAnswer(agent_id=_own_id(name), cohort=None)
@@ -79,6 +82,7 @@ def enroll(
         gate=gate,
         labels=labels,
         enrolled=token is not None,
+        standing=str(Reason.PENDING) if answer.pending else "",
     )
     identities.save(layout, identity)
     return Device(layout, settings, identity)

@@ -227,6 +227,14 @@ def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
     return verified.memory(clock.boot_s(), freshness.boot_id())
 
 
+_NO_COHORT = (Reason.NO_COHORT, "no cohort on the server matches this agent")
+_OUTSIDE = {
+    str(Reason.PENDING): (Reason.PENDING, "it waits for an operator to accept it"),
+    str(Reason.RETIRED): (Reason.RETIRED, "the server has retired this agent; what it runs keeps running"),
+}
+"""Why an agent that is enrolled is told nothing to run, by its standing."""
+
+
 @late_dataclass()
 class _Check:
     """The rest of one check, under the lock of the verified catalog."""
@@ -241,7 +249,7 @@ class _Check:
     def run(self) -> Outcome:
         cohort = self.device.identity.cohort
         if cohort is None:
-            return self._stay(Reason.NO_COHORT, "no cohort on the server matches this agent")
+            return self._stay(*_OUTSIDE.get(self.device.identity.standing, _NO_COHORT))
         directive = self.catalog.directive(cohort)
         if directive is None:
             return self._stay(Reason.NO_DIRECTIVE, f"cohort {cohort} has no directive yet")

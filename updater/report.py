@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, slots
 from agent_core import layout as durable
-from agent_core.errors import RelfleetError
+from agent_core.errors import NotAllowedError, RelfleetError
 from agent_core.spool import Spool
-from agent_core.wire import MAX_TRANSITIONS, AttemptState, Getter, Phase, Report, ReportAnswer, Transition
+from agent_core.wire import (
+    MAX_TRANSITIONS,
+    AttemptState,
+    Getter,
+    Phase,
+    Reason,
+    Report,
+    ReportAnswer,
+    Transition,
+)
 from updater import attempt as attempts
 from updater import identity as identities
 from updater import server
@@ -68,7 +77,14 @@ def send_signed(device: Device, *, figures: Mapping[str, float] | None = None) -
         while True:
             pending = tuple(spool.pending(MAX_TRANSITIONS))
             report = build(device, figures=figures, transitions=pending)
-            answer = server.report_signed(transport, device.identity, device.layout, report)
+            try:
+                answer = server.report_signed(transport, device.identity, device.layout, report)
+            except NotAllowedError as error:
+                if (
+                    error.reason == Reason.RETIRED
+                ):  # kept, so that people here are told, and nothing new comes
+                    _become(device, None, str(Reason.RETIRED))
+                raise
             spool.accepted(answer.accepted)
             device = learn(device, answer)
             if not pending or not spool.pending(1):
@@ -87,9 +103,13 @@ def learn(device: Device, answer: ReportAnswer) -> Device:
         until_s = clock.now().timestamp() + answer.session_s - SESSION_MARGIN_S
         note = {"session": answer.session, "until_s": int(until_s)}
         durable.write_json(device.session_file, note, 0o600)
-    if answer.cohort == device.identity.cohort:
+    return _become(device, answer.cohort, str(Reason.PENDING) if answer.pending else "")
+
+
+def _become(device: Device, cohort: str | None, standing: str) -> Device:
+    if (cohort, standing) == (device.identity.cohort, device.identity.standing):
         return device
-    identity = replace(device.identity, cohort=answer.cohort)
+    identity = replace(device.identity, cohort=cohort, standing=standing)
     identities.save(device.layout, identity)
     return replace(device, identity=identity)
 

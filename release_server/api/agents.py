@@ -19,7 +19,7 @@ from agent_core.wire import (
     Problem,
     Report,
 )
-from release_server import agents, auth
+from release_server import agents, auth, enrolment
 from release_server.api import PREFIX, problems, services
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
@@ -45,7 +45,7 @@ def enroll() -> dict[str, Any]:
     token = auth.bearer()
     wanted = EnrollRequest.from_json(_body(request.get_data()))
     with hub.sessions.write() as session:
-        return agents.enroll(session, hub.clock(), token, wanted).to_json()
+        return enrolment.enroll(session, hub.clock(), token, wanted).to_json()
 
 
 @blueprint.post("/report")
@@ -166,3 +166,17 @@ def label(path: AgentPath, body: Labels) -> dict[str, Any]:
 def retire(path: AgentPath, body: Because) -> dict[str, Any]:
     """Take an agent out of the fleet for good."""
     return _ask(path, agents.retire, reason=body.reason)
+
+
+@blueprint.post("/agents/<id>/accept", security=SECURITY)
+@requires("operator")
+def accept(path: AgentPath, body: Because) -> dict[str, Any]:
+    """Let an agent in that waits for it."""
+    return _ask(path, enrolment.accept, reason=body.reason)
+
+
+@blueprint.post("/agents/<id>/reject", security=SECURITY)
+@requires("operator")
+def reject(path: AgentPath, body: Because) -> dict[str, Any]:
+    """Turn an agent away that waits to be accepted."""
+    return _ask(path, enrolment.reject, reason=body.reason)

@@ -11,8 +11,8 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent_core.clock import iso
-from agent_core.wire import NAME
-from release_server import auth
+from agent_core.wire import NAME, Getter
+from release_server import auth, cohorts
 from release_server.api import PREFIX, services
 from release_server.api.people import SECURITY
 from release_server.auth import Role, requires
@@ -32,6 +32,9 @@ class NewToken(BaseModel):
     expires_s: int | None = Field(None, ge=1, le=10 * 366 * 86_400)
     product: str | None = Field(None, pattern=f"^{NAME.pattern}$")
     uses: int | None = Field(None, ge=1, le=10**9)
+    approve: bool = False
+    cohort: str | None = Field(None, pattern=f"^{NAME.pattern}$")
+    labels: dict[str, str] = Field(default_factory=dict, max_length=64)
 
 
 class TokenPath(BaseModel):
@@ -55,6 +58,9 @@ def render(token: Token) -> dict[str, Any]:
         "role": token.role,
         "product": token.product,
         "uses_left": token.uses_left,
+        "approve": token.approve,
+        "cohort": token.cohort,
+        "labels": token.labels,
         "created_by": token.created_by,
         **times,
     }
@@ -73,7 +79,10 @@ def list_tokens() -> dict[str, Any]:
 def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
     """Make a token; the answer is the only place its text ever appears."""
     hub = services()
+    labels = Getter({"labels": body.labels}, "body").labels("labels")
     with hub.sessions.write() as session:
+        if body.cohort is not None and body.product is not None:
+            cohorts.find(session, body.product, body.cohort)
         token, text = auth.add_token(
             session,
             hub.clock(),
@@ -83,6 +92,9 @@ def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
             expires=None if body.expires_s is None else timedelta(seconds=body.expires_s),
             product=body.product,
             uses=body.uses,
+            approve=body.approve,
+            cohort=body.cohort,
+            labels=labels,
         )
         return {**render(token), "token": text}, 201
 

@@ -107,6 +107,7 @@ VALUES: dict[str, Any] = {
     ),
     "enroll_answer": EnrollAnswer("web-17", "eu-web"),
     "enroll_answer_without_cohort": EnrollAnswer("web-17", None),
+    "enroll_answer_pending": EnrollAnswer("web-17", None, pending=True),
     "transition": ROLLED_BACK,
     "report": Report(
         agent_id="web-17",
@@ -133,6 +134,7 @@ VALUES: dict[str, Any] = {
     ),
     "report_answer": ReportAnswer("eu-web", 12, "c2Vzc2lvbi10b2tlbg", 3_600),
     "report_answer_without_session": ReportAnswer(None, 0),
+    "report_answer_pending": ReportAnswer(None, 3, "c2Vzc2lvbi10b2tlbg", 3_600, pending=True),
     "problem": Problem(
         status=409,
         title="the cohort is frozen",
@@ -270,7 +272,7 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "gate": NOTHING_TEXTS,
         "labels": LABELS,
     },
-    "enroll_answer": {"agent_id": (MISSING, None, *AGENT_IDS), "cohort": NAMES},
+    "enroll_answer": {"agent_id": (MISSING, None, *AGENT_IDS), "cohort": NAMES, "pending": FLAGS},
     "transition": {
         "number": (MISSING, 0, None, *COUNTS),
         "at": (MISSING, *NOTHING_TEXTS),
@@ -311,6 +313,7 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "accepted": (MISSING, None, *COUNTS),
         "session": TEXTS,
         "session_s": (None, *COUNTS),
+        "pending": FLAGS,
     },
     "problem": {
         "status": (MISSING, None, 399, 600, *NOT_NUMBER),
@@ -353,6 +356,12 @@ def test_what_does_not_fit_is_refused_by_the_path_of_its_key(name: str, key: str
     assert refusal.value.reason == "malformed"
     assert refusal.value.why
     assert len(str(refusal.value)) < 400, "a refusal does not repeat what a stranger sent at length"
+
+
+@pytest.mark.parametrize("name", ["enroll_answer", "report_answer"])
+def test_the_answer_of_a_server_without_approvals_is_read(name: str) -> None:
+    old = {key: value for key, value in golden(name).items() if key != "pending"}
+    assert type(VALUES[name]).from_json(old) == VALUES[name]
 
 
 def test_the_refusals_above_cover_every_key_of_every_message() -> None:
@@ -476,7 +485,7 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         retry_epoch=counts,
     ),
     st.builds(EnrollRequest, names, agent_ids, digests, platforms, texts, labels),
-    st.builds(EnrollAnswer, agent_ids, st.none() | names),
+    st.builds(EnrollAnswer, agent_ids, st.none() | names, st.booleans()),
     transitions,
     st.builds(
         Report,
@@ -493,7 +502,7 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         st.dictionaries(texts, st.integers(-(2**53), 2**53) | st.floats(-1e18, 1e18), max_size=4),
         st.lists(transitions, max_size=3).map(tuple),
     ),
-    st.builds(ReportAnswer, st.none() | names, counts, st.none() | texts, counts),
+    st.builds(ReportAnswer, st.none() | names, counts, st.none() | texts, counts, st.booleans()),
     st.builds(Problem, st.integers(400, 599), texts, texts, texts, texts),
 ]
 

@@ -13,7 +13,7 @@ from sqlalchemy import event, select
 from agent_core.clock import iso
 from agent_core.directive import assign
 from agent_core.wire import AttemptState, Directive, EnrollRequest, Phase, Report, Transition, signed_text
-from release_server import agents, auth, cohorts, fleet
+from release_server import agents, auth, cohorts, enrolment, fleet
 from release_server.models import Attempt, Bundle, CohortStatus, Product, Release, Rollout
 from release_server.rollout import Stage
 
@@ -119,7 +119,7 @@ class World:
         key = Ed25519PrivateKey.generate()
         wanted = self.request(name, key, labels=labels or {}, gate=gate)
         with self.write() as session:
-            answer = agents.enroll(session, self.clock(), token or self.token, wanted)
+            answer = enrolment.enroll(session, self.clock(), token or self.token, wanted)
         host = self.hosts[answer.agent_id] = Host(answer.agent_id, key, version, labels or {})
         self.report(host)
         return host

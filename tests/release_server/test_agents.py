@@ -14,7 +14,7 @@ from sqlalchemy import event, select
 from agent_core.directive import bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
-from release_server import agents, auth, cohorts, fleet
+from release_server import agents, auth, cohorts, enrolment, fleet
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
 from release_server.rollout import Stage
 from tests.release_server.fleet_world import World
@@ -33,7 +33,7 @@ def make_token(world, **limits):
 
 def enroll(world, token, request):
     with world.write() as session:
-        return agents.enroll(session, world.clock(), token, request)
+        return enrolment.enroll(session, world.clock(), token, request)
 
 
 def take(world, proof, report):

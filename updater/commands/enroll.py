@@ -33,6 +33,7 @@ from updater.device import Device
 @click.option("--name", default=socket.gethostname, help="What the host calls itself [default: its name].")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="What this host is; repeatable.")
 @click.option("--gate", default="", help="Only releases signed for this gate, e.g. canary.")
+@click.option("--new-key", is_flag=True, help="Become another agent than before, with a key of its own.")
 @click.option("--install/--no-install", "wanted", default=True, help="Install the first version now.")
 def enroll(
     root: Path,
@@ -45,6 +46,7 @@ def enroll(
     gate: str,
     wanted: bool,
     offline: bool,
+    new_key: bool,
 ) -> None:
     """Make this host an agent: identity, trust, first version."""
     if (token_file is None) is not offline:
@@ -54,10 +56,14 @@ def enroll(
         )
     token = token_file.read(4096).strip() if token_file else None
     pairs = dict(_pair(label) for label in labels)
-    device = install.enroll(Layout(root), server, product, token, trust.read_bytes(), name, pairs, gate)
+    device = install.enroll(
+        Layout(root), server, product, token, trust.read_bytes(), name, pairs, gate, new_key=new_key
+    )
     who = device.identity
     if offline:
         console.say(f"{who.agent_id} is unknown to the server; next: agent install FILE --root {root}")
+    elif who.standing:
+        console.say(f"enrolled as {who.agent_id}; next, an operator: release agents accept {who.agent_id}")
     else:
         console.say(f"enrolled as {who.agent_id} in cohort {who.cohort or '(none yet)'}")
     outcome = None
@@ -68,6 +74,7 @@ def enroll(
         {
             "agent_id": who.agent_id,
             "cohort": who.cohort,
+            "pending": bool(who.standing),
             "root": str(root),
             "outcome": outcome.to_json() if outcome else None,
         },

@@ -87,6 +87,7 @@ def told(host: Host) -> dict[str, Any]:
         "cohort": device.identity.cohort,
         "server": device.server,
         "enrolled": device.identity.enrolled,
+        "standing": device.identity.standing,
         "running": host.is_up,
         "good": record.good if record else None,
         "previous": record.previous if record else None,
@@ -159,6 +160,8 @@ def _skipped(entry: dict[str, Any]) -> str:
 
 def _server_line(found: dict[str, Any]) -> str:
     known = "" if found["enrolled"] else "  (this host is unknown to it: agent enroll)"
+    if found["standing"]:
+        known = f"  ({found['standing']}: agent why)"
     return f"{found['server']}{known}"
 
 

@@ -30,6 +30,8 @@ CHANGED_BY = {
     Reason.SKIPPED: "agent retry here, or release rollout retry for all",
     Reason.IN_TRIAL: "the end of the trial: agent status",
     Reason.NO_COHORT: "labels that a cohort matches (agent.toml), or release agents move",
+    Reason.PENDING: "an operator: release agents accept",
+    Reason.RETIRED: "a new identity: agent enroll --new-key; then an operator may let it in",
     Reason.NO_DIRECTIVE: "a release for the cohort: release cohort show, release rollout start",
     Reason.WRONG_PRODUCT: "whoever runs the server: its directive is for another product",
     Reason.WRONG_PLATFORM: "a bundle for this platform: release push, on such a machine",
@@ -51,6 +53,10 @@ CHANGED_BY = {
     Reason.PRE_ACTIVATE: "what the release's own hook asks for; then agent retry",
 }
 """For each reason to stay, what would change it."""
+STANDINGS = {
+    str(Reason.PENDING): "it is enrolled, and waits for an operator to accept it",
+    str(Reason.RETIRED): "the server has retired it and takes no reports; what runs keeps running",
+}
 DISTRUST = "whoever runs the server: what it serves is not what the release keys signed; agent doctor"
 
 
@@ -79,6 +85,12 @@ def _chain(host: Host, outcome: Outcome | None) -> Iterator[dict[str, Any]]:
     if not host.is_up:
         yield _link(ok=False, code="stopped", text="no agent runs here", then="agent run, or start the unit")
     cohort = device.identity.cohort
+    if device.identity.standing:
+        text = STANDINGS.get(device.identity.standing, device.identity.standing)
+        yield _link(
+            ok=False, code=device.identity.standing, text=text, then=_changed_by(device.identity.standing)
+        )
+        return
     then = CHANGED_BY[Reason.NO_COHORT] if device.identity.enrolled else "agent enroll --token-file FILE"
     yield _link(ok=cohort is not None, code="cohort", text=f"cohort {cohort or 'none'}", then=then)
     if hold is not None and hold.holds(host.now):

@@ -15,11 +15,11 @@ const LISTS = {
 const TONES = {
   ok: "good", healthy: "good", completed: "good", passed: "good",
   failed: "bad", halted: "bad", aborted: "bad", rolled_back: "bad",
-  silent: "warn", held: "warn", paused: "warn", rolling_back: "warn",
+  silent: "warn", held: "warn", pending: "warn", paused: "warn", rolling_back: "warn",
   running: "busy", open: "busy", soaking: "busy", scheduled: "busy",
   downloading: "busy", staged: "busy", trial: "busy", offered: "busy",
 };
-const URGENCY = ["failed", "silent", "held", "ok", "retired"];
+const URGENCY = ["pending", "failed", "silent", "held", "ok", "retired"];
 const WORKING = ["offered", "downloading", "staged", "trial"];
 const FAILED = ["failed", "rolled_back", "silent"];
 

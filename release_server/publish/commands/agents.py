@@ -11,6 +11,7 @@ from urllib.parse import quote
 import click
 
 from agent_core import clock, console
+from agent_core.errors import NotFoundError
 from release_server.publish import render
 from release_server.publish.commands.operate import (
     LABELS,
@@ -25,7 +26,7 @@ from release_server.publish.commands.operate import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-STATES = ("ok", "silent", "failed", "held", "retired")
+STATES = ("ok", "silent", "failed", "held", "pending", "retired")
 COLUMNS = (
     "id",
     "product",
@@ -157,6 +158,45 @@ def retire(names: tuple[str, ...], reason: str | None) -> None:
     confirm_reach("Retiring reaches {}; each must be enrolled again to come back.", len(names))
     answers = [client().post(path_of(name, "retire"), given(reason=reason)) for name in names]
     console.say(f"retired: {', '.join(names)}")
+    console.emit(answers, lambda: render.agent_table(answers, clock.now()))
+
+
+@agents.command("accept", short_help="Let agents in that wait for it.")
+@click.argument("names", nargs=-1, metavar="AGENT...")
+@click.option("--all", "every", is_flag=True, help="All that wait now.")
+@reason_option()
+def accept(names: tuple[str, ...], reason: str | None, *, every: bool) -> None:
+    """Let agents in that a token of `--approve` enrolled. Each is told with its next report."""
+    _answer_waiting("accept", "accepted", "Accepting lets {} in.", names, reason, every=every)
+
+
+@agents.command("reject", short_help="Turn agents away that wait to be accepted.")
+@click.argument("names", nargs=-1, metavar="AGENT...")
+@click.option("--all", "every", is_flag=True, help="All that wait now.")
+@reason_option()
+def reject(names: tuple[str, ...], reason: str | None, *, every: bool) -> None:
+    """Turn agents away that wait to be accepted: their keys are refused for good."""
+    _answer_waiting("reject", "rejected", "Rejecting turns {} away for good.", names, reason, every=every)
+
+
+def _answer_waiting(
+    verb: str, done: str, what: str, names: tuple[str, ...], reason: str | None, *, every: bool
+) -> None:
+    if bool(names) is every:
+        raise click.UsageError("name the agents, or say --all")
+    waiting = {str(agent["id"]): agent for agent in find((), state="pending")}
+    chosen = names or tuple(waiting)
+    if unknown := [name for name in chosen if name not in waiting]:
+        raise NotFoundError(
+            f"{', '.join(unknown)} does not wait to be accepted", then="release agents list --state pending"
+        )
+    if not chosen:
+        console.say("no agent waits to be accepted")
+    else:
+        confirm_reach(what, len(chosen))
+    answers = [client().post(path_of(name, verb), given(reason=reason)) for name in chosen]
+    if chosen:
+        console.say(f"{done}: {', '.join(chosen)}")
     console.emit(answers, lambda: render.agent_table(answers, clock.now()))
 
 

@@ -11,7 +11,7 @@ import click
 from agent_core import clock, console
 from agent_core.errors import ConflictError
 from release_server.publish import profile, render
-from release_server.publish.commands.operate import SECONDS, client, given
+from release_server.publish.commands.operate import LABELS, SECONDS, client, given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -30,17 +30,30 @@ def token() -> None:
     "--expires", "expires_s", type=SECONDS, default="30d", show_default=True, help="How long it lasts."
 )
 @click.option("--uses", type=click.IntRange(1), help="How often it may be used; for enrolments.")
+@click.option("--approve", is_flag=True, help="Whom it enrols waits until an operator accepts.")
+@click.option("--cohort", help="Whom it enrols belongs to this cohort; needs a product.")
+@click.option("-l", "--label", "said", type=LABELS, multiple=True, help="Labels of whom it enrols.")
 @click.option("--name", help="What it is for; without it the role and today's date.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write it to this new file, mode 0600."
 )
-def create(role: str, out: Path | None, name: str | None, **limits: Any) -> None:
+def create(
+    role: str,
+    out: Path | None,
+    name: str | None,
+    said: tuple[list[tuple[str, str]], ...],
+    *,
+    approve: bool,
+    **limits: Any,
+) -> None:
     """Make a token, for all products or for --product only.
 
     It is printed once, on stdout or into a file, and cannot be shown again.
     """
     place = reserve(out) if out else None
     try:
+        labels = dict(pair for group in said for pair in group)
+        limits |= given(approve=approve or None, labels=labels or None)
         named = name or f"{role} {clock.now():%Y-%m-%d}"
         answer = client().post(
             "/tokens", given(name=named, role=role, product=profile.said().product, **limits)

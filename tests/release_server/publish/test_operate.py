@@ -311,7 +311,7 @@ def stock(fleet: Fleet) -> None:
     fleet.on("GET", "/agents", {"items": [agent_of("web-17"), agent_of("web-18", state="silent")]})
     fleet.on("GET", "/agents/web-17", agent_of("web-17"))
     fleet.on("GET", "/agents/web-17/why", WHY)
-    for verb in ("move", "label", "retire"):
+    for verb in ("move", "label", "retire", "accept", "reject"):
         fleet.on("POST", f"/agents/web-17/{verb}", agent_of("web-17"))
     fleet.on("GET", "/tokens", {"items": TOKENS})
     fleet.on("POST", "/tokens", TOKENS[0] | {"id": 7, "token": "rlf_new-secret"}, status=201)
@@ -405,6 +405,8 @@ DEEDS = [
     ("agents move web-17 --cohort canary", "POST /agents/web-17/move"),
     ("agents label web-17 tier=db", "POST /agents/web-17/label"),
     ("agents retire web-17 --yes", "POST /agents/web-17/retire"),
+    ("agents accept web-17 --yes", "POST /agents/web-17/accept"),
+    ("agents reject web-17 --yes", "POST /agents/web-17/reject"),
     ("token create --role reader", "POST /tokens"),
 ]
 SILENT_DEEDS = [
@@ -447,7 +449,9 @@ EVERYTHING_SAID = [
     "agents move web-17 --by-labels -m x",
     "agents label web-17 a=b -m x",
     "agents retire web-17 -m x --yes",
+    "agents accept web-17 -m x --yes",
     "token create --role enroller --uses 2 --product p --name n --expires 1d",
+    "token create --role enroller --approve --product p --cohort c -l a=b,c=d",
 ]
 
 
@@ -568,6 +572,9 @@ DESTRUCTIVE = [
     ("cohort edit eu-web --match region=us", "2 agents: 1 join, 1 leave"),
     ("rollout abort r-31 --rollback", "3 agents back from 1.5.0 to 1.4.2"),
     ("agents retire web-17", "1 agent;"),
+    ("agents accept web-17", "1 agent"),
+    ("agents accept --all", "2 agents"),
+    ("agents reject --all", "2 agents"),
     ("token revoke 7", "token 7"),
 ]
 
@@ -623,6 +630,19 @@ def test_on_a_terminal_yes_goes_on(fleet: Fleet) -> None:
     code, shown = on_terminal(["cohort", "delete", "eu-web"], b"y\n")
     assert code == 0, shown
     assert fleet.changed() == [f"DELETE /api/v1/cohorts/{PRODUCT}/eu-web"]
+
+
+@pytest.mark.parametrize("verb", ["accept", "reject"])
+def test_only_agents_that_wait_are_answered(release: Release, fleet: Fleet, verb: str) -> None:
+    ran = release("agents", verb, "web-17", "web-99", "--yes")
+    assert ran.code == Exit.NOT_FOUND
+    assert "web-99 does not wait" in ran.err
+    assert release("agents", verb, "--yes").code == Exit.USAGE
+    assert fleet.changed() == []
+    assert fleet.seen[-1].query["state"] == ["pending"]
+    fleet.on("GET", "/agents", {"items": []})
+    ran = release("agents", verb, "--all", "--yes")
+    assert (ran.code, "no agent waits" in ran.err) == (0, True)
 
 
 def test_agents_that_do_not_exist_are_found_out_before_any_is_retired(release: Release, fleet: Fleet) -> None:

@@ -150,3 +150,16 @@ def test_what_only_looks_writes_nothing(host):
 
 def tree(root):
     return {path: (path.lstat().st_mode, path.lstat().st_mtime_ns) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("standing", "words"), [("pending", "waits for an operator"), ("retired", "keeps running")]
+)
+def test_an_agent_that_is_not_in_the_fleet_says_so_and_what_would_change_it(host, standing, words):
+    resting(host)
+    host.enroll(cohort=None, standing=standing)
+    _, said, _ = host.agent("why")
+    assert words in said
+    assert CHANGED_BY[Reason(standing)] in said
+    assert f"({standing}: agent why)" in host.agent("status")[1]
+    assert host.agent("status", "--json")[1].count(f'"standing": "{standing}"') == 1
