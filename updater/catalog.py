@@ -146,7 +146,7 @@ class Catalog:
         self._client: _Client | None = None
 
     def __enter__(self) -> Self:
-        self._lock = _lock(self._dir)
+        self._lock = _lock(self._dir, LOCK_WAIT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -611,11 +611,25 @@ def sorted_errors() -> Iterator[None]:
         ) from error
 
 
-def _lock(directory: Path) -> int:
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold the lock of a metadata directory without asking anything of it.
+
+    Raises:
+        ConflictError: a check holds it now.
+    """
+    fd = _lock(directory, wait_s=0)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(directory: Path, wait_s: float) -> int:
     """Take the one lock of this metadata directory; two writers would corrupt each other's cache."""
     disk.make_dirs(directory)
     fd = disk.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    gives_up = clock.boot_s() + LOCK_WAIT_S
+    gives_up = clock.boot_s() + wait_s
     while True:
         try:
             disk.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

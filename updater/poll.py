@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from agent_core import clock, disk, slots
 from agent_core.bundle import Index, host_platforms
-from agent_core.errors import DiskError, RelfleetError, UnreachableError
+from agent_core.errors import ConflictError, DiskError, RelfleetError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.late import late_dataclass
 from agent_core.layout import clear_left_overs
@@ -103,10 +103,9 @@ def check(device: Device, *, progress: Callable[[int, int], None] | None = None)
         if memory is not None:
             # Last: a check that is cut short must be done again, so no 304 may stand for it before its end.
             freshness.remember(device.layout.poll, memory)
-        clear_left_overs(device.layout)
-        _collect(device)
     except (RelfleetError, OSError) as error:
         log.warning("the outcome could not be kept", extra={"why": str(error)})
+    clear(device)
     if before is None or before.reason != outcome.reason or report.has_news(device):
         tell(device)
     return outcome
@@ -430,8 +429,22 @@ class _Check:
         )
 
 
+def clear(device: Device) -> None:
+    """Clear away what nothing needs; not beside another check, whose staging would look like litter."""
+    from updater.catalog import alone
+
+    try:
+        with alone(device.layout.tuf):
+            clear_left_overs(device.layout)
+            _collect(device)
+    except ConflictError:
+        return  # whoever holds the lock clears up after itself
+    except (RelfleetError, OSError) as error:
+        log.warning("not cleared up", extra={"why": str(error)})
+
+
 def _collect(device: Device) -> None:
-    """Clear away what nothing needs; never while a version is on trial (case 7)."""
+    """Never while a version is on trial (case 7)."""
     from updater.stage import Retention
 
     record = slots.read(device.layout.root)

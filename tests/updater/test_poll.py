@@ -18,7 +18,7 @@ from agent_core.settings import AGENT, AgentSettings
 from agent_core.wire import Directive, ReleaseFacts
 from tests.http_origin import Origin
 from updater import poll
-from updater.catalog import Release
+from updater.catalog import Release, alone
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
@@ -193,3 +193,14 @@ def test_a_bundle_that_could_never_be_unpacked_is_not_downloaded(layout, origin,
 )
 def test_a_check_is_due_until_it_came_to_its_end_and_its_trial_heard_of_it(outcome, unverified, due):
     assert poll.is_due(outcome, GOOD, clock.now(), unverified=unverified) is due
+
+
+def test_what_another_check_is_staging_is_not_cleared_away(layout, origin):
+    half = layout.staging / "2.0.0-222222222222"
+    half.mkdir()
+    device = device_of(layout, origin)
+    with alone(layout.tuf):
+        poll.clear(device)
+        assert half.exists()
+    poll.clear(device)
+    assert not half.exists()
