@@ -46,6 +46,14 @@ class RoleRule:
     def is_due(self, expires: datetime, now: datetime) -> bool:
         return expires - now <= self.resign_before
 
+    def is_late(self, expires: datetime, now: datetime) -> bool:
+        """Whether somebody has to act.
+
+        The server signs what is due at once, so half of that time later it has failed to. People are reminded
+        from the day it is due.
+        """
+        return expires - now <= (self.resign_before / 2 if self.online else self.resign_before)
+
 
 ROLES: dict[str, RoleRule] = {
     rule.name: rule

@@ -200,6 +200,35 @@ def _check_schema(config: Config) -> None:
 cli.add_command(signer_command)
 
 
+# --- monitor ---------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("url")
+@click.option(
+    "--trust",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The root to begin from, brought by a way of its own.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where it remembers what it has seen; below ~/.local/state/relfleet without.",
+)
+def monitor(url: str, trust: Path, state: Path | None) -> int:
+    """Look at a server from outside, as agents do: what expires, stalls, is refused or says two things."""
+    from release_server import monitor as outside
+
+    findings = outside.watch(url, trust, state)
+    alarms = [finding for finding in findings if finding.is_alarm]
+    if alarms or console.options().json:
+        console.emit(findings, lambda: "\n".join(finding.line() for finding in alarms))
+    else:
+        console.say("\n".join(finding.line() for finding in findings))
+    return outside.exit_code(findings)
+
+
 # --- db, config, export ----------------------------------------------------------------------------------
 
 

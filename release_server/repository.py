@@ -405,13 +405,9 @@ def lifetimes(session: Session, now: datetime) -> list[Lifetime]:
     """How long the newest version of each role still holds; roles without one are left out."""
     found = {role: newest(session, role) for role in ROLES}
     return [
-        Lifetime(role, row.version, row.expires_at, row.expires_at - now, _is_late(role, row.expires_at, now))
+        Lifetime(
+            role, row.version, row.expires_at, row.expires_at - now, ROLES[role].is_late(row.expires_at, now)
+        )
         for role, row in found.items()
         if row is not None
     ]
-
-
-def _is_late(role: str, expires_at: datetime, now: datetime) -> bool:
-    """The server signs its own roles as soon as they are due; half of that time later it has failed to."""
-    rule = ROLES[role]
-    return expires_at - now <= (rule.resign_before / 2 if rule.online else rule.resign_before)

@@ -84,7 +84,7 @@ class Release:
 # --- fetching ----------------------------------------------------------------------------------------------
 
 
-class _Fetcher(FetcherInterface):
+class Fetcher(FetcherInterface):
     """Downloads for the TUF client: no redirects, no encodings, whole answers only."""
 
     def __init__(self, client: Client) -> None:
@@ -143,8 +143,21 @@ def fetch(client: Client, root: bytes, cache: Path) -> Trusted:
         NotFoundError: the server has published nothing yet.
         UnreachableError: it does not answer.
     """
+    with refreshed(client, root, cache):
+        trusted = recall(cache)
+    ceremony.check_root(trusted.root.signed)
+    ceremony.check_targets(trusted.targets.signed, trusted.root.signed)
+    return trusted
+
+
+@contextmanager
+def refreshed(client: Client, root: bytes, cache: Path) -> Iterator[Updater]:
+    """A TUF client that has verified the server's current metadata; nobody else uses the cache meanwhile.
+
+    Args, Raises: as of `fetch`, which what is asked of the client inside may raise as well.
+    """
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fetcher = _Fetcher(client)
+    fetcher = Fetcher(client)
     with closing(fetcher), _locked(cache / "lock"):
         try:
             updater = Updater(
@@ -155,12 +168,9 @@ def fetch(client: Client, root: bytes, cache: Path) -> Trusted:
                 bootstrap=root,
             )
             updater.refresh()
+            yield updater
         except (exceptions.RepositoryError, exceptions.DownloadError) as error:
             raise refusal(error, client.url) from error
-        trusted = recall(cache)
-    ceremony.check_root(trusted.root.signed)
-    ceremony.check_targets(trusted.targets.signed, trusted.root.signed)
-    return trusted
 
 
 def recall(cache: Path) -> Trusted:
