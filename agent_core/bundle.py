@@ -32,7 +32,7 @@ else:
     from backports import zstd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 INDEX_NAME = ".bundle.json"
@@ -458,7 +458,7 @@ class _Stream:
             raise _refused("the archive has bytes after its end")
 
 
-class _Sink(Protocol):
+class Sink(Protocol):
     """Where the reader puts files, in the index's order; content is not yet verified when it comes."""
 
     def begin(self, file: File) -> None: ...
@@ -466,7 +466,7 @@ class _Sink(Protocol):
     def end(self) -> None: ...
 
 
-def _read(archive: Path, index: Index, sink: _Sink) -> str:
+def _read(archive: Path, index: Index, sink: Sink) -> str:
     """Drive the archive by the index into `sink`; returns the archive's sha256."""
     raw = disk.open(archive, os.O_RDONLY)
     try:
@@ -582,6 +582,20 @@ def unpack(archive: Path, index: Index, into: Path) -> str:
         TrustError: `bad-archive`, or `digest-mismatch` for the content of a file.
         DiskError: `no-room`, or `disk` for any other failure of the file system.
     """
+    return write_tree(into, index, lambda sink: _read(archive, index, sink), archive.name)
+
+
+def write_tree(into: Path, index: Index, fill: Callable[[Sink], str], what: str) -> str:
+    """Make a new directory of what `fill` brings, verified, and return only when it is on the disk.
+
+    Args:
+        into, index: as of `unpack`.
+        fill: brings exactly what the index lists.
+        what: is being unpacked, for people.
+
+    Returns:
+        What `fill` returns.
+    """
     try:
         disk.mkdir(into, 0o755)
         root = disk.open_dir(into)
@@ -589,7 +603,7 @@ def unpack(archive: Path, index: Index, into: Path) -> str:
             disk.fchmod(root, 0o755)
             tree = _Tree(root)
             try:
-                digest = _read(archive, index, tree)
+                digest = fill(tree)
             finally:
                 tree.close()
             _settle(root, index)
@@ -598,7 +612,7 @@ def unpack(archive: Path, index: Index, into: Path) -> str:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = Reason.NO_ROOM if full else Reason.DISK
-        raise DiskError(f"{archive.name} could not be unpacked", why=str(error), reason=reason) from error
+        raise DiskError(f"{what} could not be unpacked", why=str(error), reason=reason) from error
     return digest
 
 

@@ -295,6 +295,28 @@ class ReleaseFacts:
 
 
 @late_dataclass(frozen=True)
+class DeltaFacts:
+    """The `custom` of a delta: between which two bundles, by the digests of their indexes."""
+
+    from_version: str
+    from_sha256: str
+    to_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **vars(self)}
+
+    @classmethod
+    def from_json(cls, custom: object, path: str = "delta") -> Self:
+        get = Getter(custom, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(
+            from_version=get.text("from_version", form=VERSION),
+            from_sha256=get.text("from_sha256", form=SHA256),
+            to_sha256=get.text("to_sha256", form=SHA256),
+        )
+
+
+@late_dataclass(frozen=True)
 class Policy:
     """The `custom` of `policy/PRODUCT.json`: on or below the floor, and revoked, nothing is installed."""
 
@@ -319,6 +341,11 @@ def bundle_path(product: str, version: str, platform: str) -> str:
 def index_path(product: str, version: str, platform: str) -> str:
     """The bundle's index, beside it in top-level targets."""
     return f"bundles/{product}/{version}/{platform}.index.json"
+
+
+def delta_path(product: str, version: str, platform: str, from_sha256: str) -> str:
+    """What makes this bundle of the one with that index, in top-level targets."""
+    return f"deltas/{product}/{version}/{platform}/{from_sha256}.delta"
 
 
 def policy_path(product: str) -> str:

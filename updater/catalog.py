@@ -127,6 +127,21 @@ class Release:
         return hashed_path(self.index_path, self.index_sha256)
 
 
+@late_dataclass(frozen=True)
+class Delta:
+    """What makes a release's bundle of another one, as the release managers signed it."""
+
+    from_version: str
+    path: str
+    sha256: str
+    length: int
+
+    @property
+    def url(self) -> str:
+        """Where it is published, for `download.fetch`."""
+        return hashed_path(self.path, self.sha256)
+
+
 class Catalog:
     """The verified metadata of one repository, for one product; hold it with `with`, it locks its directory.
 
@@ -280,6 +295,21 @@ class Catalog:
             index_sha256=facts.index_sha256,
             index_length=facts.index_length,
         )
+
+    def delta(self, release: Release, from_sha256: str) -> Delta | None:
+        """What makes this release of the bundle with that index, None when nothing was signed that does.
+
+        Raises:
+            TrustError: `bad-metadata`, when what is signed contradicts itself.
+        """
+        path = wire.delta_path(self._product, release.facts.version, release.platform, from_sha256)
+        target = self._verified_client().targets.targets.get(path)
+        if target is None:
+            return None
+        facts = _read(target, path, wire.DeltaFacts.from_json, Reason.BAD_METADATA)
+        if (facts.from_sha256, facts.to_sha256) != (from_sha256, release.index_sha256):
+            raise _refused(Reason.BAD_METADATA, f"{path} is signed as something else")
+        return Delta(facts.from_version, path, _sha256_of(target, path), target.length)
 
     def _refreshed(self, now: datetime, high_water: datetime | None) -> _Client:
         try:

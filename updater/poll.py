@@ -29,6 +29,7 @@ from updater.device import Outcome, skip_reason
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
+    from pathlib import Path
 
     from agent_core.layout import Layout
     from agent_core.release_file import ReleaseFile
@@ -244,6 +245,7 @@ class _Check:
     now: datetime
     progress: Callable[[int, int], None] | None
     by_hand: bool = False  # from a file: no bandwidth to save, and no server to tell on the way
+    fallback: str = ""  # why a delta did not serve
 
     def run(self) -> Outcome:
         cohort = self.device.identity.cohort
@@ -353,7 +355,8 @@ class _Check:
                 )
                 return refused
             report.record_transition(self.device, spool, attempt.to(AttemptState.STAGED))
-        return replace(outcome, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
+        detail = "; ".join(filter(None, (outcome.detail, self.fallback)))
+        return replace(outcome, detail=detail, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
 
     def _stage(self, release: Release) -> tuple[str, Index]:
         """Download and unpack; versions that are kept without need give way when there is no room."""
@@ -365,33 +368,59 @@ class _Check:
         return self._fetch(release)
 
     def _fetch(self, release: Release) -> tuple[str, Index]:
-        from updater.download import fetch, fetch_small
+        from updater.download import fetch_small
         from updater.stage import believe, check_room, is_complete, stage, version_name
 
-        device, origin = self.device, self.origin
-        reserve = device.settings.disk_reserve
-        index_bytes = fetch_small(origin, release.index_url, release.index_sha256, release.index_length)
+        layout, reserve = self.device.layout, self.device.settings.disk_reserve
+        until_s = clock.boot_s() + self.device.settings.download_deadline_s
+        index_bytes = fetch_small(self.origin, release.index_url, release.index_sha256, release.index_length)
         name = version_name(release.facts)
-        part = device.layout.download / f"{release.sha256}.part"
-        if not is_complete(device.layout.version_dir(name), index_bytes):
+        part = layout.download / f"{release.sha256}.part"
+        index = believe(index_bytes, release.facts)
+        if not is_complete(layout.version_dir(name), index_bytes) and not self._by_delta(
+            release, index_bytes
+        ):
             # Before the download: what could never be unpacked is not worth an hour of somebody's line.
-            index = believe(index_bytes, release.facts)
-            check_room(device.layout, index, reserve, part, release.length)
-            fetch(
-                origin,
-                release.archive_url,
-                release.sha256,
-                release.length,
-                part,
-                progress=self.progress,
-                rate_limit_bps=None if self.by_hand else device.settings.download_rate_bps or None,
-                min_rate_bps=device.settings.download_min_rate_bps,
-                deadline_s=device.settings.download_deadline_s,
-            )
-        device.keep_facts(name, release.facts)
-        stage(device.layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
+            check_room(layout, index, reserve, part, release.length)
+            left_s = max(1.0, until_s - clock.boot_s())  # of which a delta may have taken some
+            self._download(release.archive_url, release.sha256, release.length, part, left_s)
+        self.device.keep_facts(name, release.facts)
+        stage(layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
         disk.remove(part)
-        return name, Index.from_bytes(index_bytes)
+        return name, index
+
+    def _by_delta(self, release: Release, index_bytes: bytes) -> bool:
+        """Stage what a delta makes of a version that is here; False when it takes the full bundle."""
+        from updater import delta
+
+        device = self.device
+        way = None if self.by_hand else delta.find(device.layout, self.catalog, release)
+        if way is None:
+            return False
+        deadline_s = device.settings.download_deadline_s / 2  # the full bundle may have to come after it
+
+        def fetch(url: str, sha256: str, length: int, part: Path) -> None:
+            self._download(url, sha256, length, part, deadline_s)
+
+        reserve = device.settings.disk_reserve
+        self.fallback = delta.take(device.layout, way, release, index_bytes, reserve, fetch)
+        return not self.fallback
+
+    def _download(self, url: str, sha256: str, length: int, part: Path, deadline_s: float) -> None:
+        from updater.download import fetch
+
+        settings = self.device.settings
+        fetch(
+            self.origin,
+            url,
+            sha256,
+            length,
+            part,
+            progress=self.progress,
+            rate_limit_bps=None if self.by_hand else settings.download_rate_bps or None,
+            min_rate_bps=settings.download_min_rate_bps,
+            deadline_s=deadline_s,
+        )
 
     def _preflight(self, name: str, release: Release) -> Outcome | None:
         """The refusal of a version that does not start, or None when it says what the manifest says."""

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import IO, TYPE_CHECKING
 
-from agent_core import disk, slots
+from agent_core import delta, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
 from agent_core.late import late_dataclass
@@ -64,6 +64,7 @@ def stage(
     archive_sha256: str,
     *,
     reserve: int = RESERVE,
+    base: tuple[Path, Index] | None = None,
 ) -> str:
     """Make the bundle a complete, durable, read-only version directory. Idempotent.
 
@@ -74,6 +75,7 @@ def stage(
         facts: what the release keys signed of this bundle.
         archive_sha256: the signed digest of the archive.
         reserve: bytes that must stay free afterwards.
+        base: when `archive` is a delta: the version that it is applied to, with its index.
 
     Returns:
         The directory's name under `versions/`.
@@ -93,7 +95,7 @@ def stage(
             discard(layout, fresh)
             check_room(layout, index, reserve)
             try:
-                _unpack(archive, index, fresh, archive_sha256)
+                _unpack(archive, index, fresh, archive_sha256, base)
                 _write_index(fresh, index_bytes)
                 disk.rename_new(fresh, final)
             except BaseException:
@@ -201,8 +203,11 @@ def check_room(
         raise DiskError("the disk has no room for the bundle's files", why=why, reason=Reason.NO_ROOM)
 
 
-def _unpack(archive: Path, index: Index, fresh: Path, archive_sha256: str) -> None:
-    if unpack(archive, index, fresh) != archive_sha256:
+def _unpack(
+    archive: Path, index: Index, fresh: Path, archive_sha256: str, base: tuple[Path, Index] | None
+) -> None:
+    found = delta.apply(archive, *base, index, fresh) if base else unpack(archive, index, fresh)
+    if found != archive_sha256:
         raise TrustError("the archive is not the one that was signed", reason=Reason.DIGEST_MISMATCH)
 
 

@@ -16,6 +16,7 @@ from agent_core import wire
 from agent_core.errors import MalformedError
 from agent_core.wire import (
     AttemptState,
+    DeltaFacts,
     Directive,
     EnrollAnswer,
     EnrollRequest,
@@ -58,6 +59,7 @@ ROLLED_BACK = Transition(
 )
 
 VALUES: dict[str, Any] = {
+    "delta_facts": DeltaFacts("1.4.2", "ab" * 32, "cd" * 32),
     "release_facts": ReleaseFacts(
         product="warehouse-agent",
         version="1.5.0",
@@ -233,6 +235,12 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "upgrade_from_seq": (None, *COUNTS),
         "min_launcher": (None, *COUNTS),
         "notes": NOTHING_TEXTS,
+    },
+    "delta_facts": {
+        "schema": SCHEMAS,
+        "from_version": (MISSING, None, *VERSIONS),
+        "from_sha256": (MISSING, None, *DIGESTS),
+        "to_sha256": (MISSING, None, *DIGESTS),
     },
     "policy": {
         "schema": SCHEMAS,
@@ -464,6 +472,7 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         counts,
         texts,
     ),
+    st.builds(DeltaFacts, versions, digests, digests),
     st.builds(Policy, counts, st.lists(counts, max_size=5).map(tuple)),
     windows,
     st.builds(
@@ -555,6 +564,7 @@ def test_no_accepted_name_leaves_its_place_in_the_tree(
     for path, depth in [
         (wire.bundle_path(product, version, platform), 4),
         (wire.index_path(product, version, platform), 4),
+        (wire.delta_path(product, version, platform, DIGEST), 5),
         (wire.policy_path(product), 2),
         (wire.directive_path(product, cohort), 3),
     ]:

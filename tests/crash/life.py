@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
@@ -240,7 +241,8 @@ class Host:
 
     def fetch(self, goal: Bundle) -> str:
         """The poll's own download and staging."""
-        check = poll._Check(self.device, None, self.origin, None, None)  # type: ignore[arg-type]
+        catalog = SimpleNamespace(delta=lambda *_: None)
+        check = poll._Check(self.device, catalog, self.origin, None, None)  # type: ignore[arg-type]
         name, _ = check._stage(goal.release)
         return name
 

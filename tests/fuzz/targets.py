@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from agent_core import slots
+from agent_core import delta, slots
 from agent_core.bundle import BLOCK, File, Index, fault_of_files, header, unpack, verify, zstd
 from agent_core.errors import DiskError, MalformedError, RelfleetError, SettingsError, TrustError
 from agent_core.health import parse_checks
@@ -47,6 +47,7 @@ class Target:
 
 # --- archives ---------------------------------------------------------------------------------------------
 
+OLD_CONTENTS = {"a": b"alpha" * 8, "z": bytes(range(256))}
 CONTENTS = {"a": b"alpha" * 9, "d/b": bytes(range(256)), "d/e/c": b""}
 
 
@@ -88,6 +89,31 @@ def archive(raw: bytes) -> None:
         assert set(written) <= set(CONTENTS)
         assert reason or {path: file.read_bytes() for path, file in written.items()} == CONTENTS
         assert [path.name for path in Path(home).iterdir()] == ["into"]
+
+
+def deltas(raw: bytes) -> None:
+    """Any bytes as a delta: the files of the new index, or a refusal; never a name or byte beside them."""
+    base, place = _scratch() / "base", _scratch() / "delta"
+    if not base.exists():
+        base.mkdir()
+        for path, content in OLD_CONTENTS.items():
+            (base / path).write_bytes(content)
+    place.write_bytes(raw)
+    with tempfile.TemporaryDirectory(dir=_scratch()) as home:
+        into = Path(home) / "into"
+        reason = _refusal(lambda: delta.apply(place, base, _index(OLD_CONTENTS), KNOWN, into))
+        assert reason in ("", "bad-archive", "digest-mismatch"), reason
+        written = {str(path.relative_to(into)): path for path in into.rglob("*") if not path.is_dir()}
+        assert set(written) <= set(CONTENTS)
+        assert reason or {path: file.read_bytes() for path, file in written.items()} == CONTENTS
+        assert [path.name for path in Path(home).iterdir()] == ["into"]
+
+
+def _delta() -> bytes:
+    """The right one: `a` by its prefix, `d/b` copied, `d/e/c` whole."""
+    prefix = zstd.ZstdDict(OLD_CONTENTS["a"], is_raw=True).as_prefix
+    by_prefix = delta.PREFIX + zstd.compress(CONTENTS["a"], zstd_dict=prefix)
+    return by_prefix + delta.WHOLE + zstd.compress(CONTENTS["d/e/c"])
 
 
 def members(raw: bytes) -> None:
@@ -233,6 +259,7 @@ def _release_file() -> bytes:
 TARGETS = {
     "release-file": Target(release_file, (_release_file(), END)),
     "archive": Target(archive, (zstd.compress(PLAIN), zstd.compress(PLAIN[:512]), b"")),
+    "delta": Target(deltas, (_delta(), _delta()[:-1], b"")),
     "members": Target(members, (PLAIN, PLAIN[:1024], b"")),
     "index": Target(index, (KNOWN.to_bytes(), b"{}")),
     "checks": Target(checks, (CHECKS, HOOKS)),

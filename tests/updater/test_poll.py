@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,7 +82,8 @@ def device_of(layout, origin, **settings):
 
 def stage(layout, origin, release, **settings):
     device = device_of(layout, origin, **settings)
-    check = poll._Check(device, None, device.transport(), clock.now(), None)
+    catalog = SimpleNamespace(delta=lambda *_: None)
+    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
     return check._stage(release)[0]
 
 
