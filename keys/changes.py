@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, TrustError
-from agent_core.wire import NAME, Policy, Reason, ReleaseFacts, bundle_path, index_path, policy_path
+from agent_core.wire import (
+    NAME,
+    DeltaFacts,
+    Policy,
+    Reason,
+    ReleaseFacts,
+    bundle_path,
+    delta_path,
+    index_path,
+    policy_path,
+)
 from keys.roles import ROLES, TARGETS
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 EMPTY = sha256(b"").hexdigest()
 BUNDLE = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.tar\.zst")
 INDEX = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.index\.json")
+DELTA = re.compile(r"deltas/([^/]+)/([^/]+)/([^/]+)/([^/]+)\.delta")
 POLICY = re.compile(rf"policy/({NAME.pattern})\.json")
 
 
@@ -47,6 +58,20 @@ class Listed:
         return f"{self.facts.product} {self.facts.version} for {self.facts.platform}"
 
 
+@dataclass(frozen=True)
+class ListedDelta:
+    """One delta of targets metadata: from which bundle to which."""
+
+    before: Listed
+    after: Listed
+    sha256: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.after.name} from {self.before.facts.version}"
+
+
 def _refuse(what: str, why: str, reason: str, then: str = "") -> TrustError:
     return TrustError(what, why=why, reason=reason, then=then)
 
@@ -55,7 +80,7 @@ def _refuse(what: str, why: str, reason: str, then: str = "") -> TrustError:
 
 
 def read_listed(files: Files) -> dict[str, Listed]:
-    """The bundles of targets metadata by path; every other path must be an index or a policy.
+    """The bundles of targets metadata by path; every other path must be an index, a delta or a policy.
 
     Raises:
         TrustError: `bad-metadata`, `wrong-path` or `bad-index`.
@@ -70,14 +95,48 @@ def read_listed(files: Files) -> dict[str, Listed]:
             listed[path] = _read_bundle(path, target, files)
             facts = listed[path].facts
             indexes.add(index_path(facts.product, facts.version, facts.platform))
-        elif not INDEX.fullmatch(path) and not POLICY.fullmatch(path):
+        elif not any(form.fullmatch(path) for form in (INDEX, DELTA, POLICY)):
             raise _refuse(
-                f"{path} is refused", "top-level targets hold bundles and policies", Reason.BAD_METADATA
+                f"{path} is refused",
+                "top-level targets hold bundles, deltas and policies",
+                Reason.BAD_METADATA,
             )
     for path in files:
         if INDEX.fullmatch(path) and path not in indexes:
             raise _refuse(f"{path} is refused", "it belongs to no bundle", Reason.BAD_METADATA)
     return listed
+
+
+def read_deltas(files: Files, listed: Mapping[str, Listed]) -> dict[str, ListedDelta]:
+    """The deltas of targets metadata by path, each between two of these bundles.
+
+    Raises:
+        TrustError: `bad-delta`.
+        MalformedError: the facts of one do not have their form.
+    """
+    by_index = {
+        (entry.facts.product, entry.facts.platform, entry.facts.index_sha256): entry
+        for entry in listed.values()
+    }
+    deltas = {}
+    for path, target in files.items():
+        if found := DELTA.fullmatch(path):
+            product, version, platform, _ = found.groups()
+            facts = DeltaFacts.from_json(target.custom, path)
+            before = by_index.get((product, platform, facts.from_sha256))
+            after = listed.get(bundle_path(product, version, platform))
+            if (
+                path != delta_path(product, version, platform, facts.from_sha256)
+                or before is None
+                or after is None
+                or (facts.from_version, facts.to_sha256) != (before.facts.version, after.facts.index_sha256)
+                or before.facts.seq >= after.facts.seq
+                or target.length >= after.length
+            ):
+                why = "it must lead from an earlier bundle here to this one, and be shorter than it"
+                raise _refuse(f"{path} is refused", why, "bad-delta")
+            deltas[path] = ListedDelta(before, after, target.hashes["sha256"], target.length)
+    return deltas
 
 
 def _read_bundle(path: str, target: TargetFile, files: Files) -> Listed:
@@ -126,6 +185,7 @@ def check_successor(before: Targets | None, after: Targets, now: datetime) -> li
     listed = read_listed(after.targets)
     check_kept(old, after.targets)
     check_policies(old, after.targets)
+    read_deltas(after.targets, listed)
     fresh = [entry for path, entry in listed.items() if path not in old]
     check_seqs(read_listed(old).values(), fresh)
     return fresh
@@ -185,6 +245,8 @@ def check_kept(before: Files, after: Files) -> None:
             )
         if BUNDLE.fullmatch(path) and _lasting(old) != _lasting(new):
             raise _refuse(f"{path} has other facts", "only gates and notes may change", "changed")
+        if DELTA.fullmatch(path) and old.custom != new.custom:
+            raise _refuse(f"{path} has other facts", "a delta never changes", "changed")
 
 
 def _lasting(target: TargetFile) -> ReleaseFacts:
@@ -287,7 +349,9 @@ def _said(target: TargetFile | None) -> str:
     if target is None:
         return ""
     words = [f"{target.length} bytes", f"sha256 {target.hashes.get('sha256', '')[:12]}"]
-    if target.custom:
+    if target.custom and "from_version" in target.custom:
+        words.insert(0, f"from {DeltaFacts.from_json(target.custom).from_version}")
+    elif target.custom:
         facts = ReleaseFacts.from_json(target.custom)
         words.insert(0, f"seq {facts.seq}")
         words += [f"gates {', '.join(facts.gates)}"] if facts.gates else []

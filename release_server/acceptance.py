@@ -191,6 +191,7 @@ def check_targets(
     _check_delegation(targets, online.of(COHORTS))
     fresh = changes.check_successor(before, targets, now)
     _check_blobs(blobs, fresh)
+    _check_deltas(blobs, targets, before)
     return fresh
 
 
@@ -251,6 +252,14 @@ def _check_blobs(blobs: Blobs, fresh: Iterable[Listed]) -> None:
                 f"it is of {index.product} {index.version} for {index.platform}",
                 Reason.BAD_INDEX,
             )
+
+
+def _check_deltas(blobs: Blobs, targets: Targets, before: Targets | None) -> None:
+    """A delta must be there and fit its facts; what it makes is proved by each device that applies it."""
+    files = targets.targets
+    for path, entry in changes.read_deltas(files, changes.read_listed(files)).items():
+        if before is None or path not in before.targets:
+            _check_blob(blobs, entry.sha256, entry.length, f"the delta of {entry.name}")
 
 
 def _check_blob(blobs: Blobs, digest: str, length: int, what: str) -> None:

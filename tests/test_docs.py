@@ -234,7 +234,7 @@ def test_every_test_that_the_page_of_claims_names_exists() -> None:
 # --- tests that pages name ---------------------------------------------------------------------------------
 
 CASES = range(1, 37)
-NOT_BUILT = {30}
+NOT_BUILT: set[int] = set()
 """Lines of the page that say so themselves."""
 
 

@@ -152,6 +152,9 @@ json.dump(failed, sys.stdout)
 # --- the project's file -----------------------------------------------------------------------------------
 
 
+DELTAS, MOST_DELTAS = 3, 20
+
+
 @dataclass(frozen=True)
 class Project:
     """A product's `relfleet.toml`, read and checked.
@@ -163,6 +166,7 @@ class Project:
         vendor: distributions to carry along, as requirements; they must be installed where the build runs.
         exclude: glob patterns of what stays out of `app/`.
         gates, upgrade_from_seq, min_launcher: what the release says of itself when it is signed.
+        deltas: from how many of the newest earlier releases `release push` makes deltas; 0 for none.
     """
 
     directory: Path
@@ -181,6 +185,7 @@ class Project:
     gates: tuple[str, ...] = ()
     upgrade_from_seq: int = 0
     min_launcher: int = 1
+    deltas: int = DELTAS
 
 
 TABLES = {
@@ -189,7 +194,7 @@ TABLES = {
     "build": {"source", "overlays", "entry", "vendor", "exclude"},
     "health": {"checks", "observe_s", "boots", "deadman_s"},
     "hooks": {"pre_activate", "post_activate"},
-    "release": {"gates", "upgrade_from_seq", "min_launcher"},
+    "release": {"gates", "upgrade_from_seq", "min_launcher", "deltas"},
 }
 
 
@@ -252,6 +257,7 @@ def _project(directory: Path, document: Getter) -> Project:
         gates=release.texts("gates", [], most=32),
         upgrade_from_seq=release.integer("upgrade_from_seq", 0),
         min_launcher=release.integer("min_launcher", 1),
+        deltas=release.integer("deltas", DELTAS, high=MOST_DELTAS),
     )
 
 

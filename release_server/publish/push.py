@@ -7,9 +7,11 @@ is left, because each step first asks what is there already.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agent_core import bundle, clock, console
@@ -24,11 +26,12 @@ from agent_core.errors import (
 from agent_core.wire import Reason
 from release_server.publish import propose, sign
 from release_server.publish.build import open_bundle
+from release_server.publish.deltas import Workshop
+from release_server.publish.export import download
 from release_server.publish.sign import Blob, Release, Trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from tuf.api.metadata import Targets
 
@@ -73,6 +76,7 @@ class Outcome:
     state: str
     targets_version: int
     bundles: list[dict[str, Any]] = field(default_factory=list)
+    deltas: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0
     proposal: dict[str, Any] | None = None
     rollout: dict[str, Any] | None = None
@@ -107,6 +111,7 @@ def push(
     wait_s: float = PUBLISH_S,
     must_publish: bool = False,
     wait_for_others: bool = False,
+    deltas: int = 0,
     progress: Progress = _silent,
 ) -> Outcome:
     """Publish the bundles of one version.
@@ -119,6 +124,7 @@ def push(
         wait_s: how long to wait until the server has published it.
         must_publish: still unpublished after that is an error, not a note.
         wait_for_others: wait as well when other people have to sign first.
+        deltas: from how many of the newest earlier releases to make deltas.
 
     Raises:
         ConflictError: the version exists with other bytes, or somebody else published meanwhile.
@@ -145,8 +151,13 @@ def push(
         opened = signers(trusted)
         ensure_product(client, product)
         blobs = [blob for release in missing for blob in (release.archive, release.index)]
-        outcome.uploaded = sum(upload(client, blob, progress) for blob in blobs)
-        metadata = sign.with_releases(trusted, missing, clock.now())
+        with tempfile.TemporaryDirectory(prefix="relfleet-push-") as place:
+            workshop = Workshop(state / "bundles", Path(place), download(client, None))
+            made = workshop.make(trusted.targets.signed, missing, deltas) if deltas else []
+            blobs += [delta.blob for delta in made]
+            outcome.uploaded = sum(upload(client, blob, progress) for blob in blobs)
+        metadata = sign.with_releases(trusted, missing, clock.now(), made)
+        outcome.deltas = [{"from": delta.facts.from_version, "length": delta.blob.length} for delta in made]
         try:
             outcome.proposal = propose.deliver(client, trusted, metadata, opened).proposal
         except (ConflictError, UnreachableError) as error:

@@ -26,7 +26,7 @@ from agent_core.errors import (
     TrustError,
     UnreachableError,
 )
-from agent_core.wire import Reason, ReleaseFacts, bundle_path, index_path, policy_path
+from agent_core.wire import DeltaFacts, Reason, ReleaseFacts, bundle_path, index_path, policy_path
 from keys import ceremony, changes, signers
 from keys.roles import TARGETS
 
@@ -79,6 +79,15 @@ class Release:
     @property
     def target(self) -> str:
         return bundle_path(self.facts.product, self.facts.version, self.facts.platform)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One delta to a bundle that is to be published, with what is to be signed of it."""
+
+    target: str
+    facts: DeltaFacts
+    blob: Blob
 
 
 # --- fetching ----------------------------------------------------------------------------------------------
@@ -303,17 +312,25 @@ def next_targets(trusted: Trusted, now: datetime) -> Metadata[Targets]:
     return ceremony.next_targets(trusted.targets, now)
 
 
-def with_releases(trusted: Trusted, added: Sequence[Release], now: datetime) -> Metadata[Targets]:
+def with_releases(
+    trusted: Trusted, added: Sequence[Release], now: datetime, deltas: Sequence[Delta] = ()
+) -> Metadata[Targets]:
     """The targets after the current ones with releases added, not yet signed.
 
     Args:
         added: releases that are not published yet; their seq is set here.
+        deltas: to these releases.
     """
     metadata = next_targets(trusted, now)
     for release in added:
         facts = release.facts
         seq = next_seq(metadata.signed, facts.product, facts.version)
         add(metadata.signed, replace(release, facts=replace(facts, seq=seq)))
+    for delta in deltas:
+        custom = {"custom": delta.facts.to_json()}
+        hashes = {"sha256": delta.blob.sha256}
+        target = TargetFile(delta.blob.length, hashes, delta.target, custom)
+        metadata.signed.targets[delta.target] = target
     return metadata
 
 

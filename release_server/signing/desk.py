@@ -206,8 +206,9 @@ class Desk:
             )
         ceremony.check_targets(metadata.signed, root)
         before = held.targets if held else {}
-        changes.read_listed(metadata.signed.targets)
+        listed = changes.read_listed(metadata.signed.targets)
         changes.check_kept(before, metadata.signed.targets)
+        changes.read_deltas(metadata.signed.targets, listed)
         changes.check_policies(before, metadata.signed.targets)
         write_file(self._targets, body, mode=0o600)
         self.journal.append(entry | {"version": metadata.signed.version, "answer": "follow"})

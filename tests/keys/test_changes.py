@@ -10,7 +10,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import TargetFile, Targets
 
 from agent_core.errors import ConflictError, TrustError
-from agent_core.wire import Policy, ReleaseFacts, bundle_path, index_path, policy_path
+from agent_core.wire import Policy, ReleaseFacts, bundle_path, delta_path, index_path, policy_path
 from keys import ceremony, changes
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -28,6 +28,16 @@ def listed(targets: Targets, version: str, seq: int, platform: str = "any", **fa
         (index_path("demo", version, platform), f"index {version} {platform}", 100, {}),
     ):
         targets.targets[path] = TargetFile(length, {"sha256": digest(name)}, path, custom)
+
+
+def with_delta(targets: Targets, version: str, before: str, *, length: int = 99, **said: str) -> str:
+    """List a delta, with facts of it that are right unless said otherwise."""
+    origin = digest(f"index {before} any")
+    facts = {"from_version": before, "from_sha256": origin, "to_sha256": digest(f"index {version} any")}
+    path = said.pop("path", delta_path("demo", version, "any", origin))
+    custom = {"custom": {"schema": 1, **facts, **said}}
+    targets.targets[path] = TargetFile(length, {"sha256": digest("delta")}, path, custom)
+    return path
 
 
 def with_policy(targets: Targets, **said: object) -> None:
@@ -128,3 +138,64 @@ def test_targets_that_are_only_held_anew_change_nothing_but_their_expiry(before,
     assert check(before, after) == []
     [only] = changes.changes(before.signed, after)
     assert (only.kind, only.before, only.after) == ("expiry", "2026-06-30T12:00:00Z", "2026-07-01T12:00:00Z")
+
+
+# --- deltas -----------------------------------------------------------------------------------------------
+
+
+def test_a_delta_from_an_earlier_release_is_taken_and_told(before, after):
+    listed(after, "1.1", 11)
+    path = with_delta(after, "1.1", "1.0")
+    assert [entry.facts.version for entry in check(before, after)] == ["1.1"]
+    told = {change.what: change.after for change in changes.changes(before.signed, after)}
+    assert told[path] == f"from 1.0, 99 bytes, sha256 {digest('delta')[:12]}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param({"to_sha256": "0" * 64}, id="to another index"),
+        pytest.param({"from_sha256": digest("index 1.1 any")}, id="from another index than its path"),
+        pytest.param({"from_version": "1.1"}, id="from another version than its index"),
+        pytest.param({"before": "0.9"}, id="from a release that is not there"),
+        pytest.param({"version": "1.2"}, id="to a release that is not there"),
+        pytest.param({"version": "1.0", "before": "1.1"}, id="from a later release"),
+        pytest.param({"version": "1.0"}, id="from a release to itself"),
+        pytest.param({"length": 1000}, id="as long as the bundle"),
+        pytest.param({"path": f"deltas/demo/1.1/any/{'0' * 64}.delta"}, id="at another digest's path"),
+        pytest.param({"path": f"deltas/other/1.1/any/{digest('index 1.0 any')}.delta"}, id="of a product"),
+        pytest.param({"path": f"deltas/demo/1.1/x/{digest('index 1.0 any')}.delta"}, id="of a platform"),
+    ],
+)
+def test_a_delta_that_does_not_fit_its_facts_is_refused(before, after, said):
+    listed(after, "1.1", 11)
+    with_delta(after, **{"version": "1.1", "before": "1.0", **said})
+    with pytest.raises(TrustError) as caught:
+        check(before, after)
+    assert caught.value.reason == "bad-delta"
+
+
+@pytest.mark.parametrize("path", ["deltas/demo/1.1.delta", "deltas/demo/1.1/any/x/y.delta", "deltas/a.zst"])
+def test_a_delta_has_one_place(before, after, path):
+    listed(after, "1.1", 11)
+    with_delta(after, "1.1", "1.0", path=path)
+    with pytest.raises(TrustError) as caught:
+        check(before, after)
+    assert caught.value.reason == "bad-metadata"
+
+
+def test_a_published_delta_stays_as_it_is(before, after):
+    listed(before.signed, "1.1", 11)
+    path = with_delta(before.signed, "1.1", "1.0")
+    after = ceremony.next_targets(before, NOW + timedelta(days=1)).signed
+    check(before, after)
+    for spoil, reason in (
+        (lambda files: files.pop(path), "removed"),
+        (lambda files: setattr(files[path], "length", 98), "changed"),
+        (lambda files: files[path].custom.update(note="other"), "changed"),
+    ):
+        after = ceremony.next_targets(before, NOW + timedelta(days=1)).signed
+        spoil(after.targets)
+        with pytest.raises(TrustError) as caught:
+            check(before, after)
+        assert caught.value.reason == reason

@@ -11,10 +11,11 @@ from sqlalchemy import select
 from tuf.api.metadata import DelegatedRole, TargetFile
 
 from agent_core.errors import ConflictError, MalformedError, TrustError, UsageError
-from agent_core.wire import bundle_path, index_path
+from agent_core.wire import DeltaFacts, bundle_path, delta_path, index_path
 from keys import ceremony
 from release_server import acceptance, repository
 from release_server.models import AuditEntry, Bundle, MetadataFile, Product, Release
+from tests.release_server.conftest import target, upload
 
 ONE = bundle_path("demo", "1.0", "any")
 EMPTY = {"sha256": sha256(b"").hexdigest()}
@@ -471,3 +472,37 @@ def test_refused_targets_leave_nothing_behind(trusted, blobs, accept, sessions):
     with pytest.raises(TrustError):
         accept(metadata)
     assert rows(sessions, Product) == rows(sessions, Release) == []
+
+
+# --- deltas -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_delta(published, trusted, blobs):
+    """Targets with 1.1, and with a delta to it from 1.0, whose blob is not uploaded yet."""
+    metadata = trusted.next_targets(published)
+    after = trusted.add(metadata, blobs, "1.1", 11)
+    before = metadata.signed.targets[ONE].custom["index"]["sha256"]
+    path = delta_path("demo", "1.1", "any", before)
+    facts = DeltaFacts("1.0", before, after.index_sha256)
+    metadata.signed.targets[path] = target(path, b"delta", facts.to_json())
+    return metadata
+
+
+def test_a_delta_is_taken_in_when_it_was_uploaded(with_delta, accept, blobs):
+    with pytest.raises(UsageError) as caught:
+        accept(with_delta)
+    assert (caught.value.reason, caught.value.what) == (
+        "no-blob",
+        "the delta of demo 1.1 for any from 1.0 was not uploaded",
+    )
+    upload(blobs, b"delta")
+    assert accept(with_delta) == 2
+
+
+def test_a_delta_of_another_length_is_refused(with_delta, accept, blobs):
+    upload(blobs, b"delta")
+    next(file for path, file in with_delta.signed.targets.items() if path.endswith(".delta")).length = 4
+    with pytest.raises(TrustError) as caught:
+        accept(with_delta)
+    assert caught.value.reason == "length-mismatch"

@@ -46,6 +46,9 @@ vendor = []                             # distributions to carry along, e.g. "re
 observe_s = 60                          # how long a new version must stay good before it is kept
 checks = [{{ kind = "process" }}]
 
+# [release]                             # what a release says of itself
+# deltas = 3                            # from how many earlier releases devices can go on by a delta; 0: none
+
 # [hooks]                               # programs that may refuse a version, or take it back
 # pre_activate = {{ argv = ["{{python}}", "app/check.py"], timeout_s = 60 }}
 # post_activate = {{ argv = ["{{python}}", "app/migrate.py"], timeout_s = 60 }}
@@ -260,11 +263,18 @@ def push(
             wait_s=console.options().timeout_s or pushing.PUBLISH_S,
             must_publish=wait or cohort is not None,
             wait_for_others=wait,
+            deltas=_deltas(),
             progress=progress,
         )
     if cohort is not None and not dry_run and outcome.state != "staged":
         outcome.rollout = pushing.start_rollout(client, outcome.product, outcome.version, cohort)
     _tell_push(outcome, client.url, cohort)
+
+
+def _deltas() -> int:
+    from release_server.publish import build as builder
+
+    return builder.read_project(Path()).deltas if Path(PROJECT_FILE).exists() else builder.DELTAS
 
 
 def _releases(paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str) -> list[Release]:
