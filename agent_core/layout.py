@@ -109,6 +109,11 @@ class Layout:
         return self.state / "agent.key"
 
     @property
+    def next_key(self) -> Path:
+        """The key of a change that the server may have heard of, or not."""
+        return self.state / "agent.key.next"
+
+    @property
     def poll(self) -> Path:
         return self.state / "poll.json"
 

@@ -25,6 +25,7 @@ AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[0-9][A-Za-z0-9.+_-]{0,63}")
 PLATFORM = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SIGNATURE = re.compile(r"[0-9a-f]{128}")
 LABEL_KEY = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}")
 PROGRESS_FULL = 10_000
 MAX_LABELS = 64
@@ -692,6 +693,33 @@ class ReportAnswer:
 def signed_text(method: str, path: str, body_sha256: str, counter: int) -> bytes:
     """What an agent's key signs of a request; the counter makes each signature good once."""
     return f"relfleet-1\n{method}\n{path}\n{body_sha256}\n{counter}\n".encode()
+
+
+@late_dataclass(frozen=True)
+class KeyChange:
+    """`POST /api/v1/rotate-key`, signed like a report by the key that the server knows.
+
+    Attributes:
+        public_key: the new one, raw ed25519, 64 hex digits.
+        proof: the new key's signature over `key_text`, 128 hex digits: nobody can name another's key.
+    """
+
+    public_key: str
+    proof: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "public_key": self.public_key, "proof": self.proof}
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "key change") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(get.text("public_key", form=SHA256), get.text("proof", form=SIGNATURE))
+
+
+def key_text(agent_id: str, public_key: str) -> bytes:
+    """What the new key of a change signs."""
+    return f"relfleet-key-1\n{agent_id}\n{public_key}\n".encode()
 
 
 HEADER_AGENT = "Relfleet-Agent"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import select
 
 from agent_core.errors import ConflictError, NotAllowedError
-from agent_core.wire import EnrollAnswer, EnrollRequest, Reason
+from agent_core.wire import EnrollAnswer, EnrollRequest, KeyChange, Reason, key_text
 from release_server import agents, audit, auth, cohorts, releases
 from release_server.models import Agent, Token
 
@@ -110,6 +112,43 @@ def _settle(session: Session, agent: Agent, terms: Token | None) -> None:
     cohorts.place(session, agent)
     session.flush()
     session.refresh(agent, ["cohort"])
+
+
+def rotate_key(
+    session: Session, now: datetime, proof: agents.Signed | agents.Bearer, change: KeyChange
+) -> dict[str, str]:
+    """Give an agent another key, named by the one it has; its counter goes on, its session ends.
+
+    The same change again is taken too, signed by the new key: the answer to the first may have been lost.
+
+    Raises:
+        NotAllowedError: the sender is not proven, is retired, or does not have the new key.
+        ConflictError: the key is another agent's.
+    """
+    if not isinstance(proof, agents.Signed):
+        raise NotAllowedError("a key is changed by a signed request", reason="unsigned")
+    agent = agents.prove(session, now, proof)
+    agents.refuse_retired(agent)
+    _check_possession(agent, change)
+    answer = {"public_key": change.public_key}
+    if agent.public_key == change.public_key:
+        return answer
+    if session.scalar(select(Agent.id).where(Agent.public_key == change.public_key)) is not None:
+        raise ConflictError("the new key is another agent's", then="remove state/agent.key.next, try again")
+    agent.public_key = change.public_key
+    agent.session_hash = None
+    session.flush()
+    audit.record(session, now, f"agent:{agent.id}", "agent.rotate-key", agent.id, key=change.public_key[:16])
+    return answer
+
+
+def _check_possession(agent: Agent, change: KeyChange) -> None:
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(change.public_key))
+        key.verify(bytes.fromhex(change.proof), key_text(agent.id, change.public_key))
+    except (InvalidSignature, ValueError):
+        why = "the new key has not signed for this agent"
+        raise NotAllowedError("the new key is refused", why=why, reason="key-proof") from None
 
 
 # --- what operators say ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ WHERE = "updater.commands."
 COMMANDS = {
     "enroll": (WHERE + "enroll:enroll", "Make this host an agent: identity, trust, first version."),
     "run": (WHERE + "enroll:run", "Run the agent; installs the first version if there is none."),
+    "rotate-key": (WHERE + "enroll:rotate_key", "Give this host another key."),
     "once": (WHERE + "once:once", "Look for an update now."),
     "install": (WHERE + "install:install_file", "Install a release from a file, offline."),
     "status": (WHERE + "status:status", "What runs, what is on trial, how the last check went."),

@@ -103,12 +103,13 @@ def _hide(match: re.Match[str]) -> str:
 def secrets_of(layout: Layout) -> set[str]:
     """Every secret this host has, as far as it can be read: key, session, proxies, the environment's."""
     found: set[str] = set()
-    for path in (layout.key, layout.state / "session.json", layout.settings, *_pieces(layout)):
+    keys = (layout.key, layout.next_key)
+    for path in (*keys, layout.state / "session.json", layout.settings, *_pieces(layout)):
         try:
             text = disk.read_file(path).decode("utf-8", "replace")
         except OSError:
             continue
-        if path == layout.key:
+        if path in keys:
             found.add(text.strip())
         found |= {match["value"].strip("\"'") for match in _FORMS[-1].finditer(text)}
         found |= {part for url in re.findall(r"\w+://[^\s\"']+", text) for part in _userinfo(url)}

@@ -104,6 +104,8 @@ def make_key(paths: Layout, *, fresh: bool = False) -> str:
     Returns:
         The public half, 64 hex digits.
     """
+    if fresh:
+        disk.remove(paths.next_key)
     if fresh or not paths.key.exists():
         layout.write_durable(paths.key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
     return public_key(paths)
@@ -111,18 +113,37 @@ def make_key(paths: Layout, *, fresh: bool = False) -> str:
 
 def public_key(paths: Layout) -> str:
     """The public half of this host's key, 64 hex digits; errors as of `sign`."""
-    return _private_key(paths).public_key().public_bytes_raw().hex()
+    return _private_key(paths.key).public_key().public_bytes_raw().hex()
 
 
-def sign(paths: Layout, text: bytes) -> bytes:
-    """Sign with this host's key.
+def make_next_key(paths: Layout) -> str:
+    """Make the key that is to follow, on the disk before anybody hears of it; one that is there is kept.
+
+    Returns:
+        The public half, 64 hex digits.
+    """
+    if not disk.exists(paths.next_key):
+        layout.write_durable(paths.next_key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
+    return _private_key(paths.next_key).public_key().public_bytes_raw().hex()
+
+
+def take_next_key(paths: Layout) -> None:
+    """Make the next key this host's; another process may have done so already."""
+    with _disk_errors(paths.key):
+        with suppress(FileNotFoundError):
+            disk.rename(paths.next_key, paths.key)
+        disk.fsync_dir(paths.state)
+
+
+def sign(paths: Layout, text: bytes, key: Path | None = None) -> bytes:
+    """Sign with this host's key, or the one in the file `key`.
 
     Raises:
         NotFoundError: there is no key.
         NotAllowedError: others on this host may read the key, so it proves nothing.
         MalformedError: the file is damaged.
     """
-    return _private_key(paths).sign(text)
+    return _private_key(key or paths.key).sign(text)
 
 
 def next_counter(paths: Layout) -> int:
@@ -150,24 +171,24 @@ def _stored(fd: int) -> int:
     return 0
 
 
-def _private_key(paths: Layout) -> Ed25519PrivateKey:
+def _private_key(file: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        fd = disk.open(paths.key, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = disk.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise NotFoundError(
-            "this host has no key", why=f"there is no {paths.key}", then="agent enroll --server URL"
+            "this host has no key", why=f"there is no {file}", then="agent enroll --server URL"
         ) from error
     except OSError as error:
-        raise DiskError(f"{paths.key} cannot be read", why=str(error), reason=Reason.DISK) from error
+        raise DiskError(f"{file} cannot be read", why=str(error), reason=Reason.DISK) from error
     with os.fdopen(fd, "rb") as stream:
         mode = os.fstat(fd).st_mode
         if mode & 0o077:
             raise NotAllowedError(
-                f"{paths.key} is not private",
+                f"{file} is not private",
                 why=f"others on this host may use it (mode {mode & 0o777:04o})",
-                then=f"chmod 600 {paths.key}; if others may have read it, remove it and enroll again",
+                then=f"chmod 600 {file}; if others may have read it, remove it and enroll again",
             )
         content = stream.read(256)
     try:
@@ -175,7 +196,7 @@ def _private_key(paths: Layout) -> Ed25519PrivateKey:
     except ValueError:
         # The cause is not chained: its message could quote the key.
         raise MalformedError(
-            f"{paths.key} holds no key", why="it is not 64 hex digits", then="remove it and enroll again"
+            f"{file} holds no key", why="it is not 64 hex digits", then="remove it and enroll again"
         ) from None
 
 

@@ -6,7 +6,7 @@ import json
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from agent_core import wire
+from agent_core import disk, wire
 from agent_core.errors import (
     ConflictError,
     MalformedError,
@@ -20,6 +20,7 @@ from agent_core.wire import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from agent_core.layout import Layout
     from updater.identity import Identity
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ENROLL_PATH = "/api/v1/enroll"
 REPORT_PATH = "/api/v1/report"
+ROTATE_PATH = "/api/v1/rotate-key"
 MAX_ANSWER = 64 * 1024
 DEADLINE_S = 30.0
 
@@ -63,18 +65,55 @@ def report_signed(
         NotAllowedError: the server does not know this key or agent, or has seen the counter.
         UnreachableError, TrustError: as of `Transport.get`.
     """
+    answer = _post_signed(transport, identity, paths, REPORT_PATH, _encode(report.to_json()))
+    return wire.ReportAnswer.from_json(answer)
+
+
+def rotate_key(transport: Transport, identity: Identity, paths: Layout) -> str:
+    """Give this host another key. Done again after a cut, it goes on with the key it had made.
+
+    Returns:
+        The new public half.
+
+    Raises:
+        NotAllowedError: the server knows neither of the keys, or has retired this agent.
+        UnreachableError, TrustError: as of `Transport.get`; the next request tells whether it was heard.
+    """
+    from updater.identity import make_next_key, sign, take_next_key
+
+    public_key = make_next_key(paths)
+    proof = sign(paths, wire.key_text(identity.agent_id, public_key), paths.next_key).hex()
+    body = _encode(wire.KeyChange(public_key, proof).to_json())
+    _post_signed(transport, identity, paths, ROTATE_PATH, body)
+    take_next_key(paths)
+    return public_key
+
+
+def _post_signed(transport: Transport, identity: Identity, paths: Layout, path: str, body: bytes) -> Any:
+    """Post under this host's key; after a change of it that was cut, under whichever the server knows."""
     # Late: signing loads `cryptography`, which the resident process never does.
+    from updater.identity import take_next_key
+
+    try:
+        return _post(transport, path, body, _signature(identity, paths, path, body, paths.key))
+    except NotAllowedError as error:
+        if error.reason != Reason.BAD_SIGNATURE or not disk.exists(paths.next_key):
+            raise
+    answer = _post(transport, path, body, _signature(identity, paths, path, body, paths.next_key))
+    take_next_key(paths)
+    return answer
+
+
+def _signature(identity: Identity, paths: Layout, path: str, body: bytes, key: Path) -> dict[str, str]:
     from updater.identity import next_counter, sign
 
-    body = _encode(report.to_json())
     counter = next_counter(paths)
-    text = wire.signed_text("POST", REPORT_PATH, sha256(body).hexdigest(), counter)
-    headers = {
+    text = wire.signed_text("POST", path, sha256(body).hexdigest(), counter)
+    return {
         wire.HEADER_AGENT: identity.agent_id,
         wire.HEADER_COUNTER: str(counter),
-        wire.HEADER_SIGNATURE: sign(paths, text).hex(),
+        wire.HEADER_SIGNATURE: sign(paths, text, key).hex(),
     }
-    return wire.ReportAnswer.from_json(_post(transport, REPORT_PATH, body, headers))
 
 
 def report_session(transport: Transport, session: str, report: wire.Report) -> wire.ReportAnswer:

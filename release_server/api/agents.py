@@ -16,6 +16,7 @@ from agent_core.wire import (
     HEADER_SIGNATURE,
     EnrollRequest,
     Getter,
+    KeyChange,
     Problem,
     Report,
 )
@@ -51,13 +52,28 @@ def enroll() -> dict[str, Any]:
 @blueprint.post("/report")
 def report() -> dict[str, Any] | Response:
     """Take in how an agent is; signed, or a heartbeat under a session."""
+    return _from_agent(
+        lambda session, now, proof, body: agents.take_report(session, now, proof, body).to_json(),
+        Report.from_json,
+    )
+
+
+@blueprint.post("/rotate-key")
+def rotate_key() -> dict[str, Any] | Response:
+    """Give an agent another key; signed by the one it has."""
+    return _from_agent(enrolment.rotate_key, KeyChange.from_json)
+
+
+def _from_agent(
+    service: Callable[..., dict[str, Any]], parse: Callable[[object], Any]
+) -> dict[str, Any] | Response:
+    """One request of an agent as one transaction; 401 where its sender is not proven."""
     hub = services()
     body = request.get_data()
     try:
-        proof = _proof(body)
-        said = Report.from_json(_body(body))
+        proof, said = _proof(body), parse(_body(body))
         with hub.sessions.write() as session:
-            return agents.take_report(session, hub.clock(), proof, said).to_json()
+            return service(session, hub.clock(), proof, said)
     except NotAllowedError as error:
         if error.reason not in agents.UNPROVEN:
             raise

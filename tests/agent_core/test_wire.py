@@ -21,6 +21,7 @@ from agent_core.wire import (
     EnrollAnswer,
     EnrollRequest,
     Getter,
+    KeyChange,
     Mode,
     Phase,
     Policy,
@@ -110,6 +111,7 @@ VALUES: dict[str, Any] = {
     "enroll_answer": EnrollAnswer("web-17", "eu-web"),
     "enroll_answer_without_cohort": EnrollAnswer("web-17", None),
     "enroll_answer_pending": EnrollAnswer("web-17", None, pending=True),
+    "key_change": KeyChange(DIGEST, DIGEST * 2),
     "transition": ROLLED_BACK,
     "report": Report(
         agent_id="web-17",
@@ -281,6 +283,11 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "labels": LABELS,
     },
     "enroll_answer": {"agent_id": (MISSING, None, *AGENT_IDS), "cohort": NAMES, "pending": FLAGS},
+    "key_change": {
+        "schema": SCHEMAS,
+        "public_key": (MISSING, None, *DIGESTS),
+        "proof": (MISSING, None, *DIGESTS),
+    },
     "transition": {
         "number": (MISSING, 0, None, *COUNTS),
         "at": (MISSING, *NOTHING_TEXTS),
@@ -494,6 +501,7 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         retry_epoch=counts,
     ),
     st.builds(EnrollRequest, names, agent_ids, digests, platforms, texts, labels),
+    st.builds(KeyChange, digests, digests.map(lambda half: half * 2)),
     st.builds(EnrollAnswer, agent_ids, st.none() | names, st.booleans()),
     transitions,
     st.builds(

@@ -14,6 +14,7 @@ from agent_core import console
 from agent_core.errors import Exit, UsageError
 from agent_core.layout import Layout
 from updater import install
+from updater import server as api
 from updater.commands.common import root_option, sentence
 from updater.device import Device
 
@@ -79,6 +80,18 @@ def enroll(
             "outcome": outcome.to_json() if outcome else None,
         },
         text=who.agent_id,
+    )
+
+
+@click.command("rotate-key")
+@root_option
+def rotate_key(root: Path) -> None:
+    """Give this host another key. The old one signs for it, and is refused from then on."""
+    device = Device.load(root)
+    public_key = api.rotate_key(device.transport(), device.identity, device.layout)
+    console.emit(
+        {"agent_id": device.identity.agent_id, "public_key": public_key},
+        text=f"{device.identity.agent_id} has the key {public_key} now",
     )
 
 
