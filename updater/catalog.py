@@ -24,7 +24,7 @@ import updater.without_urllib3  # noqa: F401 - before tuf
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets, Timestamp
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
@@ -75,6 +75,7 @@ class Verified:
         expires: of each role, by name.
         earliest_expiry: the first of them.
         high_water: the highest signed time seen, to persist and to give to the next refresh.
+        time_keys: ids of the timestamp keys that may have said it, to persist and give as well.
         etag: the server's, of exactly the timestamp that was verified; empty when it gave none.
         refreshed_at: the wall clock of the caller.
     """
@@ -87,6 +88,7 @@ class Verified:
     expires: Mapping[str, datetime]
     earliest_expiry: datetime
     high_water: datetime | None
+    time_keys: tuple[str, ...]
     etag: str
     refreshed_at: datetime
 
@@ -100,6 +102,7 @@ class Verified:
             refreshed_boot_s=boot_s,
             boot_id=boot_id,
             high_water=self.high_water,
+            time_keys=self.time_keys,
         )
 
 
@@ -169,12 +172,16 @@ class Catalog:
             os.close(self._lock)
             self._lock = None
 
-    def refresh(self, now: datetime, high_water: datetime | None) -> Verified:
+    def refresh(
+        self, now: datetime, high_water: datetime | None, time_keys: tuple[str, ...] = ()
+    ) -> Verified:
         """Fetch and verify everything that changed; the lookups below then answer from it.
 
         Args:
             now: wall clock.
             high_water: the highest signed time that an earlier refresh returned, None before any.
+            time_keys: the keys that it returned with it; where a newer root has taken one of them away, the
+                time they said is forgotten, as the versions are.
 
         Raises:
             TrustError: with one `Reason` that says what is wrong; the cache keeps what was good before.
@@ -185,13 +192,19 @@ class Catalog:
             raise RuntimeError("a catalog is refreshed inside its `with` block")
         self._client = None
         with sorted_errors():
-            client = self._refreshed(now, high_water)
+            client = self._refreshed(now, Memory(high_water=high_water, time_keys=time_keys))
             _check_delegations(client.targets)
-            verified = self._verified(client, client.cohorts(), now, high_water)
+            verified = self._verified(client, client.cohorts(), now)
         self._client = client
         return verified
 
-    def take(self, now: datetime, high_water: datetime | None, kept: bytes | None = None) -> bytes:
+    def take(
+        self,
+        now: datetime,
+        high_water: datetime | None,
+        kept: bytes | None = None,
+        time_keys: tuple[str, ...] = (),
+    ) -> bytes:
         """Verify the root chain and the targets of an origin that has neither timestamp nor snapshot: a file.
 
         What the release keys say is asked for whole (full threshold, not expired, not older than any targets
@@ -202,6 +215,7 @@ class Catalog:
             now: wall clock.
             high_water: the highest signed time seen.
             kept: the targets that the last file brought, if any.
+            time_keys: as of `refresh`.
 
         Returns:
             The verified targets, to be kept.
@@ -213,8 +227,8 @@ class Catalog:
             raise RuntimeError("a catalog is asked inside its `with` block")
         self._client = None
         with sorted_errors():
-            time = trusted_time(Memory(high_water=high_water), now)
-            client = _Client(self._dir, _Fetcher(self._transport), self._bootstrap, time)
+            memory = Memory(high_water=high_water, time_keys=time_keys)
+            client = _Client(self._dir, _Fetcher(self._transport), self._bootstrap, memory, now)
             targets = client.take_targets(kept)
             _check_delegations(client.targets)
         self._client = client
@@ -311,18 +325,16 @@ class Catalog:
             raise _refused(Reason.BAD_METADATA, f"{path} is signed as something else")
         return Delta(facts.from_version, path, _sha256_of(target, path), target.length)
 
-    def _refreshed(self, now: datetime, high_water: datetime | None) -> _Client:
+    def _refreshed(self, now: datetime, memory: Memory) -> _Client:
         try:
-            return self._refreshed_once(now, high_water)
+            return self._refreshed_once(now, memory)
         except tuf_errors.UnsignedMetadataError:
             # Signers may have rotated after our look at the root and before the timestamp; once.
-            return self._refreshed_once(now, high_water)
+            return self._refreshed_once(now, memory)
 
-    def _refreshed_once(self, now: datetime, high_water: datetime | None) -> _Client:
+    def _refreshed_once(self, now: datetime, memory: Memory) -> _Client:
         fetcher = _Fetcher(self._transport)
-        client = _Client(
-            self._dir, fetcher, self._bootstrap, trusted_time(Memory(high_water=high_water), now)
-        )
+        client = _Client(self._dir, fetcher, self._bootstrap, memory, now)
         client.refresh()
         return client
 
@@ -331,9 +343,7 @@ class Catalog:
             raise RuntimeError("a catalog is asked only after its refresh")
         return self._client
 
-    def _verified(
-        self, client: _Client, cohorts: Targets | None, now: datetime, high_water: datetime | None
-    ) -> Verified:
+    def _verified(self, client: _Client, cohorts: Targets | None, now: datetime) -> Verified:
         trusted = client.trusted
         expires = {role.type: role.expires for role in (trusted.root, trusted.timestamp, trusted.snapshot)}
         expires["targets"] = trusted.targets.expires
@@ -341,7 +351,7 @@ class Catalog:
             expires[COHORTS] = cohorts.expires
         earliest = min(expires, key=expires.__getitem__)
         signed_at = _signed_at(trusted.timestamp.unrecognized_fields)
-        raised = raise_high_water(high_water, signed_at, now)
+        raised = raise_high_water(client.high_water, signed_at, now)
         if expires[earliest] <= trusted_time(Memory(high_water=raised), now):
             raise _refused(Reason.EXPIRED, f"{earliest} had expired when the timestamp was signed")
         digest = sha256((self._dir / "timestamp.json").read_bytes()).hexdigest()
@@ -354,6 +364,7 @@ class Catalog:
             expires=expires,
             earliest_expiry=expires[earliest],
             high_water=raised,
+            time_keys=tuple(sorted(client.time_keys)),
             etag=client.fetcher.etags.get(digest, ""),
             refreshed_at=now,
         )
@@ -383,16 +394,33 @@ class _Client(Updater):
     walks each, so that a new release of python-tuf that moves one of them fails there and not on a device.
     """
 
-    def __init__(self, metadata_dir: Path, fetcher: _Fetcher, bootstrap: bytes, reference: datetime) -> None:
+    def __init__(
+        self, metadata_dir: Path, fetcher: _Fetcher, bootstrap: bytes, memory: Memory, now: datetime
+    ) -> None:
         super().__init__(str(metadata_dir), "/metadata/", fetcher=fetcher, config=LIMITS, bootstrap=bootstrap)
         self.fetcher = fetcher
         self.trusted = _TrustedSet(bootstrap, LIMITS.envelope_type)
-        self.trusted.reference_time = reference
+        self.trusted.reference_time = trusted_time(memory, now)
         self._trusted_set = self.trusted
+        self.high_water = memory.high_water
+        self._memory, self._now = memory, now
 
     @property
     def targets(self) -> Targets:
         return self.trusted.targets
+
+    @property
+    def time_keys(self) -> set[str]:
+        """Ids of the keys that sign the time, by the newest root."""
+        return set(self.trusted.root.roles[Timestamp.type].keyids)
+
+    def _load_root(self) -> None:
+        super()._load_root()
+        if not self.time_keys.issuperset(self._memory.time_keys):
+            # A thief who ran the time ahead would else have every honest timestamp of a day refused, for as
+            # long as he liked and whatever keys people made since.
+            self.high_water = None
+            self.trusted.reference_time = self._now
 
     def delegates_to_cohorts(self, path: str) -> bool:
         """Whether the role cohorts may speak for this path."""

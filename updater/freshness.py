@@ -33,6 +33,8 @@ class Memory:
         earliest_expiry: the first of the cached roles to expire.
         refreshed_boot_s: seconds since boot at the last full refresh, in the boot that `boot_id` names.
         high_water: the highest signed time seen; expiry is held against it when the wall clock is behind.
+        time_keys: ids of the timestamp keys of then. When a root takes one of them away, what it said of the
+            time counts no more either.
     """
 
     etag: str = ""
@@ -42,6 +44,7 @@ class Memory:
     refreshed_boot_s: float = 0.0
     boot_id: str = ""
     high_water: datetime | None = None
+    time_keys: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +55,7 @@ class Memory:
             "refreshed_boot_s": self.refreshed_boot_s,
             "boot_id": self.boot_id,
             "high_water": _iso(self.high_water),
+            "time_keys": list(self.time_keys),
         }
 
     @classmethod
@@ -65,6 +69,7 @@ class Memory:
             refreshed_boot_s=get.number("refreshed_boot_s", 0.0),
             boot_id=get.text("boot_id", ""),
             high_water=_moment(get, "high_water"),
+            time_keys=get.texts("time_keys", ()),
         )
 
 

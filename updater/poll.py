@@ -179,7 +179,8 @@ def _is_vouched_for(device: Device, error: RelfleetError) -> bool:
         return False
     try:
         with _catalog(device, offline.KeptOrigin(targets)) as catalog:
-            catalog.take(clock.now(), freshness.recall(device.layout.poll).high_water)
+            memory = freshness.recall(device.layout.poll)
+            catalog.take(clock.now(), memory.high_water, time_keys=memory.time_keys)
             release = catalog.release(attempt.version, list(host_platforms()))
     except (RelfleetError, OSError) as problem:
         log.warning("the kept metadata does not vouch for this version", extra={"why": str(problem)})
@@ -214,7 +215,8 @@ def check_file(
         return Outcome(Action.REFUSE, str(Reason.WRONG_PRODUCT), detail, clock.iso(clock.now()))
     with _catalog(device, origin) as catalog:
         memory = freshness.recall(device.layout.poll)
-        targets = catalog.take(clock.now(), memory.high_water, offline.kept(device.layout))
+        kept = offline.kept(device.layout)
+        targets = catalog.take(clock.now(), memory.high_water, kept, memory.time_keys)
         offline.keep(device.layout, targets)
         now = freshness.trusted_time(memory, clock.now())
         wish = offline.directive(device, title.version, older=older)
@@ -223,7 +225,8 @@ def check_file(
 
 def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
     """Full TUF refresh; what is to be remembered of it."""
-    verified = catalog.refresh(clock.now(), freshness.recall(device.layout.poll).high_water)
+    known = freshness.recall(device.layout.poll)
+    verified = catalog.refresh(clock.now(), known.high_water, known.time_keys)
     return verified.memory(clock.boot_s(), freshness.boot_id())
 
 

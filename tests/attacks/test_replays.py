@@ -89,6 +89,20 @@ def test_a_clock_set_back_to_make_old_metadata_fresh(victim, wall):
     victim.is_well_again()
 
 
+def test_a_new_root_is_no_way_to_set_the_time_back(victim, wall):
+    """Only the end of a key that signed the time ends what it said: not a new root, nor one more key."""
+    server, today = victim.server, victim.server.now
+    server.bump_timestamp(today + 3 * DAY)
+    assert victim.poll().reason == "up-to-date"
+    server.rotate("snapshot")
+    server.add_signer("timestamp")
+    server.publish_root()
+    server.lead_to(GOOD, revision=2)
+    server.bump_timestamp(today + DAY)
+    wall(-100 * DAY)
+    victim.refuses("expired")
+
+
 def test_versions_run_forward_to_the_end_and_the_ceremony_that_recovers(victim):
     """A thief of the online keys leaves numbers nobody can follow; new keys, and no hand on the host, can."""
     server = victim.server

@@ -132,3 +132,24 @@ def test_all_online_keys_are_of_no_use_after_the_ceremony(victim):
     server.lead_to(NEW, revision=4)
     outcome = victim.poll()
     assert (outcome.reason, outcome.candidate) == ("update", victim.name_of(NEW))
+
+
+@pytest.mark.parametrize("roles", [("timestamp",), ("snapshot", "timestamp")], ids=["one key", "both"])
+def test_time_that_stolen_keys_ran_ahead_is_over_with_the_ceremony(victim, roles):
+    """Two steps of a week each: timestamps that hold a day would be old to this host for two weeks."""
+    server, today = victim.server, victim.server.now
+    server.snapshot.expires = server.cohorts.expires = today + 60 * DAY
+    server.publish()
+    for week in (1, 2):
+        server.bump_timestamp(today + 7 * week * DAY)
+        assert victim.poll().reason == "up-to-date"
+    server.bump_timestamp(today)
+    victim.refuses("expired")
+    for role in roles:
+        server.rotate(role)
+    server.publish_root()
+    server.release(NEW, SEQ[NEW])
+    server.timestamp.expires = today + DAY
+    server.lead_to(NEW)
+    outcome = victim.poll()
+    assert (outcome.reason, outcome.candidate) == ("update", victim.name_of(NEW))

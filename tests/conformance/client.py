@@ -79,8 +79,8 @@ class Client:
         """`Catalog.refresh` without the agent's rules for delegations."""
         now = clock.now()
         with sorted_errors():
-            tuf = catalog._refreshed(now, memory.high_water)
-            verified = catalog._verified(tuf, None, now, memory.high_water)
+            tuf = catalog._refreshed(now, memory)
+            verified = catalog._verified(tuf, None, now)
         learned = verified.memory(clock.boot_s(), freshness.boot_id())
         freshness.remember(self.directory / MEMORY, learned)
         return tuf
