@@ -152,7 +152,8 @@ def test_a_file_whose_version_has_other_bytes_now_is_found(house, call, name):
     with served(house.metadata / name, (house.metadata / name).read_bytes() + b"\n"):
         code, found = call()
         assert (code, found[0]["reason"]) == (Exit.TRUST, "differs")
-        assert f"{name.split('.')[1]} 1 is served with other bytes" in found[0]["what"]
+        assert found[0]["check"] == name.split(".")[1]
+        assert "version 1 is served with other bytes" in found[0]["what"]
 
 
 def test_a_file_that_is_gone_is_an_alarm(house, call):
