@@ -363,7 +363,8 @@ class Service:
         except (slots.IllegalTransitionError, OSError) as error:
             log.warning("trial not begun", extra={"candidate": outcome.candidate, "why": str(error)})
             return
-        log.info("trial begun", extra={"candidate": outcome.candidate, "good": self.record.good})
+        told = {"candidate": outcome.candidate, "good": self.record.good, "why": outcome.detail}
+        log.info("trial begun", extra=told)
         self.runtime.stop(Exit.RESTART)
 
     # --- reports ---------------------------------------------------------------------------------------
