@@ -239,7 +239,7 @@ def requires(*roles: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def _admit(roles: Sequence[str]) -> Person:
     hub = services()
     now = hub.clock()
-    with hub.sessions.read() as session:
+    with hub.limits.counting_strangers(request.remote_addr, now), hub.sessions.read() as session:
         person = check_token(session, bearer(), now)
     if not person.may(*roles):
         raise NotAllowedError(

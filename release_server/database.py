@@ -27,10 +27,11 @@ def make_engine(url: str) -> Engine:
     SQLite runs with WAL, so that readers never wait for the writer, and with `synchronous=FULL`, because an
     answered transition must survive a power cut (design section 3). Writers begin IMMEDIATE: a transaction
     that reads first and writes later would otherwise fail at once, whatever the busy timeout says.
+    The values of a statement that fails are in no message: they may be secret, and messages are logged.
     """
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, pool_size=16, max_overflow=16)
-    engine = create_engine(url, pool_size=32, max_overflow=32)
+        return create_engine(url, pool_pre_ping=True, pool_size=16, max_overflow=16, hide_parameters=True)
+    engine = create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -255,10 +255,12 @@ def _open(session: Session, now: datetime, number: int) -> Proposal:
 
 
 def _refuse_self_approval(row: Proposal, person: Person) -> None:
-    if any(entry["token"] == person.token_id for entry in row.signers.values()):
+    """By token and by name: two tokens of one person are one person."""
+    signed = row.signers.values()
+    if any(person.token_id == entry["token"] or person.name == entry["by"] for entry in signed):
         raise NotAllowedError(
             f"{person.name} has signed proposal {row.id} already",
-            why="a second signature is a second person's, with a token of their own",
+            why="a second signature is a second person's, with a token of their own and another name",
             then="somebody else has to sign it",
             reason="self-approval",
         )

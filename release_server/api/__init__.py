@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from flask import current_app
+
+from release_server.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +28,7 @@ class Services:
     sessions: Sessions
     blobs: Blobs
     clock: Callable[[], datetime]
+    limits: Limits = field(default_factory=Limits)
 
 
 def services() -> Services:

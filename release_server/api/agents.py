@@ -43,10 +43,14 @@ MOST_COUNTER = 2**53
 def enroll() -> dict[str, Any]:
     """Trade an enrolment token for an agent id; the host keeps the private half of its key."""
     hub = services()
-    token = auth.bearer()
-    wanted = EnrollRequest.from_json(_body(request.get_data()))
-    with hub.sessions.write() as session:
-        return enrolment.enroll(session, hub.clock(), token, wanted).to_json()
+    now = hub.clock()
+    with hub.limits.counting_strangers(request.remote_addr, now):
+        token = auth.bearer()
+        wanted = EnrollRequest.from_json(_body(request.get_data()))
+        hub.limits.hosts.take(wanted.public_key, now)
+        hub.limits.enrolments.take(auth.hash_token(token), now)
+        with hub.sessions.write() as session:
+            return enrolment.enroll(session, now, token, wanted).to_json()
 
 
 @blueprint.post("/report")

@@ -22,7 +22,7 @@ blueprint = APIBlueprint(
 
 class AuditQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    since: str | None = None
+    since: str | None = Field(None, max_length=32)
     actor: str | None = Field(None, max_length=128)
     limit: int = Field(100, ge=1, le=audit.MOST)
 

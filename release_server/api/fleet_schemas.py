@@ -68,8 +68,8 @@ class Freeze(Because):
 
 
 class CohortPath(Shape):
-    product: str
-    name: str
+    product: str = Field(max_length=64)
+    name: str = Field(max_length=64)
 
 
 class ProductQuery(Shape):
@@ -163,7 +163,7 @@ class Abort(Because):
 
 
 class RolloutPath(Shape):
-    id: int
+    id: int = Field(ge=1, lt=2**31)
 
 
 class RolloutQuery(Shape):

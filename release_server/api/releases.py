@@ -41,8 +41,8 @@ class ReleaseQuery(BaseModel):
 
 
 class ReleasePath(BaseModel):
-    product: str
-    version: str
+    product: str = Field(max_length=64)
+    version: str = Field(max_length=64)
 
 
 def render_product(product: Product) -> dict[str, Any]:

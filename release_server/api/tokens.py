@@ -18,6 +18,7 @@ from release_server.api.people import SECURITY
 from release_server.auth import Role, requires
 
 if TYPE_CHECKING:
+    from release_server.api import Services
     from release_server.models import Token
 
 blueprint = APIBlueprint(
@@ -38,7 +39,14 @@ class NewToken(BaseModel):
 
 
 class TokenPath(BaseModel):
-    id: int
+    id: int = Field(ge=1, lt=2**31)
+
+
+def _hub() -> Services:
+    """The services, for a person who has not asked too often."""
+    hub = services()
+    hub.limits.tokens.take(str(g.person.token_id), hub.clock())
+    return hub
 
 
 def render(token: Token) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def render(token: Token) -> dict[str, Any]:
 @requires("admin")
 def list_tokens() -> dict[str, Any]:
     """All tokens, without their secrets."""
-    with services().sessions.read() as session:
+    with _hub().sessions.read() as session:
         return {"items": [render(token) for token in auth.list_tokens(session)]}
 
 
@@ -78,7 +86,7 @@ def list_tokens() -> dict[str, Any]:
 @requires("admin")
 def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
     """Make a token; the answer is the only place its text ever appears."""
-    hub = services()
+    hub = _hub()
     labels = Getter({"labels": body.labels}, "body").labels("labels")
     with hub.sessions.write() as session:
         if body.cohort is not None and body.product is not None:
@@ -103,7 +111,7 @@ def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
 @requires("admin")
 def revoke_token(path: TokenPath) -> tuple[str, int]:
     """Make a token useless from the next request on."""
-    hub = services()
+    hub = _hub()
     with hub.sessions.write() as session:
         auth.revoke_token(session, hub.clock(), path.id, g.person.name)
     return "", 204

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -130,6 +131,9 @@ def test_one_key_signs_once_and_one_token_once(desk, proposed, managers):
     with pytest.raises(NotAllowedError) as alone:
         desk.sign(number, proposed, managers.release_keys[1], person=ADA)
     assert alone.value.reason == "self-approval"
+    with pytest.raises(NotAllowedError) as again:
+        desk.sign(number, proposed, managers.release_keys[1], person=replace(ADA, token_id=9))
+    assert again.value.reason == "self-approval"
     assert desk.newest() == 1
 
 

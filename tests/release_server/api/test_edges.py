@@ -1,0 +1,144 @@
+"""What holds of every route: a scope, bounded numbers, limits by who asks, no secret in logs or answers."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from tests.release_server.fleet_world import World
+
+OPEN = {
+    "GET /api/v1/",  # where the description of the API is
+    "GET /api/v1/openapi.json",
+    "GET /api/v1/static/x",  # the library's own, and empty
+    "GET /api/v1/health",
+    "POST /api/v1/enroll",  # an enrolment token is its scope, checked by the service
+    "POST /api/v1/report",  # an agent's key or session
+    "POST /api/v1/rotate-key",  # an agent's key
+}
+"""Routes without a person behind them. Who adds one here says what stands in the place of a scope."""
+ANYBODY = {"GET /api/v1/whoami"}
+PLANTED = "rft_planted-secret-0123456789abcdefghijklmnopqr"
+
+
+def methods_of(rule):
+    """Without what Flask adds by itself."""
+    return rule.methods - {"OPTIONS"} - ({"HEAD"} if "GET" in rule.methods else set())
+
+
+def routes(app):
+    """Every route of the API as `METHOD /path`, with something in the place of each argument."""
+    found = set()
+    for rule in app.url_map.iter_rules():
+        if rule.rule.startswith("/api/v1"):
+            path = re.sub(r"<int:\w+>", "1", rule.rule)
+            path = re.sub(r"<(?:\w+:)?\w+>", "x", path)
+            found |= {f"{method} {path}" for method in methods_of(rule)}
+    return found
+
+
+def test_every_route_has_a_scope(app, client, clock):
+    assert routes(app) >= OPEN
+    for route in sorted(routes(app) - OPEN):
+        method, path = route.split()
+        clock.step(minutes=1)  # the strangers' limit is another test's
+        assert client.open(path, method=method, json={}).status_code == 401, route
+
+
+def test_no_reader_changes_anything_and_no_enroller_sees_anything(app, sign_in):
+    reader, enroller = sign_in("reader"), sign_in("enroller")
+    for route in sorted(routes(app) - OPEN - ANYBODY):
+        method, path = route.split()
+        path = path.removeprefix("/api/v1")
+        if method != "GET":
+            assert reader(method, path, json={}).status_code == 403, route
+        assert enroller(method, path, json={}).status_code == 403, route
+
+
+def test_no_number_in_a_path_is_too_large_to_be_refused(app, sign_in):
+    call = sign_in("admin")
+    for rule in app.url_map.iter_rules():
+        if rule.rule.startswith("/api/v1") and "int:" in rule.rule:
+            path = re.sub(r"<int:\w+>", str(10**30), rule.rule).removeprefix("/api/v1")
+            for method in methods_of(rule):
+                assert call(method, path, json={}).status_code in (404, 422), f"{method} {rule.rule}"
+
+
+# --- limits ----------------------------------------------------------------------------------------------
+
+
+def enroll_body(key):
+    public = key.public_key().public_bytes_raw().hex()
+    return {"schema": 1, "product": "demo", "name": "web", "public_key": public, "platform": "any"}
+
+
+def test_a_host_that_enrols_in_a_loop_waits_and_its_neighbours_at_the_same_address_do_not(
+    sessions, clock, client
+):
+    world = World(sessions, clock)
+    headers = {"Authorization": f"Bearer {world.token}"}
+    loud, quiet = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+
+    def enroll(key):
+        return client.post("/api/v1/enroll", json=enroll_body(key), headers=headers)
+
+    answers = [enroll(loud) for _ in range(11)]
+    assert [answer.status_code for answer in answers] == [200] * 10 + [429]
+    assert (answers[-1].headers["Retry-After"], answers[-1].json["reason"]) == ("10", "rate-limited")
+    assert enroll(quiet).status_code == 200
+    clock.step(seconds=10)
+    assert enroll(loud).status_code == 200
+
+
+def test_guesses_are_limited_by_address_and_lock_nobody_out_who_is_known(client, sign_in, clock):
+    known = sign_in("reader")
+
+    def guess():
+        return client.get("/api/v1/whoami", headers={"Authorization": "Bearer rft_guess"})
+
+    assert {guess().status_code for _ in range(60)} == {401}
+    refused = guess()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert client.post("/api/v1/enroll", json={}).status_code == 429
+    assert known("GET", "/whoami").status_code == 200
+    clock.step(seconds=1)
+    assert guess().status_code == 401
+
+
+def test_tokens_are_made_only_so_often_by_one_person(sign_in):
+    ada, bob = sign_in("admin", name="ada"), sign_in("admin", name="bob")
+    assert {ada("GET", "/tokens").status_code for _ in range(60)} == {200}
+    assert ada("POST", "/tokens", json={"name": "x", "role": "reader"}).status_code == 429
+    assert bob("GET", "/tokens").status_code == 200
+
+
+# --- secrets ---------------------------------------------------------------------------------------------
+
+
+def test_no_planted_secret_is_in_a_log_or_an_answer(app, client, sign_in, caplog):
+    caplog.set_level(logging.DEBUG)
+    admin = sign_in("admin")
+    bodies = ({"name": PLANTED * 9, "token": PLANTED}, {"labels": PLANTED}, [PLANTED], PLANTED)
+    for route in sorted(routes(app)):
+        method, path = route.split()
+        for body in bodies:
+            for answer in (
+                client.open(path, method=method, json=body, headers={"Authorization": f"Bearer {PLANTED}"}),
+                client.open(path, method=method, json=body, headers={"Relfleet-Signature": PLANTED}),
+                admin(method, path.removeprefix("/api/v1"), json=body),
+            ):
+                assert answer.status_code != 500, route
+                assert PLANTED not in answer.text, route
+    assert PLANTED not in caplog.text
+
+
+def test_a_statement_that_fails_does_not_say_with_which_values(sessions):
+    statement = text("INSERT INTO tokens (id, name, hash) VALUES (1, NULL, :hash)")
+    with pytest.raises(IntegrityError) as caught, sessions.write() as session:
+        session.execute(statement, {"hash": PLANTED})
+    assert PLANTED not in str(caught.value)
