@@ -119,6 +119,9 @@ def _identity(host: Host) -> Iterator[Finding]:
     if not who.enrolled:
         then = "agent enroll --token-file FILE, once the server is in reach"
         yield Finding("identity", State.NOTE, f"{named}: made offline, unknown to the server", then)
+    elif who.standing:
+        then = "agent why"
+        yield Finding("identity", State.NOTE, f"{named}: {who.standing}, so it is told nothing to run", then)
     elif who.cohort is None:
         then = "give it labels that a cohort matches, or release agents move"
         yield Finding("identity", State.NOTE, f"{named}: no cohort on the server matches it", then)

@@ -162,4 +162,5 @@ def test_an_agent_that_is_not_in_the_fleet_says_so_and_what_would_change_it(host
     assert words in said
     assert CHANGED_BY[Reason(standing)] in said
     assert f"({standing}: agent why)" in host.agent("status")[1]
+    assert f"{standing}, so it is told nothing to run" in host.agent("doctor")[1]
     assert host.agent("status", "--json")[1].count(f'"standing": "{standing}"') == 1
