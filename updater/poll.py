@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
 from updater import freshness, offline, report
+from updater import identity as identities
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
 from updater.device import Outcome, skip_reason
@@ -118,6 +120,8 @@ def tell(device: Device) -> Device:
         device, _ = report.send_signed(device)
     except (RelfleetError, OSError) as error:
         log.warning("report not sent", extra={"why": str(error)})
+        with suppress(RelfleetError):  # the refusal may have said that this agent is retired
+            return replace(device, identity=identities.load(device.layout))
     return device
 
 

@@ -12,7 +12,7 @@ from agent_core.errors import NotAllowedError
 from agent_core.layout import Layout
 from tests.http_origin import Origin, Status
 from updater import identity as identities
-from updater import report
+from updater import poll, report
 from updater.device import Device
 from updater.identity import Identity
 
@@ -67,6 +67,11 @@ def test_a_retired_agent_keeps_it_and_takes_no_directive(origin: Origin, device:
     with pytest.raises(NotAllowedError):
         report.send_signed(device)
     assert known(device) == (None, "retired")
+
+
+def test_the_check_that_hears_of_it_already_goes_by_it(origin: Origin, device: Device) -> None:
+    refusing(origin, 403, "retired")
+    assert poll.tell(device).identity.cohort is None
 
 
 @pytest.mark.parametrize(("status", "reason"), [(401, "bad-signature"), (403, "scope"), (422, "retired")])
