@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 NAMED = 5
 """How many agents that stand aside are named in an event; the count is always whole."""
+COUNTED_MOST, SALTS_MOST = 5_000, 8
+"""Up to how many agents a first stage is held to its number, and how many salts are tried for that."""
 CANNOT = frozenset(
     map(
         str,
@@ -405,7 +407,7 @@ def start_rollout(
         release_id=release.id,
         version=version,
         base=base,
-        salt=secrets.token_hex(16),
+        salt=_new_salt(session, target.id, stages[0]),
         created_at=now,
         created_by=actor,
     )
@@ -432,6 +434,26 @@ def start_rollout(
     )
     settle(session, now, rollout.id)
     return rollout
+
+
+def _new_salt(session: Session, cohort_id: int, first: Stage) -> str:
+    """A salt by which the first stage takes in just the agents it asks for, where a few tries find one.
+
+    Two agents in one basis point enter together, but whoever asks for one canary wants one. In a large cohort
+    nobody counts the agents of a stage one by one.
+    """
+    living = (Agent.cohort_id == cohort_id, Agent.retired_at.is_(None))
+    members = session.scalars(select(Agent.id).where(*living).limit(COUNTED_MOST + 1)).all()
+    salt = secrets.token_hex(16)
+    if len(members) > COUNTED_MOST:
+        return salt
+    count = wanted_count(first, len(members))
+    for _ in range(SALTS_MOST):
+        progress = progress_for(members, salt, count)
+        if sum(bucket(member, salt) < progress for member in members) == count:
+            break
+        salt = secrets.token_hex(16)
+    return salt
 
 
 def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, base: str | None) -> None:

@@ -129,7 +129,7 @@ class Story:
         server = self.home / "server"
         data = ("--data", str(server))
         # A short story on a small machine: rollouts are looked at often, and one web process is enough.
-        self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.5", "RELFLEET_SERVER_WORKERS": "1"}
+        self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.25", "RELFLEET_SERVER_WORKERS": "1"}
         self.processes.run("release-server", "init", *data)
         log = self.home / "server.log"
         port = str(_free_port())
@@ -156,7 +156,7 @@ class Story:
 
     def first_release(self) -> None:
         self._publish("1.0.0")
-        every = ("--poll", "2s", "--report", "10s")
+        every = ("--poll", "1s", "--report", "10s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
         self._begin_build("1.1.0")
 
@@ -256,15 +256,21 @@ class Story:
 
     def _tell_rollback(self) -> None:
         self._await_all_on("1.1.0", 120)
-        histories = {name: self.client.get(f"/agents/{name}")["events"] for name in self.names}
-        saw = {name: events for name, events in histories.items() if _tried(events, "1.2.0")}
+        saw = self.processes.wait_for("the way back of all who tried", self._who_went_back, within_s=120)
+        others = len(self.names) - len(saw)
         for name, events in saw.items():
             took = _seconds_between(events, "1.2.0", "trial", "rolled_back")
-            others = len(self.names) - len(saw)
             self.line(
                 "", f"{name} went back to 1.1.0 by itself in {took} s; the other {others} never saw 1.2.0"
             )
         self.bad = next(iter(saw))
+
+    def _who_went_back(self) -> dict[str, list[dict[str, Any]]] | None:
+        """What everyone who tried 1.2.0 told of it; None while someone has not told its end."""
+        histories = {name: self.client.get(f"/agents/{name}")["events"] for name in self.names}
+        saw = {name: events for name, events in histories.items() if _tried(events, "1.2.0")}
+        told = all(_tried(events, "1.2.0", "rolled_back") for events in saw.values())
+        return saw if told else None
 
     def _push(self, version: str, remark: str) -> None:
         length = self._publish(version).stat().st_size
@@ -416,8 +422,8 @@ def _flip_a_byte(file: Path) -> None:
     file.chmod(mode)
 
 
-def _tried(events: Sequence[dict[str, Any]], version: str) -> bool:
-    return any(event["version"] == version for event in events)
+def _tried(events: Sequence[dict[str, Any]], version: str, state: str = "") -> bool:
+    return any(event["version"] == version and state in ("", event["state"]) for event in events)
 
 
 def _seconds_between(events: Sequence[dict[str, Any]], version: str, first: str, last: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, update
 
+from agent_core.directive import bucket, progress_for
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import Mode, Phase
 from release_server import agents, cohorts, fleet
@@ -672,3 +674,19 @@ def test_a_cohort_with_a_rollout_going_on_is_not_deleted(world):
     world.call(cohorts.delete, "demo", "all")
     with world.read() as session:
         assert session.scalar(select(Cohort).where(Cohort.deleted_at.is_(None))) is None
+
+
+def test_a_canary_of_one_is_one_although_two_agents_share_a_place(world, monkeypatch):
+    world.cohort()
+    hosts = world.enroll_many(12)
+    names = [host.id for host in hosts]
+
+    def canaries(salt):
+        return sum(bucket(name, salt) < progress_for(names, salt, 1) for name in names)
+
+    shared = next(salt for salt in map(str, itertools.count()) if canaries(salt) == 2)
+    alone = next(salt for salt in map(str, itertools.count()) if canaries(salt) == 1)
+    salts = iter([shared, alone])
+    monkeypatch.setattr(fleet.secrets, "token_hex", lambda _: next(salts))
+    world.start("1.1.0", *ONE_THEN_ALL)
+    assert len(world.offered("1.1.0")) == 1
