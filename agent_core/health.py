@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 MAX_CHECKS = 32
 MAX_ANSWER = 65_536
 LONGEST_DETAIL = 200
+EAGER_S = 0.25
+"""A version that comes up is asked so often whether it is ready yet, not a whole interval later."""
 OVERDUE_S = 10.0
 """A run so much later than its timeout hangs where no timeout reaches, in a name lookup for example."""
 
@@ -502,13 +504,18 @@ class Monitor:
             except queue.Empty:
                 break
             watch.running = False
-            watch.due_s = now_s + watch.check.interval_s
+            watch.due_s = now_s + self._interval_s(watch, outcome.passed, now_s)
             if run_number == self.gaps or outcome.passed:
                 self._count(watch, outcome, now_s)
             else:
                 watch.due_s = now_s  # it ran into the sleep of the host: ask again
         if self._healthy and self._since_s is None and all(watch.passed_once for watch in self._watches):
             self._since_s = now_s
+
+    def _interval_s(self, watch: _Watch, passed: bool, now_s: float) -> float:
+        """As signed; sooner while a version comes up, in its grace, where a failure does not count."""
+        is_coming_up = not (passed or watch.passed_once) and now_s < watch.grace_until_s
+        return min(watch.check.interval_s, EAGER_S) if is_coming_up else watch.check.interval_s
 
     def _count(self, watch: _Watch, outcome: Outcome, now_s: float) -> None:
         watch.passes = outcome.passed

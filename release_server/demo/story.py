@@ -129,7 +129,7 @@ class Story:
         server = self.home / "server"
         data = ("--data", str(server))
         # A short story on a small machine: rollouts are looked at often, and one web process is enough.
-        self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.25", "RELFLEET_SERVER_WORKERS": "1"}
+        self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.5", "RELFLEET_SERVER_WORKERS": "1"}
         self.processes.run("release-server", "init", *data)
         log = self.home / "server.log"
         port = str(_free_port())
@@ -156,7 +156,7 @@ class Story:
 
     def first_release(self) -> None:
         self._publish("1.0.0")
-        every = ("--poll", "1s", "--report", "10s")
+        every = ("--poll", "2s", "--report", "10s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
         self._begin_build("1.1.0")
 

@@ -529,6 +529,21 @@ def test_a_slow_start_is_not_judged_as_broken_but_grace_ends_with_the_first_pass
     assert not monitor.step(4.0).healthy
 
 
+def test_a_version_that_comes_up_is_not_asked_a_whole_interval_later() -> None:
+    monitor = Script([False, True]).monitor([port_check(interval_s=30, grace_s=60)])
+    assert not monitor.step(0.0).ready
+    assert monitor.step(0.25).ready
+
+
+def test_without_grace_a_failure_is_followed_by_a_whole_interval() -> None:
+    script = Script([False])
+    monitor = script.monitor([port_check(interval_s=10, grace_s=0, failures_allowed=1)])
+    monitor.step(0.0)
+    script.hold = True
+    assert monitor.step(9.9).healthy
+    assert not script.held
+
+
 def test_after_the_grace_a_version_that_never_passed_is_unhealthy() -> None:
     monitor = Script([]).monitor([port_check(grace_s=2.5)])
     assert [monitor.step(float(second)).healthy for second in range(5)] == [True, True, True, False, False]
