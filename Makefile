@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test attacks crash crash-all mutants fuzz check format lock clean
+.PHONY: help setup demo test test-long attacks crash crash-all mutants fuzz check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,10 +22,16 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 	@$(BIN)/python -m compileall -q agent_core updater keys release_server
 	@$(BIN)/relfleet demo $(ARGS)
 
-test: $(READY) ## all tests: make test [ARGS='tests/updater -k resume']
-	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+# Long stories with many real processes, and suites with a command of their own; `make test-long` runs them.
+LONG := tests/attacks tests/conformance tests/integration/test_ceremonies.py tests/integration/test_release_files.py
 
-attacks: $(READY) ## what a thief and a hostile network try, and what is refused (part of make test)
+test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/updater -k resume']
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(LONG:%=--ignore=%))
+
+test-long: $(READY) ## attacks, TUF conformance, and the longest stories
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG)
+
+attacks: $(READY) ## what a thief and a hostile network try, and what is refused (part of make test-long)
 	@$(BIN)/python -m tests.attacks $(ARGS)
 
 crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]

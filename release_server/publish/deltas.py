@@ -77,6 +77,8 @@ class Workshop:
             new = _unpacked(release.archive.path, release.index.path, place / "new")
             length = delta.make(place / "old", old, place / "new", new, file)
             share = length / release.archive.length
+            if not length:  # both hold the same files, and there is no blob without a byte
+                return None
             if share > MOST_SHARE:
                 self.tell(f"no delta from {base.version}: it would be {share:.0%} of the bundle")
                 return None

@@ -23,7 +23,7 @@ print(hashlib.sha256(launcher_archive()).hexdigest())
 def test_the_launcher_is_one_stored_file_that_holds_each_part_as_source_and_compiled():
     with zipfile.ZipFile(io.BytesIO(launcher_archive())) as archive:
         members = archive.infolist()
-    parts = [f"agent_core/{name}.py" for name in ("__init__", "disk", "launcher", "slots")]
+    parts = [f"agent_core/{name}.py" for name in ("__init__", "disk", "launcher", "self_test", "slots")]
     assert [member.filename for member in members] == [
         "__main__.py",
         *(name for part in parts for name in (part, f"{part}c")),

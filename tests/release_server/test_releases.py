@@ -92,7 +92,8 @@ def test_only_releasers_push_and_upload(sign_in, role):
 
 def test_trust_shows_what_a_ceremony_needs(sign_in, online):
     answer = sign_in("reader")("GET", "/trust")
-    assert answer.json == {"online": online.to_json(), "root_version": 0, "targets_version": 0}
+    told = {"online": online.to_json(), "upcoming": None, "root_version": 0, "targets_version": 0}
+    assert answer.json == told
 
 
 def test_an_admin_puts_the_root_and_nobody_else(sign_in, managers):

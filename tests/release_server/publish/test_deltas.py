@@ -144,6 +144,11 @@ def test_a_delta_that_spares_little_is_not_published(publish, ada):
     assert deltas(publish("1.1.0", random.Random(4).randbytes(60_000))) == []
 
 
+def test_a_release_with_the_files_of_the_one_before_is_published_without_a_delta(publish):
+    publish("1.0.0", NOISE)
+    assert deltas(publish("1.1.0", NOISE)) == []
+
+
 def test_an_earlier_release_that_is_gone_or_changed_costs_a_delta_and_not_the_push(publish, house, ada):
     publish("1.0.0")
     publish("1.1.0")
