@@ -13,6 +13,7 @@ from sqlalchemy import func, or_, select, update
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import LABEL_KEY, NAME, Window
 from release_server import audit, releases
+from release_server.directives import CohortFacts, RolloutFacts, directive_for
 from release_server.models import (
     Agent,
     Cohort,
@@ -23,7 +24,7 @@ from release_server.models import (
     Rollout,
     RolloutStatus,
 )
-from release_server.rollout import FINISHED, CohortFacts, RolloutFacts, State, directive_for
+from release_server.rollout import FINISHED, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -20,19 +20,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from agent_core.errors import UsageError
-from agent_core.wire import PROGRESS_FULL, AttemptState, Directive, Getter, Mode, Window
+from agent_core.wire import PROGRESS_FULL, AttemptState
+from release_server.stages import failed_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-MAX_STAGES = 50
-DEADLINE_S = 7_200
-"""A stage always has a deadline: without one a dead host would keep a rollout waiting for ever."""
-LONGEST_S = 90 * 86_400
+    from release_server.stages import Stage
+
 EMPTY = "no agent is in this cohort yet"
 
 
@@ -94,89 +92,6 @@ class Why(StrEnum):
     ADVANCED = "advanced"
     SUPERSEDED = "superseded"
     GONE_BACK = "gone-back"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How many agents a stage takes in, and what must be so before the next opens.
-
-    Attributes:
-        share_bp: basis points of the cohort, 1 to 10,000; or
-        count: a number of agents.
-        soak_s: how long nothing may fail after the last agent became healthy.
-        min_sample: outcomes (healthy or failed) to see first, at most as many as the stage has agents.
-        max_failed: failures allowed; `max_failed_bp` says it in basis points of the agents in progress.
-        max_silent: silent agents allowed; None counts a silent agent as a failed one.
-        deadline_s: after so long without finishing, silent agents are given up and others halt the stage.
-    """
-
-    share_bp: int | None = None
-    count: int | None = None
-    soak_s: int = 0
-    min_sample: int = 1
-    max_failed: int | None = None
-    max_failed_bp: int | None = None
-    max_silent: int | None = None
-    deadline_s: int = DEADLINE_S
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "share_bp": self.share_bp,
-            "count": self.count,
-            "soak_s": self.soak_s,
-            "min_sample": self.min_sample,
-            "max_failed": self.max_failed,
-            "max_failed_bp": self.max_failed_bp,
-            "max_silent": self.max_silent,
-            "deadline_s": self.deadline_s,
-        }
-
-    @classmethod
-    def from_json(cls, stage: object, path: str = "stage") -> Self:
-        get = Getter(stage, path)
-        share_bp = get.integer("share_bp", None, low=1, high=PROGRESS_FULL)
-        count = get.integer("count", None, low=1)
-        if (share_bp is None) == (count is None):
-            raise get.refuse("share_bp", "a stage has either a share or a count")
-        return cls(
-            share_bp=share_bp,
-            count=count,
-            soak_s=get.integer("soak_s", 0, high=LONGEST_S),
-            min_sample=get.integer("min_sample", 1),
-            max_failed=get.integer("max_failed", None),
-            max_failed_bp=get.integer("max_failed_bp", None, high=PROGRESS_FULL),
-            max_silent=get.integer("max_silent", None),
-            deadline_s=get.integer("deadline_s", DEADLINE_S, low=1, high=LONGEST_S),
-        )
-
-
-def check_stages(stages: tuple[Stage, ...]) -> None:
-    """Refuse stages that cannot mean what their writer thinks.
-
-    Raises:
-        UsageError: none, too many, or a later stage smaller than an earlier one of its kind.
-    """
-    if not 1 <= len(stages) <= MAX_STAGES:
-        raise UsageError(
-            f"a rollout has 1 to {MAX_STAGES} stages", why=f"{len(stages)} were given", reason="bad-stages"
-        )
-    for kind in ("share_bp", "count"):
-        sizes = [size for stage in stages if (size := getattr(stage, kind)) is not None]
-        if sizes != sorted(sizes):
-            raise UsageError(
-                "a stage is smaller than the one before it",
-                why=f"{kind} goes {', '.join(map(str, sizes))}; agents are never taken out again",
-                then="write the stages from small to large",
-                reason="bad-stages",
-            )
-
-
-def wanted_count(stage: Stage, members: int) -> int:
-    """How many of `members` agents a stage should reach: at least one, unless there is none."""
-    if stage.count is not None:
-        return min(stage.count, members)
-    share = stage.share_bp or 0
-    return min(members, max(1, -(-share * members // PROGRESS_FULL)))
 
 
 @dataclass(frozen=True)
@@ -271,12 +186,6 @@ class Next:
 
     status: Status
     events: tuple[Event, ...] = ()
-
-
-def failed_limit(stage: Stage, reached: int) -> int:
-    """How many may fail: the larger of the two limits when both are given, 0 when none is."""
-    by_share = (stage.max_failed_bp or 0) * reached // PROGRESS_FULL
-    return max(stage.max_failed or 0, by_share)
 
 
 def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
@@ -567,98 +476,3 @@ def _go_back(step: _Step) -> Next:
     if step.counters.on_version:
         return step.stay()
     return step.to("rolled-back", Why.GONE_BACK, state=State.ROLLED_BACK, finished_at=step.now)
-
-
-# --- the directive ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CohortFacts:
-    """What a directive needs of a cohort.
-
-    Attributes:
-        base: the version the cohort has settled on; None before any.
-        pin_is_older, base_is_older: agents may run something newer, so they must be let back.
-    """
-
-    product: str
-    name: str
-    base: str | None = None
-    pin: str | None = None
-    pin_is_older: bool = False
-    base_is_older: bool = False
-    frozen: bool = False
-    window: Window | None = None
-    splay_s: int = 0
-    poll_s: int = 60
-    report_s: int = 300
-    retry_epoch: int = 0
-
-
-@dataclass(frozen=True)
-class RolloutFacts:
-    """What a directive needs of the cohort's newest rollout; `is_older`: it goes to an older release."""
-
-    version: str
-    salt: str
-    state: State
-    progress: int
-    is_older: bool = False
-
-
-@dataclass(frozen=True)
-class _Word:
-    """The part of a directive that a cohort's situation decides."""
-
-    release: str | None
-    base: str | None
-    progress: int
-    salt: str = ""
-    rollback: bool = False
-    mode: Mode = Mode.ENABLED
-
-
-def directive_for(cohort: CohortFacts, rollout: RolloutFacts | None, revision: int) -> Directive:
-    """The word to one cohort: a pin goes before a rollout, and a freeze before both."""
-    word = _word(cohort, rollout)
-    return Directive(
-        product=cohort.product,
-        cohort=cohort.name,
-        release=word.release,
-        base=word.base,
-        progress=word.progress,
-        salt=word.salt,
-        revision=revision,
-        rollback=word.rollback,
-        mode=Mode.SUSPENDED if cohort.frozen else word.mode,
-        window=cohort.window,
-        splay_s=cohort.splay_s,
-        poll_s=cohort.poll_s,
-        report_s=cohort.report_s,
-        retry_epoch=cohort.retry_epoch,
-    )
-
-
-def _word(cohort: CohortFacts, rollout: RolloutFacts | None) -> _Word:
-    base = cohort.base
-    if cohort.pin is not None:
-        return _Word(cohort.pin, cohort.pin, PROGRESS_FULL, rollback=cohort.pin_is_older)
-    if rollout is None:
-        return _Word(base, base, PROGRESS_FULL, rollback=cohort.base_is_older)
-    older, salt = rollout.is_older, rollout.salt
-    match rollout.state:
-        case State.RUNNING:
-            return _Word(rollout.version, base, rollout.progress, salt, rollback=older)
-        case State.PAUSED:
-            # The progress stays to be seen; nobody is offered anything while the mode is suspended.
-            return _Word(rollout.version, base, rollout.progress, salt, older, Mode.SUSPENDED)
-        case State.COMPLETED:
-            return _Word(base, base, PROGRESS_FULL, salt, rollback=cohort.base_is_older)
-        case State.ROLLING_BACK | State.ROLLED_BACK:
-            # Also after the last has gone back: an agent that was away then goes back when it returns.
-            return _Word(base, base, PROGRESS_FULL, salt, rollback=True)
-        case State.ABORTED | State.SUPERSEDED:
-            # Agents on the new version stay, others stay at base, and one with nothing at all gets the base.
-            return _Word(base, base, 0, salt, mode=Mode.SUSPENDED)
-        case _:
-            return _Word(base, base, PROGRESS_FULL)

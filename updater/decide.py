@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from agent_core.directive import Assignment, assign
 from agent_core.late import late_dataclass
+from agent_core.window import is_open, next_opening, zone_of
 from agent_core.wire import Directive, Policy, Reason, ReleaseFacts
-from updater.window import is_open, next_opening, zone_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
-from release_server.rollout import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
+from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
-    from release_server import agents, cohorts, fleet
+    from release_server import agents, cohorts, rollout_view
     from release_server.models import AgentEvent, RolloutEvent
 
 NAME_FORM = f"^{NAME.pattern}$"
@@ -173,7 +173,7 @@ class RolloutQuery(Shape):
     before: int | None = Field(None, ge=1)
 
 
-def render_rollout(view: fleet.View, events: Iterable[RolloutEvent] | None = None) -> dict[str, Any]:
+def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | None = None) -> dict[str, Any]:
     """A rollout: what is wanted, what is so, and its history when that is given."""
     rollout, status = view.rollout, view.status
     shown: dict[str, Any] = {

@@ -8,7 +8,7 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from release_server import fleet
+from release_server import fleet, launch, rollout_view
 from release_server.api import PREFIX, services
 from release_server.api.fleet_schemas import (
     Abort,
@@ -32,7 +32,7 @@ blueprint = APIBlueprint(
 
 
 def _render(session: Session, rollout_id: int) -> dict[str, Any]:
-    return render_rollout(fleet.show(session, rollout_id), fleet.events(session, rollout_id))
+    return render_rollout(rollout_view.show(session, rollout_id), rollout_view.events(session, rollout_id))
 
 
 def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> dict[s
 def list_rollouts(query: RolloutQuery) -> dict[str, Any]:
     """Rollouts, the newest first."""
     with services().sessions.read() as session:
-        found = fleet.list_rollouts(session, **query.model_dump())
+        found = rollout_view.list_rollouts(session, **query.model_dump())
         return {"items": [render_rollout(view) for view in found]}
 
 
@@ -60,7 +60,7 @@ def start_rollout(body: NewRollout) -> tuple[dict[str, Any], int]:
     stages = [stage.stage(place) for place, stage in enumerate(body.stages)]
     said = body.model_dump(exclude={"stages"})
     with hub.sessions.write() as session:
-        rollout = fleet.start_rollout(session, hub.clock(), g.person.name, stages=stages, **said)
+        rollout = launch.start_rollout(session, hub.clock(), g.person.name, stages=stages, **said)
         return _render(session, rollout.id), 201
 
 

@@ -26,13 +26,13 @@ from agent_core.health import parse_checks
 from agent_core.hooks import parse_hooks
 from agent_core.release_file import END, TITLE, Title, opened
 from agent_core.settings import AGENT, AgentSettings
+from agent_core.window import is_open, next_opening
 from agent_core.wire import Directive, EnrollAnswer, Policy, Problem, ReleaseFacts, ReportAnswer
 from updater import transport
 from updater.attempt import Attempt
 from updater.device import Outcome, Seen
 from updater.freshness import Memory
 from updater.identity import Identity
-from updater.window import is_open, next_opening
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

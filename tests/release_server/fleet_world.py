@@ -13,9 +13,9 @@ from sqlalchemy import event, select
 from agent_core.clock import iso
 from agent_core.directive import assign
 from agent_core.wire import AttemptState, Directive, EnrollRequest, Phase, Report, Transition, signed_text
-from release_server import agents, auth, cohorts, enrolment, fleet
+from release_server import agents, auth, cohorts, enrolment, fleet, launch, rollout_view
 from release_server.models import Attempt, Bundle, CohortStatus, Product, Release, Rollout
-from release_server.rollout import Stage
+from release_server.stages import Stage
 
 PLATFORM = "linux-x86_64-cp311"
 PATH = "/api/v1/report"
@@ -170,7 +170,7 @@ class World:
     def start(self, version="1.1.0", *stages, cohort="all", **said):
         stages = stages or (Stage(count=1), Stage(share_bp=10_000))
         rollout = self.call(
-            fleet.start_rollout, product="demo", cohort=cohort, version=version, stages=stages, **said
+            launch.start_rollout, product="demo", cohort=cohort, version=version, stages=stages, **said
         )
         return rollout.id
 
@@ -185,11 +185,11 @@ class World:
 
     def status(self, rollout_id):
         with self.read() as session:
-            return fleet.show(session, rollout_id).status
+            return rollout_view.show(session, rollout_id).status
 
     def events(self, rollout_id):
         with self.read() as session:
-            return [event.event for event in fleet.events(session, rollout_id)]
+            return [event.event for event in rollout_view.events(session, rollout_id)]
 
     def counters(self, rollout_id):
         """The counters that are not zero, proven by a recount."""

@@ -16,7 +16,7 @@ from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
 from release_server import agents, auth, cohorts, enrolment, fleet
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
-from release_server.rollout import Stage
+from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 
 

@@ -11,10 +11,11 @@ from sqlalchemy import select, update
 from agent_core.directive import bucket, progress_for
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import Mode, Phase
-from release_server import agents, cohorts, fleet
+from release_server import agents, cohorts, fleet, launch, rollout_view
 from release_server.database import Sessions, make_engine
 from release_server.models import AuditEntry, Cohort, RolloutCounter, RolloutStatus
-from release_server.rollout import Stage, State, Status
+from release_server.rollout import State, Status
+from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 
 ONE_THEN_ALL = (Stage(count=1), Stage(share_bp=10_000))
@@ -254,7 +255,8 @@ def test_held_agents_are_named_and_neither_wait_nor_fail(world):
     world.tick()
     assert world.status(rollout).state == "completed"
     with world.read() as session:
-        passed = next(event for event in fleet.events(session, rollout) if event.event == "stage-passed")
+        seen = rollout_view.events(session, rollout)
+        passed = next(event for event in seen if event.event == "stage-passed")
     assert passed.detail == "2 of 3 healthy; 1 set aside: web-00"
 
 
@@ -306,7 +308,7 @@ def test_pause_and_resume(world):
     assert world.status(rollout).state == "running"
     assert world.directive().mode is Mode.ENABLED
     with world.read() as session:
-        assert [event.actor for event in fleet.events(session, rollout)] == ["olga", "olga", "olga"]
+        assert [event.actor for event in rollout_view.events(session, rollout)] == ["olga", "olga", "olga"]
         actions = session.scalars(select(AuditEntry.action).where(AuditEntry.actor == "olga")).all()
     assert actions[-3:] == ["rollout.start", "rollout.pause", "rollout.resume"]
 
@@ -495,7 +497,7 @@ def test_a_rollout_that_does_not_exist_is_not_found(world):
         with pytest.raises(NotFoundError):
             world.call(act, 99)
     with pytest.raises(NotFoundError), world.read() as session:
-        fleet.show(session, 99)
+        rollout_view.show(session, 99)
 
 
 def test_a_rollout_needs_a_release_a_cohort_and_stages(world):
@@ -505,7 +507,7 @@ def test_a_rollout_needs_a_release_a_cohort_and_stages(world):
     with pytest.raises(NotFoundError):
         world.start(cohort="none")
     with pytest.raises(UsageError):
-        world.call(fleet.start_rollout, product="demo", cohort="all", version="1.1.0", stages=[])
+        world.call(launch.start_rollout, product="demo", cohort="all", version="1.1.0", stages=[])
     with pytest.raises(ConflictError) as refused:
         world.start("1.0.0")
     assert refused.value.reason == "already-there"
@@ -612,7 +614,7 @@ def test_a_wish_written_by_another_process_is_answered_at_the_next_tick(world):
     rollout = world.start()
     world.call(fleet.pause, rollout)
     with world.write() as session:
-        fleet._ask(session, world.clock(), "olga", rollout, wanted=fleet.Wanted.RESUME, reason="")
+        fleet.ask(session, world.clock(), "olga", rollout, wanted=fleet.Wanted.RESUME, reason="")
     assert world.tick()
     assert world.status(rollout).state == "running"
 
@@ -649,11 +651,11 @@ def test_rollouts_are_listed_the_newest_first_with_their_counters(world):
     first, second = world.start("1.1.0"), world.start(cohort="other")
     world.finish(world.hosts["a"], first, "healthy")
     with world.read() as session:
-        assert [view.rollout.id for view in fleet.list_rollouts(session)] == [second, first]
-        (view,) = fleet.list_rollouts(session, product="demo", cohort="all")
+        assert [view.rollout.id for view in rollout_view.list_rollouts(session)] == [second, first]
+        (view,) = rollout_view.list_rollouts(session, product="demo", cohort="all")
         assert (view.members, view.counters["healthy"], len(view.counters)) == (1, 1, 9)
-        assert [view.rollout.id for view in fleet.list_rollouts(session, limit=1)] == [second]
-        assert [view.rollout.id for view in fleet.list_rollouts(session, before=second)] == [first]
+        assert [view.rollout.id for view in rollout_view.list_rollouts(session, limit=1)] == [second]
+        assert [view.rollout.id for view in rollout_view.list_rollouts(session, before=second)] == [first]
 
 
 def test_a_recount_finds_a_counter_that_is_wrong(world):
@@ -687,6 +689,6 @@ def test_a_canary_of_one_is_one_although_two_agents_share_a_place(world, monkeyp
     shared = next(salt for salt in map(str, itertools.count()) if canaries(salt) == 2)
     alone = next(salt for salt in map(str, itertools.count()) if canaries(salt) == 1)
     salts = iter([shared, alone])
-    monkeypatch.setattr(fleet.secrets, "token_hex", lambda _: next(salts))
+    monkeypatch.setattr(launch.secrets, "token_hex", lambda _: next(salts))
     world.start("1.1.0", *ONE_THEN_ALL)
     assert len(world.offered("1.1.0")) == 1

@@ -10,23 +10,9 @@ import pytest
 from agent_core.directive import assign
 from agent_core.errors import MalformedError, UsageError
 from agent_core.wire import AttemptState, Mode, Reason
-from release_server.rollout import (
-    CohortFacts,
-    Counters,
-    RolloutFacts,
-    Spec,
-    Stage,
-    StageState,
-    State,
-    Status,
-    Wanted,
-    Why,
-    check_stages,
-    directive_for,
-    failed_limit,
-    reconcile,
-    wanted_count,
-)
+from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.rollout import Counters, Spec, StageState, State, Status, Wanted, Why, reconcile
+from release_server.stages import Stage, check_stages, failed_limit, wanted_count
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 STAGES = (Stage(count=1, soak_s=60, deadline_s=600), Stage(share_bp=5000, soak_s=60), Stage(share_bp=10_000))

@@ -10,21 +10,9 @@ from hypothesis import strategies as st
 
 from agent_core.directive import assign, bucket, progress_for
 from agent_core.wire import AttemptState, Mode
-from release_server.rollout import (
-    FINISHED,
-    CohortFacts,
-    Counters,
-    RolloutFacts,
-    Spec,
-    Stage,
-    StageState,
-    State,
-    Status,
-    Wanted,
-    directive_for,
-    reconcile,
-    wanted_count,
-)
+from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.rollout import FINISHED, Counters, Spec, StageState, State, Status, Wanted, reconcile
+from release_server.stages import Stage, wanted_count
 
 SALT = "salt"
 BAD = {AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT}

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from agent_core.window import MINUTE, is_open, next_opening
 from agent_core.wire import DAYS, Window
-from updater.window import MINUTE, is_open, next_opening
 
 MONDAY_NIGHT = Window(("mon",), "22:00", "04:00", "UTC")
 ZONES = ("UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kolkata")
@@ -137,7 +137,7 @@ def test_a_host_without_zones_takes_those_its_bundle_brings(tmp_path):
     host = next(place for place in map(Path, zoneinfo.TZPATH) if place.is_dir())
     (zones / "zoneinfo" / "Europe" / "Berlin").write_bytes((host / "Europe" / "Berlin").read_bytes())
     ask = (
-        "from agent_core.wire import Window; from updater.window import zone_of\n"
+        "from agent_core.wire import Window; from agent_core.window import zone_of\n"
         "print(*(zone_of(Window(('mon',), '00:00', '01:00', zone)) for zone in ('Europe/Berlin', 'UTC')))"
     )
 
