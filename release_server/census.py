@@ -14,6 +14,7 @@ from agent_core.wire import AttemptState, Phase, Reason
 from release_server import agents, cohorts
 from release_server.models import Agent, Attempt
 from release_server.rollout import Counters, StageState, State, Why
+from release_server.shuffle import first_progress
 from release_server.stages import wanted_count
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ CANNOT = frozenset(
     )
 )
 """What an agent's last decision says when waiting for it would be in vain."""
+SITE = "site"
+"""The label that says where an agent stands."""
 OPEN_ATTEMPT = (None, str(AttemptState.OFFERED))
 
 
@@ -102,7 +105,7 @@ def census(session: Session, now: datetime, rollout: Rollout, spec: Spec, status
         aside=tuple(member.id for member in aside[:NAMED]),
         aside_count=len(aside),
         on_version=sum(_runs(member, rollout.version) and member.seen_at >= quiet for member in members),
-        candidates=_Candidates(rollout, spec, members),
+        candidates=_Candidates(session, rollout, spec, members),
         attempts=agents.counters(session, rollout.id),
     )
 
@@ -122,7 +125,9 @@ def _members(session: Session, rollout: Rollout) -> list[_Member]:
 class _Candidates(Sequence[int]):
     """The progress each stage needs, worked out when it is asked for: most looks open no stage."""
 
-    def __init__(self, rollout: Rollout, spec: Spec, members: Sequence[_Member]) -> None:
+    def __init__(self, session: Session, rollout: Rollout, spec: Spec, members: Sequence[_Member]) -> None:
+        self._session, self._cohort_id = session, rollout.cohort_id
+        self._each = spec.stratified
         self._salt = rollout.salt
         self._stages = spec.stages
         self._members = members
@@ -138,7 +143,20 @@ class _Candidates(Sequence[int]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         count = wanted_count(self._stages[place], len(self._members))
+        if self._each and place == 0:
+            groups = strata(self._session, self._cohort_id)
+            return first_progress(groups, self._salt, count, each=True)
         return progress_for((member.id for member in self._members), self._salt, count)
+
+
+def strata(session: Session, cohort_id: int, most: int | None = None) -> dict[str, tuple[str, str]]:
+    """The agents of a cohort, at most `most`, each with the site and the platform that it represents."""
+    query = select(Agent.id, Agent.platform, Agent.labels, Agent.operator_labels)
+    here = query.where(Agent.cohort_id == cohort_id, Agent.retired_at.is_(None)).limit(most)
+    return {
+        agent_id: (str({**said, **own}.get(SITE, "")), platform)
+        for agent_id, platform, said, own in session.execute(here.order_by(Agent.id))
+    }
 
 
 def _is_open(member: _Member) -> bool:
@@ -184,7 +202,7 @@ def _truth(look: _Look, member: _Member) -> tuple[AttemptState, str] | None:
         return AttemptState.OFFERED, "heard-again"
     if heard or not _is_open(member) or _stands_aside(member, look.told):
         return None
-    if look.status.stage_state is not StageState.OPEN:
+    if look.status.stage_state is not StageState.OPEN or look.status.reason == Why.OUTSIDE_WINDOW:
         return None
     began = max(look.status.opened_at or look.now, member.enrolled_at)
     deadline = timedelta(seconds=look.spec.stages[look.status.stage].deadline_s)

@@ -24,7 +24,7 @@ from release_server.models import (
     Rollout,
     RolloutStatus,
 )
-from release_server.rollout import FINISHED, State
+from release_server.rollout import FINISHED, StageState, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -244,12 +244,14 @@ def create(
     report_s: int = 300,
     splay_s: int = 0,
     window: dict[str, Any] | None = None,
+    approval: bool = False,
     reason: str = "",
 ) -> Cohort:
     """Make a cohort; agents whose labels match move into it.
 
     Args:
         release: the version its agents start from; without one they stay as they are until a rollout.
+        approval: each rollout here needs a second person.
 
     Raises:
         ConflictError: the name is taken.
@@ -272,6 +274,7 @@ def create(
         poll_s=poll_s,
         report_s=report_s,
         retry_epoch=0,
+        approval=approval,
     )
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
@@ -298,7 +301,7 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
     return cohort
 
 
-EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window")
+EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval")
 
 
 def edit(
@@ -329,12 +332,11 @@ def delete(session: Session, now: datetime, actor: str, product: str, name: str,
         ConflictError: a rollout is going on in it.
     """
     cohort = find(session, product, name)
-    going = _newest_rollout(session, cohort.id)
-    if going and State(going[1].state) not in FINISHED:
+    for rollout, status in unfinished(session, cohort.id):
         raise ConflictError(
             f"cohort {name} has a rollout going on",
-            why=f"r-{going[0].id} is {going[1].state}",
-            then=f"release rollout abort r-{going[0].id}",
+            why=f"r-{rollout.id} is {status.state}",
+            then=f"release rollout abort r-{rollout.id}",
         )
     cohort.deleted_at = now
     here = update(Agent).where(Agent.cohort_id == cohort.id)
@@ -436,6 +438,7 @@ COPIED = (
     "poll_s",
     "report_s",
     "retry_epoch",
+    "approval",
 )
 
 
@@ -571,7 +574,7 @@ def _newest_rollout(session: Session, cohort_id: int) -> tuple[Rollout, RolloutS
         select(Rollout, RolloutStatus, Release)
         .join(RolloutStatus, RolloutStatus.rollout_id == Rollout.id)
         .join(Release, Release.id == Rollout.release_id)
-        .where(Rollout.cohort_id == cohort_id)
+        .where(Rollout.cohort_id == cohort_id, RolloutStatus.stage_state != str(StageState.PENDING))
         .order_by(Rollout.id.desc())
         .limit(1)
         .execution_options(populate_existing=True)
@@ -580,9 +583,21 @@ def _newest_rollout(session: Session, cohort_id: int) -> tuple[Rollout, RolloutS
 
 
 def newest_rollout(session: Session, cohort_id: int) -> tuple[Rollout, RolloutStatus] | None:
-    """The rollout that speaks for a cohort: its newest, whatever its state."""
+    """The rollout that speaks for a cohort: the newest that has begun, whatever its state."""
     newest = _newest_rollout(session, cohort_id)
     return newest and newest[:2]
+
+
+def unfinished(session: Session, cohort_id: int) -> list[tuple[Rollout, RolloutStatus]]:
+    """The rollouts of a cohort that have not ended, begun or not, the newest first."""
+    query = (
+        select(Rollout, RolloutStatus)
+        .join(RolloutStatus, RolloutStatus.rollout_id == Rollout.id)
+        .where(Rollout.cohort_id == cohort_id, RolloutStatus.state.not_in(map(str, FINISHED)))
+        .order_by(Rollout.id.desc())
+        .execution_options(populate_existing=True)
+    )
+    return [(rollout, status) for rollout, status in session.execute(query)]
 
 
 def refresh_directive(session: Session, now: datetime, cohort: Cohort, base: str | None = None) -> bool:

@@ -8,12 +8,14 @@ follows. What people ask goes the same way, in the transaction of the asking, so
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, func, select, update
 
-from agent_core.errors import ConflictError, NotFoundError
-from agent_core.wire import AttemptState
+from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
+from agent_core.window import is_open
+from agent_core.wire import AttemptState, Window
 from release_server import agents, audit, census, cohorts, releases
 from release_server.models import (
     Attempt,
@@ -24,6 +26,8 @@ from release_server.models import (
 )
 from release_server.rollout import (
     MOVING,
+    RETURNABLE,
+    WAITING,
     Spec,
     StageState,
     State,
@@ -32,6 +36,7 @@ from release_server.rollout import (
     reconcile,
 )
 from release_server.stages import Stage
+from release_server.terms import Terms, plan_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +47,9 @@ if TYPE_CHECKING:
     from release_server.rollout import Event
 
 log = logging.getLogger(__name__)
+
+KEPT = ("stages", "terms", "advance_to", "approved")
+"""What the next revision of a spec says as well, unless it says otherwise."""
 
 
 # --- the tick --------------------------------------------------------------------------------------------
@@ -66,7 +74,8 @@ def _movable(session: Session) -> Sequence[int]:
         .where(RolloutSpec.rollout_id == RolloutStatus.rollout_id)
         .scalar_subquery()
     )
-    unanswered = and_(RolloutStatus.state == str(State.PAUSED), RolloutStatus.spec_revision < asked)
+    waits = RolloutStatus.state.in_([str(state) for state in WAITING])
+    unanswered = and_(waits, RolloutStatus.spec_revision < asked)
     moving = RolloutStatus.state.in_([str(state) for state in MOVING])
     query = select(RolloutStatus.rollout_id).where(moving | unanswered)
     return session.scalars(query.order_by(RolloutStatus.rollout_id)).all()
@@ -93,6 +102,7 @@ def settle(session: Session, now: datetime, rollout_id: int) -> bool:
     rollout = session.get_one(Rollout, rollout_id)
     asked = newest_spec(session, rollout_id)
     spec = _spec(session, now, rollout, asked)
+    before = status_of(session.get_one(RolloutStatus, rollout_id, populate_existing=True))
     changed = False
     for _ in range(2 * len(spec.stages) + 8):
         row = session.get_one(RolloutStatus, rollout_id, populate_existing=True)
@@ -107,21 +117,70 @@ def settle(session: Session, now: datetime, rollout_id: int) -> bool:
         changed = True
     if changed:
         done = status_of(session.get_one(RolloutStatus, rollout_id, populate_existing=True))
-        base = rollout.version if done.state is State.COMPLETED else None
-        cohorts.refresh_directive(session, now, rollout.cohort, base=base)
+        if before.stage_state is StageState.PENDING and done.stage_state is not StageState.PENDING:
+            _end_others(session, now, rollout, asked.actor)
+        cohorts.refresh_directive(
+            session, now, rollout.cohort, base=_base_after(rollout, before.state, done.state)
+        )
     return changed
 
 
-def _spec(session: Session, now: datetime, rollout: Rollout, asked: RolloutSpec) -> Spec:
-    cohort = cohorts.newest_spec(session, rollout.cohort_id)
+def _base_after(rollout: Rollout, before: State, after: State) -> str | None:
+    """What the cohort has settled on: the release from its completion on, and what was before once undone."""
+    if after is State.COMPLETED:
+        return rollout.version
+    return rollout.base if before is State.COMPLETED else None
+
+
+def _end_others(session: Session, now: datetime, rollout: Rollout, actor: str) -> None:
+    """One that begins takes the place of all that began before it and have not ended."""
+    for other, _ in cohorts.unfinished(session, rollout.cohort_id):
+        if other.id != rollout.id:
+            supersede(session, now, actor, other.id, rollout.version)
+
+
+def supersede(session: Session, now: datetime, actor: str, rollout_id: int, version: str) -> None:
+    """End a rollout because another one, to `version`, takes its place."""
+    ask(session, now, actor, rollout_id, wanted=Wanted.SUPERSEDE, reason=f"for {version}")
+    settle(session, now, rollout_id)
+
+
+def has_begun(status: RolloutStatus) -> bool:
+    """Whether any agent may have been offered the release."""
+    return status.stage_state != StageState.PENDING
+
+
+def spec_of(asked: RolloutSpec) -> Spec:
+    """What people want of a rollout by itself, without what its cohort allows."""
+    terms = Terms.from_json(asked.terms)
     return Spec(
         stages=tuple(Stage.from_json(stage) for stage in asked.stages),
         wanted=Wanted(asked.wanted),
         advance_to=asked.advance_to,
         revision=asked.revision,
+        not_before=terms.not_before,
+        approval=terms.approval,
+        stratified=terms.stratified,
+    )
+
+
+def _spec(session: Session, now: datetime, rollout: Rollout, asked: RolloutSpec) -> Spec:
+    cohort = cohorts.newest_spec(session, rollout.cohort_id)
+    window = None if cohort.window is None else Window.from_json(cohort.window, "window")
+    return replace(
+        spec_of(asked),
         pinned=cohort.pin is not None,
         frozen=cohorts.is_frozen(cohort, now),
+        approved=bool(asked.approved) and asked.approved == digest_of(rollout, asked),
+        window_open=window is None or is_open(window, now),
     )
+
+
+def digest_of(rollout: Rollout, asked: RolloutSpec) -> str:
+    """What an approval of this rollout is bound to."""
+    cohort, stages = rollout.cohort, tuple(Stage.from_json(stage) for stage in asked.stages)
+    terms = Terms.from_json(asked.terms)
+    return plan_digest(cohort.product.name, cohort.name, rollout.version, stages, terms, rollout.base)
 
 
 def status_of(row: RolloutStatus) -> Status:
@@ -202,12 +261,12 @@ def pause(session: Session, now: datetime, actor: str, rollout_id: int, reason: 
 
 
 def resume(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:
-    """Let a paused rollout go on; after a halt this tolerates what has failed so far, and nothing more.
+    """Let a paused rollout go on, or submit a draft; after a halt this tolerates what has failed so far.
 
     Raises:
         ConflictError: it is not paused, its cohort is pinned, or its release was yanked.
     """
-    status = _require(session, rollout_id, "resumed", State.PAUSED)
+    status = _require(session, rollout_id, "resumed", State.PAUSED, State.DRAFT)
     rollout = session.get_one(Rollout, status.rollout_id)
     releases.refuse_yanked(rollout.release)
     cohort = rollout.cohort
@@ -220,6 +279,44 @@ def resume(session: Session, now: datetime, actor: str, rollout_id: int, reason:
         )
     ask(session, now, actor, rollout_id, wanted=Wanted.RESUME, reason=reason)
     _done(session, now, actor, "rollout.resume", rollout_id, reason=reason)
+
+
+def approve(
+    session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "", *, digest: str
+) -> None:
+    """Let a rollout begin that waits for a second person.
+
+    Args:
+        digest: of the plan that this person has looked at, so that no other one is approved.
+
+    Raises:
+        ConflictError: it does not wait for that, or its plan is another.
+        NotAllowedError: this person asked for it.
+    """
+    _require(session, rollout_id, "approved", State.AWAITING_APPROVAL)
+    rollout, asked = session.get_one(Rollout, rollout_id), newest_spec(session, rollout_id)
+    if digest != digest_of(rollout, asked):
+        raise ConflictError(
+            f"r-{rollout_id} is not the plan that was looked at",
+            why=f"its digest is {digest_of(rollout, asked)[:12]}",
+            then=f"release rollout status r-{rollout_id}",
+            reason="changed",
+        )
+    if actor in _askers(session, rollout):
+        raise NotAllowedError(
+            f"{actor} asked for r-{rollout_id}",
+            why="a second person approves",
+            then=f"have somebody else type: release rollout approve r-{rollout_id}",
+            reason="self-approval",
+        )
+    ask(session, now, actor, rollout_id, wanted=Wanted(asked.wanted), reason=reason, approved=digest)
+    _done(session, now, actor, "rollout.approve", rollout_id, reason=reason, digest=digest)
+
+
+def _askers(session: Session, rollout: Rollout) -> set[str]:
+    """Everyone who had a hand in what a rollout is to do."""
+    actors = session.scalars(select(RolloutSpec.actor).where(RolloutSpec.rollout_id == rollout.id))
+    return {rollout.created_by, *actors}
 
 
 def advance(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:
@@ -249,9 +346,7 @@ def abort(
             why="its cohort had no release before",
             then="abort without --rollback",
         )
-    newest = cohorts.newest_rollout(session, rollout.cohort_id)
-    if row.state == State.ABORTED and newest and newest[0].id != rollout_id:
-        raise ConflictError(f"r-{newest[0].id} has taken the place of r-{rollout_id}", reason="superseded")
+    _check_newest(session, rollout, row)
     ask(
         session,
         now,
@@ -264,8 +359,35 @@ def abort(
 
 
 def _abortable(*, rollback: bool) -> tuple[State, ...]:
-    states = (State.DRAFT, State.SCHEDULED, State.RUNNING, State.PAUSED)
+    states = (State.SCHEDULED, State.RUNNING, *sorted(WAITING))
     return (*states, State.ABORTED) if rollback else states
+
+
+def _check_newest(session: Session, rollout: Rollout, row: RolloutStatus) -> None:
+    newest = cohorts.newest_rollout(session, rollout.cohort_id)
+    if row.state in RETURNABLE and newest and newest[0].id != rollout.id:
+        raise ConflictError(f"r-{newest[0].id} has taken the place of r-{rollout.id}", reason="superseded")
+
+
+def undo(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:
+    """Take every agent back to the release before, also after completion; audited as an act of its own.
+
+    Raises:
+        ConflictError: nothing was before, or something newer has taken its place.
+    """
+    states = (State.RUNNING, State.PAUSED, *sorted(RETURNABLE))
+    row = _require(session, rollout_id, "undone", *states)
+    rollout = session.get_one(Rollout, rollout_id)
+    _check_newest(session, rollout, row)
+    settled = cohorts.status_of(session, rollout.cohort_id).base
+    if row.state == State.COMPLETED and settled != rollout.version:
+        raise ConflictError(
+            f"cohort {rollout.cohort.name} is on {settled} by now", then="unpin it, or start a rollout"
+        )
+    if rollout.base is None:
+        raise ConflictError(f"r-{rollout_id} cannot be undone", why="its cohort had no release before")
+    ask(session, now, actor, rollout_id, wanted=Wanted.ABORT_ROLLBACK, reason=reason)
+    _done(session, now, actor, "rollout.undo", rollout_id, reason=reason, back_to=rollout.base)
 
 
 def retry(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:
@@ -315,7 +437,7 @@ def ask(
 ) -> None:
     """Write down the next revision of what is wanted; what is not said stays."""
     newest = session.scalar(_specs(rollout_id).limit(1))
-    kept = {"stages": newest.stages, "advance_to": newest.advance_to} if newest else {}
+    kept = {name: getattr(newest, name) for name in KEPT} if newest else {}
     session.add(
         RolloutSpec(
             rollout_id=rollout_id,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from agent_core.directive import bucket, progress_for
 from agent_core.errors import ConflictError
-from release_server import agents, audit, cohorts, fleet
-from release_server.models import Agent, Cohort, Rollout, RolloutStatus
-from release_server.rollout import FINISHED, State, Status, Wanted
+from release_server import agents, audit, census, cohorts, fleet, routes, shuffle
+from release_server.models import Cohort, Release, Rollout, RolloutStatus
+from release_server.rollout import State, Status, Wanted
 from release_server.stages import check_stages, wanted_count
+from release_server.terms import Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from sqlalchemy.orm import Session
@@ -24,6 +25,48 @@ if TYPE_CHECKING:
 
 COUNTED_MOST, SALTS_MOST = 5_000, 8
 """Up to how many agents a first stage is held to its number, and how many salts are tried for that."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rollout that may begin: nothing speaks against it, and its cohort is shuffled."""
+
+    cohort: Cohort
+    release: Release
+    base: str | None
+    stages: tuple[Stage, ...]
+    terms: Terms
+    salt: str
+
+
+def plan(
+    session: Session,
+    now: datetime,
+    *,
+    product: str,
+    cohort: str,
+    version: str,
+    stages: Sequence[Stage],
+    terms: Terms | None = None,
+) -> Plan:
+    """Look whether a rollout may begin, and how; changes nothing.
+
+    Raises:
+        NotFoundError: no such product, cohort or release.
+        UsageError: the stages make no sense.
+        ConflictError: the cohort is pinned, frozen, on this version already or on a newer one, or no signed
+            way leads from there to this release.
+    """
+    check_stages(tuple(stages))
+    target = cohorts.find(session, product, cohort)
+    release = cohorts.require_release(session, target.product, version)
+    base = cohorts.status_of(session, target.id).base
+    wanted = terms or Terms()
+    _check_free(session, now, target, version, base)
+    _check_way(session, target, release, base, downgrade=wanted.downgrade)
+    approval = wanted.approval or cohorts.newest_spec(session, target.id).approval
+    salt = _new_salt(session, target.id, stages[0], stratified=wanted.stratified)
+    return Plan(target, release, base, tuple(stages), replace(wanted, approval=approval), salt)
 
 
 def start_rollout(
@@ -35,38 +78,63 @@ def start_rollout(
     cohort: str,
     version: str,
     stages: Sequence[Stage],
+    terms: Terms | None = None,
     reason: str = "",
     supersede: bool = False,
+    draft: bool = False,
 ) -> Rollout:
-    """Send a release through the stages of a cohort.
+    """Send a release through the stages of a cohort, or have that ready.
 
     Args:
         supersede: end the rollout that is going on there; without it only one that has stopped is replaced.
+        draft: keep it until somebody resumes it.
 
     Raises:
-        NotFoundError: no such product, cohort or release.
-        UsageError: the stages make no sense.
-        ConflictError: the cohort is pinned, frozen, on this version already, or busy with another rollout.
+        ConflictError: the cohort is busy with another rollout; else as `plan`.
     """
-    check_stages(tuple(stages))
-    target = cohorts.find(session, product, cohort)
-    release = cohorts.require_release(session, target.product, version)
-    base = cohorts.status_of(session, target.id).base
-    _check_free(session, now, target, version, base)
-    _make_way(session, now, actor, target, version, supersede=supersede)
-    rollout = Rollout(
-        cohort=target,
-        release_id=release.id,
+    made = plan(session, now, product=product, cohort=cohort, version=version, stages=stages, terms=terms)
+    _make_way(session, now, actor, made.cohort, version, supersede=supersede)
+    rollout = _store(session, now, actor, made, draft=draft)
+    fleet.ask(
+        session,
+        now,
+        actor,
+        rollout.id,
+        stages=[stage.to_json() for stage in made.stages],
+        terms=made.terms.to_json(),
+        wanted=Wanted.RUN,
+        advance_to=0,
+        reason=reason,
+    )
+    audit.record(
+        session,
+        now,
+        actor,
+        "rollout.start",
+        f"{product}/{cohort}",
+        rollout=rollout.id,
         version=version,
-        base=base,
-        salt=_new_salt(session, target.id, stages[0]),
+        reason=reason,
+        **({"downgrade": True} if made.terms.downgrade else {}),
+    )
+    fleet.settle(session, now, rollout.id)
+    return rollout
+
+
+def _store(session: Session, now: datetime, actor: str, made: Plan, *, draft: bool) -> Rollout:
+    rollout = Rollout(
+        cohort=made.cohort,
+        release_id=made.release.id,
+        version=made.release.version,
+        base=made.base,
+        salt=made.salt,
         created_at=now,
         created_by=actor,
     )
     session.add(rollout)
     session.flush()
     agents.make_counters(session, rollout.id)
-    fresh = Status()
+    fresh = Status(State.DRAFT if draft else State.SCHEDULED)
     session.add(
         RolloutStatus(
             rollout_id=rollout.id,
@@ -78,34 +146,68 @@ def start_rollout(
             updated_at=now,
         )
     )
-    stored = [stage.to_json() for stage in stages]
-    fleet.ask(session, now, actor, rollout.id, stages=stored, wanted=Wanted.RUN, advance_to=0, reason=reason)
-    subject = f"{product}/{cohort}"
-    audit.record(
-        session, now, actor, "rollout.start", subject, rollout=rollout.id, version=version, reason=reason
-    )
-    fleet.settle(session, now, rollout.id)
     return rollout
 
 
-def _new_salt(session: Session, cohort_id: int, first: Stage) -> str:
-    """A salt by which the first stage takes in just the agents it asks for, where a few tries find one.
+def _new_salt(session: Session, cohort_id: int, first: Stage, *, stratified: bool) -> str:
+    """A salt for the first stage as asked for. In a large cohort nobody counts its agents one by one."""
+    strata = census.strata(session, cohort_id, COUNTED_MOST + 1)
+    if len(strata) > COUNTED_MOST:
+        return secrets.token_hex(16)
+    salts = (secrets.token_hex(16) for _ in range(SALTS_MOST))
+    count = wanted_count(first, len(strata))
+    veterans = _veterans(session, cohort_id, strata)
+    return shuffle.choose_salt(salts, strata, count, each=stratified, veterans=veterans)
 
-    Two agents in one basis point enter together, but whoever asks for one canary wants one. In a large cohort
-    nobody counts the agents of a stage one by one.
-    """
-    living = (Agent.cohort_id == cohort_id, Agent.retired_at.is_(None))
-    members = session.scalars(select(Agent.id).where(*living).limit(COUNTED_MOST + 1)).all()
-    salt = secrets.token_hex(16)
-    if len(members) > COUNTED_MOST:
-        return salt
-    count = wanted_count(first, len(members))
-    for _ in range(SALTS_MOST):
-        progress = progress_for(members, salt, count)
-        if sum(bucket(member, salt) < progress for member in members) == count:
-            break
-        salt = secrets.token_hex(16)
-    return salt
+
+def _veterans(session: Session, cohort_id: int, strata: Mapping[str, object]) -> frozenset[str]:
+    """The agents that the first stage of the rollout before took in, as far as they are known by its salt."""
+    newest = cohorts.newest_rollout(session, cohort_id)
+    if newest is None or not strata:
+        return frozenset()
+    first = fleet.spec_of(fleet.newest_spec(session, newest[0].id)).stages[0]
+    return shuffle.first_agents(strata, newest[0].salt, wanted_count(first, len(strata)))
+
+
+def _check_way(
+    session: Session, cohort: Cohort, release: Release, base: str | None, *, downgrade: bool
+) -> None:
+    """Refuse what agents would refuse: an older release unasked, or one that no signed way leads to."""
+    query = select(Release).where(Release.product_id == cohort.product_id, Release.yanked_at.is_(None))
+    known = {each.version: each for each in session.scalars(query)}
+    here = known.get(base or "")
+    if here is None:
+        return
+    if release.seq < here.seq:
+        if not downgrade:
+            raise ConflictError(
+                f"{release.version} is older than {base}, which cohort {cohort.name} is on",
+                why="a downgrade happens only when somebody asks for one",
+                then="release rollout undo ID, or start it with --downgrade",
+                reason="older",
+            )
+        return
+    way = routes.route(map(_stop, known.values()), here.seq, release.seq)
+    if way is not None and len(way) <= 1:
+        return
+    via = ", then ".join(stop.version for stop in way[:-1]) if way else ""
+    raise ConflictError(
+        f"{release.version} does not install over {base}",
+        why=f"it is reached by way of {via}" if way else "by its signed facts no release leads there",
+        then=f"release rollout start {way[0].version} first" if way else "publish a stepping stone",
+        reason="stepping-stone" if way else "dead-end",
+    )
+
+
+def _stop(release: Release) -> routes.Stop:
+    """A release of several bundles is as strict as the strictest of them."""
+    facts = [bundle.facts for bundle in release.bundles]
+    return routes.Stop(
+        release.version,
+        release.seq,
+        max((int(each.get("upgrade_from_seq") or 0) for each in facts), default=0),
+        any(each.get("barrier") for each in facts),
+    )
 
 
 def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, base: str | None) -> None:
@@ -135,17 +237,17 @@ def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, b
 def _make_way(
     session: Session, now: datetime, actor: str, cohort: Cohort, version: str, *, supersede: bool
 ) -> None:
-    """End the rollout before, if it has not ended: one that moves only when the caller says so."""
-    newest = cohorts.newest_rollout(session, cohort.id)
-    if newest is None or State(newest[1].state) in FINISHED:
-        return
-    rollout, status = newest
-    if status.state != State.PAUSED and not supersede:
-        raise ConflictError(
-            f"r-{rollout.id} takes {rollout.version} through cohort {cohort.name}",
-            why=f"it is {status.state.replace('_', ' ')}",
-            then=f"release rollout pause r-{rollout.id}, or supersede it",
-            reason="busy",
-        )
-    fleet.ask(session, now, actor, rollout.id, wanted=Wanted.SUPERSEDE, reason=f"for {version}")
-    fleet.settle(session, now, rollout.id)
+    """Refuse to begin beside a rollout that moves, unless the caller says so.
+
+    What has begun goes on until the new one begins as well (`fleet`); what has not is replaced at once.
+    """
+    for rollout, status in cohorts.unfinished(session, cohort.id):
+        if status.state != State.PAUSED and not supersede:
+            raise ConflictError(
+                f"r-{rollout.id} takes {rollout.version} through cohort {cohort.name}",
+                why=f"it is {status.state.replace('_', ' ')}",
+                then=f"release rollout pause r-{rollout.id}, or supersede it",
+                reason="busy",
+            )
+        if not fleet.has_begun(status):
+            fleet.supersede(session, now, actor, rollout.id, version)

@@ -126,6 +126,7 @@ class CohortSpec(Base):
     poll_s: Mapped[int] = mapped_column(default=60)
     report_s: Mapped[int] = mapped_column(default=300)
     retry_epoch: Mapped[int] = mapped_column(default=0)
+    approval: Mapped[bool] = mapped_column(default=False, server_default=false())
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(Text, default="")
     created_at: Mapped[datetime]
@@ -161,7 +162,10 @@ class Rollout(Base):
 
 
 class RolloutSpec(Base):
-    """One immutable revision of what people want of a rollout."""
+    """One immutable revision of what people want of a rollout.
+
+    `approved` is the digest of the plan that a second person has approved, empty before.
+    """
 
     __tablename__ = "rollout_specs"
     __table_args__ = (UniqueConstraint("rollout_id", "revision", name="uq_rollout_specs_revision"),)
@@ -171,6 +175,8 @@ class RolloutSpec(Base):
     stages: Mapped[list[Any]]
     wanted: Mapped[str] = mapped_column(String(32))
     advance_to: Mapped[int] = mapped_column(default=0)
+    terms: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
+    approved: Mapped[str] = mapped_column(String(64), default="", server_default="")
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(Text, default="")
     created_at: Mapped[datetime]

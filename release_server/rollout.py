@@ -2,15 +2,20 @@
 
 | from | what is so | to |
 |---|---|---|
-| scheduled | wanted | running, stage 0 open |
+| draft | submitted by a resume | scheduled |
+| scheduled | a second person must approve, and has not | awaiting approval |
+| awaiting approval | approved, by the digest of what it is | scheduled |
+| scheduled | wanted, and its time has come | running, stage 0 open |
 | running, open | more failed than the stage allows; time is up | paused, stage halted |
 | running, open | every agent in progress has finished, the sample is big enough | running, soaking |
 | running, soaking | an agent is unfinished after all | running, open |
 | running, soaking | the soak is over | next stage open, or completed |
 | running | advance asked for | next stage open, or completed |
 | running | pause asked for; cohort pinned | paused, stage as it was |
+| running, open | the window closes on unfinished agents | the same, its deadline standing still |
 | paused | resume asked for, by a revision newer than the halt | running, stage open again |
-| scheduled, running, paused | abort asked for | aborted, or rolling back |
+| any but a finished one | abort asked for | aborted, or rolling back |
+| aborted, completed | going back asked for (undo) | rolling back |
 | rolling back | no agent runs the version any more | rolled back |
 | any but a finished one | a newer rollout takes its place | superseded |
 """
@@ -38,6 +43,7 @@ class State(StrEnum):
     """Where a rollout is."""
 
     DRAFT = "draft"
+    AWAITING_APPROVAL = "awaiting_approval"
     SCHEDULED = "scheduled"
     RUNNING = "running"
     PAUSED = "paused"
@@ -51,6 +57,10 @@ class State(StrEnum):
 FINISHED = frozenset({State.COMPLETED, State.ABORTED, State.ROLLED_BACK, State.SUPERSEDED})
 MOVING = frozenset({State.SCHEDULED, State.RUNNING, State.ROLLING_BACK})
 """States that time or agents can change; a paused rollout waits for a person."""
+WAITING = frozenset({State.DRAFT, State.AWAITING_APPROVAL, State.PAUSED})
+"""States that only a person's word changes."""
+RETURNABLE = frozenset({State.ABORTED, State.COMPLETED})
+"""Ends from which agents may still be taken back."""
 
 
 class StageState(StrEnum):
@@ -81,6 +91,8 @@ class Why(StrEnum):
     MANUAL = "manual"
     PINNED = "pinned"
     FROZEN = "frozen"
+    OUTSIDE_WINDOW = "outside-window"
+    APPROVAL = "approval"
     NO_AGENTS = "no-agents"
     MIN_SAMPLE = "min-sample"
     MAX_FAILED = "max-failed"
@@ -96,7 +108,14 @@ class Why(StrEnum):
 
 @dataclass(frozen=True)
 class Spec:
-    """What people want: the newest revision, and whether the cohort is pinned or frozen."""
+    """What people want: the newest revision, and what the cohort allows just now.
+
+    Attributes:
+        not_before: it does not start earlier.
+        approval: a second person has to approve it first; `approved` says that one has.
+        window_open: agents of the cohort may begin an update now.
+        stratified: the first stage takes in one agent of each site and platform, whatever its size.
+    """
 
     stages: tuple[Stage, ...]
     wanted: Wanted = Wanted.RUN
@@ -104,6 +123,11 @@ class Spec:
     revision: int = 1
     pinned: bool = False
     frozen: bool = False
+    not_before: datetime | None = None
+    approval: bool = False
+    approved: bool = False
+    window_open: bool = True
+    stratified: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +219,7 @@ def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> 
     nothing left to do it returns `status` unchanged. Failures are looked at before wishes, so no request made
     at the moment of a halt undoes it.
     """
-    if status.state is State.ABORTED and _asks(spec, status, Wanted.ABORT_ROLLBACK):
+    if status.state in RETURNABLE and _asks(spec, status, Wanted.ABORT_ROLLBACK):
         return _abort(spec, status, counters, now)
     if status.state in FINISHED:
         return Next(status)
@@ -207,6 +231,8 @@ def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> 
     if spec.wanted in (Wanted.ABORT, Wanted.ABORT_ROLLBACK):
         return _abort(spec, status, counters, now)
     match status.state:
+        case State.DRAFT | State.AWAITING_APPROVAL:
+            return _prepare(step)
         case State.SCHEDULED:
             return _start(step)
         case State.RUNNING:
@@ -277,12 +303,23 @@ def _lapse(status: Status, spec: Spec, counters: Counters) -> Status:
     )
 
 
+def _prepare(step: _Step) -> Next:
+    """A draft is submitted by a resume; what awaits approval goes on by nothing else."""
+    if step.status.state is State.DRAFT:
+        submitted = _asks(step.spec, step.status, Wanted.RESUME)
+        return step.to("submitted", state=State.SCHEDULED) if submitted else Next(step.status)
+    return step.to("approved", state=State.SCHEDULED) if step.spec.approved else step.stay()
+
+
 def _start(step: _Step) -> Next:
+    if step.spec.approval and not step.spec.approved:
+        return step.to("awaiting-approval", Why.APPROVAL, state=State.AWAITING_APPROVAL)
     if step.spec.wanted is Wanted.PAUSE:
         return step.to("paused", Why.MANUAL, state=State.PAUSED)
     if step.spec.pinned:
         return step.to("paused", Why.PINNED, state=State.PAUSED)
-    if step.spec.frozen:
+    too_early = step.spec.not_before is not None and step.now < step.spec.not_before
+    if step.spec.frozen or too_early:
         return step.stay()
     return _open(step, 0, "started")
 
@@ -312,9 +349,11 @@ def _run(step: _Step) -> Next:
     if step.spec.pinned:
         return step.to("paused", Why.PINNED, state=State.PAUSED)
     if step.spec.frozen:
-        return _freeze(step)
+        return _stand_still(step, Why.FROZEN)
     if step.status.reason == Why.FROZEN:
         return _open(step, step.status.stage, "unfrozen")
+    if step.status.reason == Why.OUTSIDE_WINDOW and step.spec.window_open:
+        return _open(step, step.status.stage, "window-opened")
     if step.spec.advance_to > step.status.stage:
         return _pass(step, Why.ADVANCED)
     if not step.counters.members:
@@ -328,6 +367,8 @@ def _judge(step: _Step) -> Next:
     """Decide on a running stage that has agents: late, unfinished, too few, soaking or passed."""
     if step.counters.waiting and step.status.stage_state is StageState.SOAKING:
         return _reopen(step)
+    if step.counters.waiting and not step.spec.window_open:
+        return _stand_still(step, Why.OUTSIDE_WINDOW)
     if halt := _took_too_long(step):
         return halt
     if step.counters.waiting:
@@ -420,10 +461,11 @@ def _wait(step: _Step, reason: Why, detail: str) -> Next:
     return step.to("waiting", reason, detail, stage_state=StageState.OPEN, soaking_since=None)
 
 
-def _freeze(step: _Step) -> Next:
-    if step.status.reason == Why.FROZEN:
+def _stand_still(step: _Step, why: Why) -> Next:
+    """No deadline runs while agents may not begin; each stage gets a whole one when they may again."""
+    if step.status.reason == why:
         return step.stay()
-    return step.to("frozen", Why.FROZEN)
+    return step.to(str(why), why)
 
 
 def _pass(step: _Step, reason: Why) -> Next:

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
+from release_server import fleet
 from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
+from release_server.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,6 +50,7 @@ class NewCohort(Because):
     report_s: int = Field(300, ge=1, le=DAY_S)
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = None
+    approval: bool = False
 
 
 class CohortChange(Because):
@@ -57,6 +60,7 @@ class CohortChange(Because):
     report_s: int = Field(300, ge=1, le=DAY_S)
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = None
+    approval: bool = False
 
 
 class Pin(Because):
@@ -111,6 +115,7 @@ def render_cohort(view: cohorts.View) -> dict[str, Any]:
         "poll_s": spec.poll_s,
         "report_s": spec.report_s,
         "retry_epoch": spec.retry_epoch,
+        "approval": spec.approval,
         "revision": spec.revision,
         "actor": spec.actor,
         "reason": spec.reason,
@@ -150,12 +155,43 @@ class StageShape(Shape):
         return Stage.from_json(self.model_dump(), f"stages[{place}]")
 
 
-class NewRollout(Because):
+class TermsShape(Shape):
+    not_before: str | None = Field(default=None, max_length=40)
+    approval: bool = False
+    downgrade: bool = False
+    stratified: bool = False
+
+    def terms(self) -> Terms:
+        moment(self.not_before, "terms.not_before")
+        return Terms.from_json(self.model_dump())
+
+
+class Rehearsal(Shape):
     product: str = Field(pattern=NAME_FORM)
     cohort: str = Field(pattern=NAME_FORM)
     version: str = Field(pattern=VERSION_FORM)
     stages: list[StageShape] = Field(min_length=1, max_length=MAX_STAGES)
+    terms: TermsShape = TermsShape()
+
+    def said(self) -> dict[str, Any]:
+        """What the services take of it."""
+        stages = [stage.stage(place) for place, stage in enumerate(self.stages)]
+        return {
+            "product": self.product,
+            "cohort": self.cohort,
+            "version": self.version,
+            "stages": stages,
+            "terms": self.terms.terms(),
+        }
+
+
+class NewRollout(Rehearsal, Because):
     supersede: bool = False
+    draft: bool = False
+
+
+class Approve(Because):
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Abort(Because):
@@ -184,6 +220,8 @@ def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | Non
         "version": rollout.version,
         "base": rollout.base,
         "salt": rollout.salt,
+        "terms": view.spec.terms,
+        "digest": fleet.digest_of(rollout, view.spec),
         "wanted": view.spec.wanted,
         "state": status.state,
         "stage": status.stage,

@@ -8,12 +8,14 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from release_server import fleet, launch, rollout_view
+from release_server import fleet, launch, rehearsal, rollout_view
 from release_server.api import PREFIX, services
 from release_server.api.fleet_schemas import (
     Abort,
+    Approve,
     Because,
     NewRollout,
+    Rehearsal,
     RolloutPath,
     RolloutQuery,
     render_rollout,
@@ -57,10 +59,9 @@ def list_rollouts(query: RolloutQuery) -> dict[str, Any]:
 def start_rollout(body: NewRollout) -> tuple[dict[str, Any], int]:
     """Send a release through a cohort."""
     hub = services()
-    stages = [stage.stage(place) for place, stage in enumerate(body.stages)]
-    said = body.model_dump(exclude={"stages"})
+    said = body.said() | {"reason": body.reason, "supersede": body.supersede, "draft": body.draft}
     with hub.sessions.write() as session:
-        rollout = launch.start_rollout(session, hub.clock(), g.person.name, stages=stages, **said)
+        rollout = launch.start_rollout(session, hub.clock(), g.person.name, **said)
         return _render(session, rollout.id), 201
 
 
@@ -98,6 +99,29 @@ def advance(path: RolloutPath, body: Because) -> dict[str, Any]:
 def abort(path: RolloutPath, body: Abort) -> dict[str, Any]:
     """End a rollout; with `rollback` its agents go back."""
     return _ask(path, fleet.abort, reason=body.reason, rollback=body.rollback)
+
+
+@blueprint.post("/rollouts/rehearse")
+@requires("operator")
+def rehearse(body: Rehearsal) -> dict[str, Any]:
+    """Say what a rollout would do if every agent took it well; changes nothing."""
+    hub = services()
+    with hub.sessions.read() as session:
+        return rehearsal.rehearse(session, hub.clock(), **body.said())
+
+
+@blueprint.post("/rollouts/<int:id>/approve")
+@requires("operator")
+def approve(path: RolloutPath, body: Approve) -> dict[str, Any]:
+    """Let a rollout begin that waits for a second person."""
+    return _ask(path, fleet.approve, reason=body.reason, digest=body.digest)
+
+
+@blueprint.post("/rollouts/<int:id>/undo")
+@requires("operator")
+def undo(path: RolloutPath, body: Because) -> dict[str, Any]:
+    """Take every agent back to the release before, also after completion."""
+    return _ask(path, fleet.undo, reason=body.reason)
 
 
 @blueprint.post("/rollouts/<int:id>/retry")

@@ -359,6 +359,23 @@ def rollout_view(rollout: Mapping[str, Any], now: datetime) -> str:
     return f"{text}\n\n{console.table(heads, rows, empty='no stages')}"
 
 
+def rehearsal_view(rehearsed: Mapping[str, Any]) -> str:
+    """What a rollout would do."""
+    rows = [
+        [
+            place + 1,
+            percent(int(stage["progress"])),
+            agents(int(stage["agents"])),
+            stage["opens_at"],
+            ", ".join(stage["names"]) + (", …" if stage["agents"] > len(stage["names"]) else ""),
+        ]
+        for place, stage in enumerate(rehearsed["stages"])
+    ]
+    table = console.table(["stage", "progress", "reach", "opens", "for instance"], rows, empty="no agents")
+    done = f"done at {rehearsed['done_at']} at the earliest" if rehearsed.get("done_at") else "never done"
+    return f"{travel(rehearsed)}, {agents(int(rehearsed['agents']))}, {done}\n\n{table}"
+
+
 def event_table(events: Iterable[Mapping[str, Any]]) -> str:
     rows = [
         [

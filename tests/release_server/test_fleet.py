@@ -16,6 +16,7 @@ from release_server.database import Sessions, make_engine
 from release_server.models import AuditEntry, Cohort, RolloutCounter, RolloutStatus
 from release_server.rollout import State, Status
 from release_server.stages import Stage
+from release_server.terms import Terms
 from tests.release_server.fleet_world import World
 
 ONE_THEN_ALL = (Stage(count=1), Stage(share_bp=10_000))
@@ -625,7 +626,10 @@ def test_a_rollout_back_to_an_older_release_lets_agents_go_back(world):
     forward = world.start("1.1.0")
     world.finish(world.hosts["a"], forward, "healthy")
     world.tick()
-    back = world.start("1.0.0")
+    with pytest.raises(ConflictError) as caught:
+        world.start("1.0.0")
+    assert caught.value.reason == "older", "nobody asked for a downgrade"
+    back = world.start("1.0.0", terms=Terms(downgrade=True))
     assert world.directive().rollback
     world.finish(world.hosts["a"], back, "healthy")
     world.tick()
@@ -638,7 +642,7 @@ def test_each_rollout_shuffles_anew(world):
     world.enroll_many(12)
     firsts = set()
     for version in ("1.1.0", "1.2.0", "0.9.0", "1.1.0", "1.2.0"):
-        rollout = world.start(version)
+        rollout = world.start(version, terms=Terms(downgrade=True))
         firsts |= {host.id for host in world.offered(version)}
         world.call(fleet.abort, rollout)
     assert len(firsts) > 1

@@ -54,6 +54,9 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `create` and `edit` that set how a cohort behaves."""
     for option in (
         click.option("--splay", "splay_s", type=SECONDS, help="Begin updates at random within so long."),
+        click.option(
+            "--approval/--no-approval", default=None, help="Each rollout here needs a second person."
+        ),
         click.option("--report", "report_s", type=SECONDS, help="How often agents report."),
         click.option("--poll", "poll_s", type=SECONDS, help="How often agents poll."),
         click.option("--window", type=WINDOW, help="'mon-fri 22:00-04:00 Europe/Berlin', or `always`."),
@@ -102,7 +105,7 @@ def edit(name: str, **spec: Any) -> None:
         body["window"] = None
     if not body.keys() - {"reason"}:
         raise click.UsageError(
-            "nothing to change: give --match, --priority, --window, --poll, --report or --splay"
+            "nothing to change: give --match, --priority, --window, --poll, --report, --splay or --approval"
         )
     if "match" in body:
         confirm_match(name, body["match"])

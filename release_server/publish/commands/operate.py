@@ -120,13 +120,53 @@ def amount(text: str) -> Amount:
     return Amount(share_bp=share_bp)
 
 
-def steps(text: str) -> tuple[Amount, ...]:
-    """Read `1%,10%,100%` or `1,5,20`; shares grow, and so do counts.
+@dataclass(frozen=True)
+class Step(Amount):
+    """How far one step of a rollout reaches, and what is special about its gate."""
+
+    gate: tuple[tuple[str, int], ...] = ()
+
+
+def _seconds(key: str) -> Callable[[str], dict[str, int]]:
+    return lambda text: {key: int(console.duration_s(text))}
+
+
+def _count(key: str) -> Callable[[str], dict[str, int]]:
+    return lambda text: {key: int(text)}
+
+
+GATES: dict[str, Callable[[str], dict[str, int]]] = {
+    "soak": _seconds("soak_s"),
+    "deadline": _seconds("deadline_s"),
+    "max-failed": lambda text: amount(text).as_limit(),
+    "max-silent": _count("max_silent"),
+    "min-sample": _count("min_sample"),
+}
+
+
+def step(text: str) -> Step:
+    """Read `10%`, or `10%:soak=2h:max-failed=3`: a step with a gate of its own.
+
+    Raises:
+        ValueError: it cannot be read, or names something that a gate does not have.
+    """
+    reach, *said = text.split(":")
+    size, gate = amount(reach), dict[str, int]()
+    for part in said:
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in GATES:
+            raise ValueError(f"{part.strip()!r} is not one of {', '.join(GATES)} with =VALUE")
+        gate |= GATES[name](value)
+    return Step(size.share_bp, size.count, tuple(gate.items()))
+
+
+def steps(text: str) -> tuple[Step, ...]:
+    """Read `1%,10%,100%` or `1,5,20:soak=1h`; shares grow, and so do counts.
 
     Raises:
         ValueError: a step that cannot be read, reaches nobody, or does not reach further than the one before.
     """
-    found = tuple(amount(part) for part in text.split(",") if part.strip())
+    found = tuple(step(part) for part in text.split(",") if part.strip())
     if not found:
         raise ValueError("there is no step")
     for kind in ("share_bp", "count"):

@@ -13,10 +13,12 @@ from agent_core.errors import Exit, NotFoundError, UnreachableError
 from release_server.publish import render
 from release_server.publish.commands.operate import (
     AMOUNT,
+    MOMENT,
     ROLLOUT,
     SECONDS,
     STEPS,
     Amount,
+    Step,
     client,
     confirm_reach,
     given,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0
 """How long a watch without --timeout puts up with a server that does not answer."""
-BUSY = frozenset({"scheduled", "running", "paused", "rolling_back"})
+BUSY = frozenset({"draft", "awaiting_approval", "scheduled", "running", "paused", "rolling_back"})
 ENDS: dict[str, Exit] = {
     "completed": Exit.DONE,
     "aborted": Exit.HALTED,
@@ -65,62 +67,116 @@ def show_rollout(answer: Mapping[str, Any], done: str) -> None:
     console.emit(answer, lambda: render.rollout_line(answer))
 
 
-@rollout.command("start", short_help="Start a rollout.")
-@click.argument("version")
-@click.option("--cohort", required=True, help="The cohort it goes through.")
-@click.option(
-    "--steps",
-    type=STEPS,
-    default="1%,10%,50%,100%",
-    show_default=True,
-    help="Shares, or counts of agents: 1,5,20.",
-)
-@click.option(
-    "--soak", type=SECONDS, default="30m", show_default=True, help="How long each step must stay good."
-)
-@click.option(
-    "--max-failed",
-    type=AMOUNT,
-    default="1%",
-    show_default=True,
-    help="How many may fail: a share or a count.",
-)
-@click.option(
-    "--min-sample",
-    type=click.IntRange(0),
-    default=1,
-    show_default=True,
-    help="Outcomes a step must see, healthy or failed.",
-)
-@click.option("--supersede", is_flag=True, help="Take the place of a rollout that is going on there.")
-@click.option(
-    "--deadline", type=SECONDS, default="2h", show_default=True, help="How long each step may take."
-)
-@reason_option()
-def start(
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a rollout is to do: the same words for the rehearsal and for the real one."""
+    for option in reversed(
+        (
+            click.argument("version"),
+            click.option("--cohort", required=True, help="The cohort it goes through."),
+            click.option(
+                "--steps",
+                type=STEPS,
+                default="1%,10%,50%,100%",
+                show_default=True,
+                help="Shares, or counts of agents: 1,5,20. A step may have a gate of its own: 1%:soak=2h.",
+            ),
+            click.option(
+                "--soak",
+                type=SECONDS,
+                default="30m",
+                show_default=True,
+                help="How long each step must stay good.",
+            ),
+            click.option(
+                "--max-failed",
+                type=AMOUNT,
+                default="1%",
+                show_default=True,
+                help="How many may fail: a share or a count.",
+            ),
+            click.option(
+                "--max-silent",
+                type=click.IntRange(0),
+                help="How many may be silent; without it a silent agent counts as a failed one.",
+            ),
+            click.option(
+                "--min-sample",
+                type=click.IntRange(0),
+                default=1,
+                show_default=True,
+                help="Outcomes a step must see, healthy or failed.",
+            ),
+            click.option(
+                "--deadline",
+                type=SECONDS,
+                default="2h",
+                show_default=True,
+                help="How long each step may take.",
+            ),
+            click.option("--at", "not_before", type=MOMENT, help="Start then: a time, or how long from now."),
+            click.option("--stratified", is_flag=True, help="Begin with an agent of each site and platform."),
+            click.option("--approval", is_flag=True, help="Wait until a second person approves."),
+            click.option("--downgrade", is_flag=True, help="Go to an older release, on purpose."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def plan_body(
     version: str,
     *,
     cohort: str,
-    steps: tuple[Amount, ...],
+    steps: tuple[Step, ...],
     soak: int,
     max_failed: Amount,
+    max_silent: int | None,
     min_sample: int,
     deadline: int,
-    supersede: bool,
-    reason: str | None,
-) -> None:
+    **terms: Any,
+) -> dict[str, Any]:
+    """The plan as the server reads it; terms that were not given are left to it."""
+    gate = {"soak_s": soak, "min_sample": min_sample, "deadline_s": deadline, **given(max_silent=max_silent)}
+    limit = max_failed.as_limit()
+    stages = []
+    for step in steps:
+        own = dict(step.gate)
+        own_limit = {} if own.keys() & {"max_failed", "max_failed_bp"} else limit
+        stages.append({**step.as_reach(), **gate, **own_limit, **own})
+    said = {name: value for name, value in terms.items() if value}
+    body = {"product": product(), "cohort": cohort, "version": version, "stages": stages}
+    return body | ({"terms": said} if said else {})
+
+
+@rollout.command("start", short_help="Start a rollout.")
+@plan_options
+@click.option("--supersede", is_flag=True, help="Take the place of a rollout that is going on there.")
+@click.option("--draft", is_flag=True, help="Keep it ready; it begins by: release rollout resume ID.")
+@reason_option()
+def start(version: str, *, supersede: bool, draft: bool, reason: str | None, **plan: Any) -> None:
     """Take VERSION through a cohort in steps; it stops by itself when too many agents fail."""
-    gate = {"soak_s": soak, **max_failed.as_limit(), "min_sample": min_sample, "deadline_s": deadline}
-    body = {
-        "product": product(),
-        "cohort": cohort,
-        "version": version,
-        "stages": [{**step.as_reach(), **gate} for step in steps],
-        **given(reason=reason, supersede=supersede or None),
-    }
+    body = plan_body(version, **plan) | given(reason=reason, supersede=supersede or None, draft=draft or None)
     answer = client().post("/rollouts", body)
     name = render.name_of(answer)
-    show_rollout(answer, f"{name} started; watch it with: release rollout status {name} --watch")
+    show_rollout(answer, BEGUN.get(answer["state"], BEGUN[""]).format(name))
+
+
+BEGUN = {
+    "": "{0} started; watch it with: release rollout status {0} --watch",
+    "draft": "{0} is a draft; begin it with: release rollout resume {0}",
+    "awaiting_approval": "{0} waits for a second person: release rollout approve {0}",
+}
+
+
+@rollout.command("rehearse", short_help="Say what a rollout would do, and do nothing.")
+@plan_options
+def rehearse(version: str, **plan: Any) -> None:
+    """Say whom each step of a rollout of VERSION would reach, and when at the earliest; changes nothing.
+
+    Each rollout shuffles anew: the real one begins with other agents.
+    """
+    answer = client().post("/rollouts/rehearse", plan_body(version, **plan))
+    console.emit(answer, lambda: render.rehearsal_view(answer))
 
 
 @rollout.command("list", short_help="List rollouts, the newest first.")
@@ -263,6 +319,13 @@ def advance(number: int, reason: str | None) -> None:
     act(number, "advance", "moves to its next step", reason=reason)
 
 
+def confirm_return(answer: Mapping[str, Any]) -> None:
+    """Ask before agents are taken back to the release before."""
+    moved = sum(render.counted(answer).get(state, 0) for state in MOVED)
+    back = answer.get("base") or "nothing"
+    confirm_reach(f"This takes {{}} back from {answer['version']} to {back}.", moved)
+
+
 @rollout.command("abort", short_help="End a rollout; --rollback takes agents back.")
 @click.argument("number", type=ROLLOUT, metavar="ID")
 @click.option("--rollback", is_flag=True, help="Take the agents that have it back to the release before.")
@@ -270,10 +333,7 @@ def advance(number: int, reason: str | None) -> None:
 def abort(number: int, *, rollback: bool, reason: str | None) -> None:
     """End a rollout for good. Agents that have the release keep it, unless --rollback."""
     if rollback:
-        answer = read(number)
-        moved = sum(render.counted(answer).get(state, 0) for state in MOVED)
-        back = answer.get("base") or "nothing"
-        confirm_reach(f"This takes {{}} back from {answer['version']} to {back}.", moved)
+        confirm_return(read(number))
     done = "is rolling back" if rollback else "aborted"
     act(number, "abort", done, rollback=rollback, reason=reason)
 
@@ -290,6 +350,29 @@ def abort(number: int, *, rollback: bool, reason: str | None) -> None:
 def retry(number: int, reason: str | None) -> None:
     """Let the agents that failed take the release once more: their memory of it as bad is lifted."""
     act(number, "retry", "will be tried once more by agents that failed", reason=reason)
+
+
+@rollout.command("undo", short_help="Take every agent back to the release before.")
+@click.argument("number", type=ROLLOUT, metavar="ID")
+@reason_option()
+def undo(number: int, reason: str | None) -> None:
+    """Take every agent back to the release before, also when the rollout has completed."""
+    confirm_return(read(number))
+    act(number, "undo", "is being undone", reason=reason)
+
+
+@rollout.command("approve", short_help="Let a rollout begin that waits for a second person.")
+@click.argument("number", type=ROLLOUT, metavar="ID")
+@click.option("--digest", help="Of the plan you looked at; without it the plan is shown and asked about.")
+@reason_option()
+def approve(number: int, digest: str | None, reason: str | None) -> None:
+    """Approve the plan of a rollout that another person asked for; bound to the plan's digest."""
+    if digest is None:
+        answer = read(number)
+        console.say(render.rollout_view(answer, clock.now()))
+        confirm_reach(f"Plan {answer['digest'][:12]} of r-{number} reaches {{}}.", answer.get("members") or 0)
+        digest = str(answer["digest"])
+    act(number, "approve", "approved", digest=digest, reason=reason)
 
 
 @rollout.command("history", short_help="Show what happened to a rollout and why.")

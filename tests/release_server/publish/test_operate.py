@@ -106,6 +106,14 @@ def rollout_of(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+REHEARSED = {
+    "version": "1.5.0",
+    "base": "1.4.2",
+    "approval": False,
+    "agents": 40,
+    "stages": [{"opens_at": "2026-11-27T02:00:00Z", "progress": 100, "agents": 1, "names": ["web-17"]}],
+    "done_at": "2026-11-27T04:00:00Z",
+}
 COMPLETED = rollout_of(
     state="completed", stage=2, stage_state="passed", progress=10_000, counters={"healthy": 20}
 )
@@ -306,7 +314,8 @@ def stock(fleet: Fleet) -> None:
     fleet.on("GET", "/rollouts", {"items": [rollout_of(), COMPLETED | {"id": 32, "name": "r-32"}]})
     fleet.on("GET", "/rollouts/31", rollout_of())
     fleet.on("POST", "/rollouts", rollout_of(), status=201)
-    for verb in ("pause", "resume", "advance", "abort", "retry"):
+    fleet.on("POST", "/rollouts/rehearse", REHEARSED)
+    for verb in ("pause", "resume", "advance", "abort", "retry", "undo", "approve"):
         fleet.on("POST", f"/rollouts/31/{verb}", rollout_of())
     fleet.on("GET", "/agents", {"items": [agent_of("web-17"), agent_of("web-18", state="silent")]})
     fleet.on("GET", "/agents/web-17", agent_of("web-17"))
@@ -398,6 +407,8 @@ DEEDS = [
     ("rollout pause r-31", "POST /rollouts/31/pause"),
     ("rollout resume r-31", "POST /rollouts/31/resume"),
     ("rollout advance r-31", "POST /rollouts/31/advance"),
+    ("rollout undo r-31 --yes", "POST /rollouts/31/undo"),
+    (f"rollout approve r-31 --digest {'a' * 64}", "POST /rollouts/31/approve"),
     ("rollout abort r-31", "POST /rollouts/31/abort"),
     ("rollout abort r-31 --rollback --yes", "POST /rollouts/31/abort"),
     ("rollout retry r-31", "POST /rollouts/31/retry"),
@@ -444,6 +455,12 @@ EVERYTHING_SAID = [
     "cohort unpin eu-web -m x",
     "cohort unfreeze eu-web -m x",
     "rollout start 1.5.0 --cohort c --steps 1,50% --max-failed 0 --supersede -m x",
+    (
+        "rollout start 1.5.0 --cohort c --steps 1:soak=2h:max-failed=5%,50%:min-sample=3 "
+        "--max-silent 2 --at 2h --draft --approval --stratified --downgrade"
+    ),
+    "rollout rehearse 1.5.0 --cohort c --steps 1,50%",
+    "cohort edit eu-web --approval",
     "rollout abort r-31 --rollback -m x --yes",
     "rollout pause r-31 -m x",
     "agents move web-17 --by-labels -m x",
@@ -468,6 +485,8 @@ def body_shape(seen: Seen) -> type[pydantic.BaseModel]:
         "POST cohorts freeze": shapes.Freeze,
         "POST rollouts": shapes.NewRollout,
         "POST rollouts abort": shapes.Abort,
+        "POST rollouts approve": shapes.Approve,
+        "POST rollouts rehearse": shapes.Rehearsal,
         "POST agents move": shapes.Move,
         "POST agents label": shapes.Labels,
         "POST tokens": NewToken,
@@ -720,6 +739,25 @@ def test_start_sends_each_step_with_its_gate(release: Release, fleet: Fleet) -> 
     assert ran.out.startswith("r-31  ")
 
 
+def test_a_step_may_have_a_gate_of_its_own(release: Release, fleet: Fleet) -> None:
+    words = "--steps 1%:soak=2h:max-failed=0,100% --max-failed 5%"
+    release("rollout", "start", "1.5.0", "--cohort", "eu-web", *words.split())
+    first, last = fleet.sent("POST", "/rollouts")["stages"]
+    assert (first["soak_s"], first["max_failed"], last["soak_s"], last["max_failed_bp"]) == (
+        7200,
+        0,
+        1800,
+        500,
+    )
+    assert "max_failed_bp" not in first
+
+
+def test_a_rehearsal_prints_whom_each_step_reaches(release: Release) -> None:
+    ran = release("rollout", "rehearse", "1.5.0", "--cohort", "eu-web")
+    assert "1.4.2 → 1.5.0, 40 agents" in ran.out
+    assert "web-17" in ran.out
+
+
 def test_start_supersedes_only_when_told(release: Release, fleet: Fleet) -> None:
     release("rollout", "start", "1.5.0", "--cohort", "eu-web")
     assert "supersede" not in fleet.seen[-1].body
@@ -806,6 +844,7 @@ def test_names_are_quoted_in_the_url(release: Release, fleet: Fleet) -> None:
         ("rollout start 1.5.0 --cohort c --steps 5,5", "each step must reach further than the one before"),
         ("rollout start 1.5.0 --cohort c --steps 0%,5%", "a step of 0 reaches nobody"),
         ("rollout start 1.5.0 --cohort c --steps ,", "there is no step"),
+        ("rollout start 1.5.0 --cohort c --steps 5:slow=1", "'slow=1' is not one of soak, deadline"),
         ("rollout start 1.5.0 --cohort c --steps 1.5", "neither a share such as 10% nor a number"),
         ("rollout start 1.5.0 --cohort c --steps many", "neither a share such as 10% nor a number"),
         ("rollout start 1.5.0 --cohort c --steps 0.001%", "finer than a hundredth of a percent"),
