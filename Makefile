@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long attacks crash crash-all mutants fuzz check format lock clean
+.PHONY: help setup demo test test-long attacks crash crash-all mutants fuzz api-fuzz audit check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ crash-all: $(READY) ## every tier of the crash proof; some need root
 
 fuzz: $(READY) ## readers of foreign bytes, by coverage: make fuzz [ARGS='60 index settings']
 	@scripts/fuzz $(or $(ARGS),15)
+
+api-fuzz: $(READY) ## many generated requests to each route of the API, as every role: make api-fuzz [ARGS=25]
+	@RELFLEET_API_FUZZ=$(or $(ARGS),25) $(BIN)/python -m pytest -q tests/release_server/api/test_contract.py
+
+audit: ## known holes in what the lock names; needs the network and an advisory service
+	@scripts/audit $(PYTHON) $(ARGS)
 
 mutants: $(READY) ## faults put in on purpose, each of which the crash proof must catch
 	@$(BIN)/python -m tests.crash.mutants

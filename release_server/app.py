@@ -10,26 +10,28 @@ from flask_openapi3.openapi import OpenAPI
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from agent_core import clock as wall
-from release_server.api import PREFIX, Services, problems
+from release_server.api import PREFIX, Services, contract, problems
 from release_server.blobs import Blobs
 from release_server.config import Config, data_directory
 from release_server.database import Sessions, make_engine
+from release_server.headers import SafeHeaders
 from release_server.static import StaticFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from flask import Flask, Response
+    from flask import Flask
 
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",
-}
 BEARER: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer"}}
+
+
+class Documented(OpenAPI):
+    """Flask with a document of its routes that says what they answer, too."""
+
+    def generate_spec_json(self) -> None:
+        super().generate_spec_json()  # type: ignore[no-untyped-call]
+        contract.complete(self.spec_json)
 
 
 def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> Flask:
@@ -41,7 +43,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
     """
     from agent_core.console import version
 
-    app = OpenAPI(
+    app = Documented(
         "release_server",
         info=Info(title="relfleet", version=version()),
         security_schemes=BEARER,
@@ -58,9 +60,8 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
         clock=clock,
     )
     problems.install(app)
-    app.after_request(_protect)
     _register(app)
-    app.wsgi_app = StaticFiles(app.wsgi_app, config.repository)  # type: ignore[method-assign,assignment]
+    app.wsgi_app = SafeHeaders(StaticFiles(app.wsgi_app, config.repository))  # type: ignore[method-assign,assignment]
     if config.trusted_proxies:
         near = config.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=near, x_proto=near, x_host=near)  # type: ignore[method-assign]
@@ -86,12 +87,6 @@ def _register(app: OpenAPI) -> None:
     for module in parts:
         app.register_api(module.blueprint)
     app.register_blueprint(dashboard.blueprint)
-
-
-def _protect(response: Response) -> Response:
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
-    return response
 
 
 def wsgi() -> Flask:

@@ -5,8 +5,10 @@ An idle agent asks for `timestamp.json` and gets 304; nothing else happens here 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 METADATA = "/metadata/"
 TARGETS = "/targets/"
-SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,254}")
 HASHED = re.compile(r"([0-9a-f]{64})\.")
 VERSIONED = re.compile(r"[0-9]+\.")
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -85,6 +87,7 @@ class StaticFiles:
         self.app = app
         self.metadata = repository / "metadata"
         self.targets = repository / "targets"
+        self._real_targets = self.targets.resolve()
         self._cache: OrderedDict[str, Cached] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -101,6 +104,10 @@ class StaticFiles:
                 return self._answer_metadata(environ, start, path[len(METADATA) :])
             return self._answer_target(environ, start, path[len(TARGETS) :])
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return _refuse(environ, start, 404)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
             return _refuse(environ, start, 404)
 
     # --- metadata ----------------------------------------------------------------------------------------
@@ -134,7 +141,9 @@ class StaticFiles:
 
     def _load(self, name: str) -> Cached:
         path = self.metadata / name
-        found = path.stat()
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):  # a link could lead anywhere
+            raise FileNotFoundError(path)
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         cached = self._cache.get(name)
         if cached is not None and cached.stamp == stamp:
@@ -162,7 +171,10 @@ class StaticFiles:
         hashed = HASHED.match(segments[-1])
         if not hashed or not all(SEGMENT.fullmatch(segment) for segment in segments):
             return _refuse(environ, start, 404)
-        file = self.targets.joinpath(*segments).open("rb")
+        wanted = self.targets.joinpath(*segments)
+        if wanted.resolve() != self._real_targets.joinpath(*segments):  # a link could lead anywhere
+            return _refuse(environ, start, 404)
+        file = wanted.open("rb")
         try:
             return self._send_target(environ, start, file, hashed[1])
         except BaseException:

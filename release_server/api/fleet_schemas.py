@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NAME_FORM = f"^{NAME.pattern}$"
 VERSION_FORM = f"^{VERSION.pattern}$"
 DAY_S = 86_400
+MOST_AGENTS = 10**9
+Label = Annotated[str, StringConstraints(max_length=256)]
+LabelPair = Annotated[str, StringConstraints(max_length=320)]
 
 
 class Shape(BaseModel):
@@ -49,7 +52,7 @@ class NewCohort(Because):
     poll_s: int = Field(60, ge=1, le=DAY_S)
     report_s: int = Field(300, ge=1, le=DAY_S)
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
-    window: dict[str, Any] | None = None
+    window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
 
 
@@ -59,7 +62,7 @@ class CohortChange(Because):
     poll_s: int = Field(60, ge=1, le=DAY_S)
     report_s: int = Field(300, ge=1, le=DAY_S)
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
-    window: dict[str, Any] | None = None
+    window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
 
 
@@ -68,7 +71,7 @@ class Pin(Because):
 
 
 class Freeze(Because):
-    until: str | None = None
+    until: str | None = Field(None, max_length=32)
 
 
 class CohortPath(Shape):
@@ -143,12 +146,12 @@ def render_preview(name: str, preview: cohorts.Preview) -> dict[str, Any]:
 
 class StageShape(Shape):
     share_bp: int | None = Field(None, ge=1, le=PROGRESS_FULL)
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=MOST_AGENTS)
     soak_s: int = Field(0, ge=0, le=LONGEST_S)
-    min_sample: int = Field(1, ge=0)
-    max_failed: int | None = Field(None, ge=0)
+    min_sample: int = Field(1, ge=0, le=MOST_AGENTS)
+    max_failed: int | None = Field(None, ge=0, le=MOST_AGENTS)
     max_failed_bp: int | None = Field(None, ge=0, le=PROGRESS_FULL)
-    max_silent: int | None = Field(None, ge=0)
+    max_silent: int | None = Field(None, ge=0, le=MOST_AGENTS)
     deadline_s: int = Field(DEADLINE_S, ge=1, le=LONGEST_S)
 
     def stage(self, place: int) -> Stage:
@@ -206,7 +209,7 @@ class RolloutQuery(Shape):
     product: str | None = Field(None, max_length=64)
     cohort: str | None = Field(None, max_length=64)
     limit: int = Field(100, ge=1, le=1000)
-    before: int | None = Field(None, ge=1)
+    before: int | None = Field(None, ge=1, lt=2**31)
 
 
 def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | None = None) -> dict[str, Any]:
@@ -268,7 +271,7 @@ class AgentQuery(Shape):
     cohort: str | None = Field(None, max_length=64)
     version: str | None = Field(None, max_length=64)
     state: str | None = Field(None, pattern="^(ok|silent|failed|held|pending|retired)$")
-    label: list[str] = Field(default_factory=list, max_length=32)
+    label: list[LabelPair] = Field(default_factory=list, max_length=32)
     limit: int = Field(10_000, ge=1, le=10_000)
     after: str | None = Field(None, max_length=128)
 
@@ -278,7 +281,7 @@ class Move(Because):
 
 
 class Labels(Because):
-    labels: dict[str, str]
+    labels: dict[Label, Label] = Field(max_length=64)
 
 
 def render_agent(view: agents.View, events: Iterable[AgentEvent] | None = None) -> dict[str, Any]:

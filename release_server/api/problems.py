@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flask import Response, json
+from flask.json.provider import DefaultJSONProvider
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -100,8 +101,19 @@ def _answer_unexpected(error: Exception) -> Response:
     return answer(Problem(500, "the server made a mistake", "it is in the server's log", "internal"))
 
 
+class ShallowJSON(DefaultJSONProvider):
+    """JSON from outside: nested deeper than it can be read, it is no JSON, and no mistake of the server's."""
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        try:
+            return super().loads(s, **kwargs)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+
+
 def install(app: Flask) -> None:
     """Answer every error of `app` as a problem; a client never sees a stack trace."""
+    app.json = ShallowJSON(app)
     app.register_error_handler(errors.RelfleetError, answer_error)
     app.register_error_handler(HTTPException, _answer_http)
     app.register_error_handler(OperationalError, _answer_busy)

@@ -14,6 +14,7 @@ from agent_core.clock import iso
 from agent_core.wire import NAME, Getter
 from release_server import auth, cohorts
 from release_server.api import PREFIX, services
+from release_server.api.fleet_schemas import Label  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
 from release_server.auth import Role, requires
 
@@ -35,7 +36,7 @@ class NewToken(BaseModel):
     uses: int | None = Field(None, ge=1, le=10**9)
     approve: bool = False
     cohort: str | None = Field(None, pattern=f"^{NAME.pattern}$")
-    labels: dict[str, str] = Field(default_factory=dict, max_length=64)
+    labels: dict[Label, Label] = Field(default_factory=dict, max_length=64)
 
 
 class TokenPath(BaseModel):
