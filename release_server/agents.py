@@ -259,6 +259,7 @@ def move_attempt(
             rollout_id=rollout.id,
             release_id=rollout.release_id,
             state=str(state),
+            before=_figures_before(session, agent_id, rollout),
             started_at=now,
             updated_at=now,
         )
@@ -273,6 +274,12 @@ def move_attempt(
     attempt.reason, attempt.detail, attempt.updated_at = reason[:64], detail, now
     session.flush()
     return True
+
+
+def _figures_before(session: Session, agent_id: str, rollout: Rollout) -> dict[str, float]:
+    """What an agent last reported under the version before; nothing when it runs the release already."""
+    agent = session.get(Agent, agent_id)
+    return dict(agent.figures) if agent is not None and agent.version != rollout.version else {}
 
 
 def _count(session: Session, rollout_id: int, state: AttemptState, change: int) -> None:

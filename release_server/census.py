@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, overload
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, func, select
 
 from agent_core.directive import bucket, progress_for
 from agent_core.wire import AttemptState, Phase, Reason
 from release_server import agents, cohorts
-from release_server.models import Agent, Attempt
+from release_server.figures import compare
+from release_server.models import Agent, Attempt, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import Counters, StageState, State, Why
+from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
 from release_server.stages import wanted_count
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
     from sqlalchemy.orm import Session
 
-    from release_server.models import Rollout
     from release_server.rollout import Spec, Status
 
 NAMED = 5
@@ -45,6 +47,8 @@ CANNOT = frozenset(
     )
 )
 """What an agent's last decision says when waiting for it would be in vain."""
+COMPARED = 1_000
+"""Of at most how many agents the health figures are compared."""
 SITE = "site"
 """The label that says where an agent stands."""
 OPEN_ATTEMPT = (None, str(AttemptState.OFFERED))
@@ -107,7 +111,47 @@ def census(session: Session, now: datetime, rollout: Rollout, spec: Spec, status
         on_version=sum(_runs(member, rollout.version) and member.seen_at >= quiet for member in members),
         candidates=_Candidates(session, rollout, spec, members),
         attempts=agents.counters(session, rollout.id),
+        baseline=_baseline(session, rollout) if spec.false_halt_bp else UNKNOWN,
+        worse=compare(_figures(session, rollout, quiet)) if spec.figures else (),
     )
+
+
+def _baseline(session: Session, rollout: Rollout) -> Baseline:
+    """How the agents of this cohort fared in its completed rollouts."""
+    query = (
+        select(RolloutCounter.state, func.sum(RolloutCounter.count))
+        .join(Rollout, Rollout.id == RolloutCounter.rollout_id)
+        .join(RolloutStatus, RolloutStatus.rollout_id == Rollout.id)
+        .where(
+            Rollout.cohort_id == rollout.cohort_id,
+            Rollout.id != rollout.id,
+            RolloutStatus.state == str(State.COMPLETED),
+        )
+        .group_by(RolloutCounter.state)
+    )
+    counted = {AttemptState(state): int(count) for state, count in session.execute(query)}
+    failed = sum(counted.get(state, 0) for state in agents.FAILED)
+    return Baseline.of(failed, failed + counted.get(AttemptState.HEALTHY, 0))
+
+
+def _figures(
+    session: Session, rollout: Rollout, quiet: datetime
+) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """What agents that run the release reported before it and report now; those that run it longest."""
+    query = (
+        select(Attempt.before, Agent.figures)
+        .join(Agent, Agent.id == Attempt.agent_id)
+        .where(
+            Attempt.rollout_id == rollout.id,
+            Attempt.state == str(AttemptState.HEALTHY),
+            Agent.version == rollout.version,
+            Agent.retired_at.is_(None),
+            Agent.seen_at >= quiet,
+        )
+        .order_by(Attempt.id)
+        .limit(COMPARED)
+    )
+    return ((before, now) for before, now in session.execute(query))
 
 
 def _members(session: Session, rollout: Rollout) -> list[_Member]:
@@ -205,5 +249,10 @@ def _truth(look: _Look, member: _Member) -> tuple[AttemptState, str] | None:
     if look.status.stage_state is not StageState.OPEN or look.status.reason == Why.OUTSIDE_WINDOW:
         return None
     began = max(look.status.opened_at or look.now, member.enrolled_at)
+    if member.seen_at > began:
+        return (
+            AttemptState.SILENT,
+            "own-deadline",
+        )  # it was there, and then fell silent: its own reports say so
     deadline = timedelta(seconds=look.spec.stages[look.status.stage].deadline_s)
     return (AttemptState.SILENT, "deadline") if look.now >= began + deadline else None

@@ -62,13 +62,13 @@ def tick(session: Session, now: datetime) -> bool:
         Whether anything changed.
     """
     changed = cohorts.refresh_due(session, now)
-    for rollout_id in _movable(session):
+    for rollout_id in _movable(session, now):
         changed = _settle_apart(session, now, rollout_id) or changed
     return changed
 
 
-def _movable(session: Session) -> Sequence[int]:
-    """Rollouts that time or agents may move, and those whose newest wish has not been answered."""
+def _movable(session: Session, now: datetime) -> Sequence[int]:
+    """Rollouts that time or agents may move, those watched, and those whose newest wish is not answered."""
     asked = (
         select(func.max(RolloutSpec.revision))
         .where(RolloutSpec.rollout_id == RolloutStatus.rollout_id)
@@ -77,7 +77,7 @@ def _movable(session: Session) -> Sequence[int]:
     waits = RolloutStatus.state.in_([str(state) for state in WAITING])
     unanswered = and_(waits, RolloutStatus.spec_revision < asked)
     moving = RolloutStatus.state.in_([str(state) for state in MOVING])
-    query = select(RolloutStatus.rollout_id).where(moving | unanswered)
+    query = select(RolloutStatus.rollout_id).where(moving | unanswered | (RolloutStatus.watch_at <= now))
     return session.scalars(query.order_by(RolloutStatus.rollout_id)).all()
 
 
@@ -127,16 +127,27 @@ def settle(session: Session, now: datetime, rollout_id: int) -> bool:
 
 def _base_after(rollout: Rollout, before: State, after: State) -> str | None:
     """What the cohort has settled on: the release from its completion on, and what was before once undone."""
+    if before is after:
+        return None
     if after is State.COMPLETED:
         return rollout.version
     return rollout.base if before is State.COMPLETED else None
 
 
 def _end_others(session: Session, now: datetime, rollout: Rollout, actor: str) -> None:
-    """One that begins takes the place of all that began before it and have not ended."""
+    """One that begins takes the place of all that began before it, and ends the watch over them."""
     for other, _ in cohorts.unfinished(session, rollout.cohort_id):
         if other.id != rollout.id:
             supersede(session, now, actor, other.id, rollout.version)
+    before = select(Rollout.id).where(Rollout.cohort_id == rollout.cohort_id, Rollout.id != rollout.id)
+    watched = update(RolloutStatus).where(
+        RolloutStatus.rollout_id.in_(before), RolloutStatus.watch_at.is_not(None)
+    )
+    session.execute(
+        watched.values(watch_until=None, watch_at=None, edition=RolloutStatus.edition + 1).execution_options(
+            synchronize_session=False
+        )
+    )
 
 
 def supersede(session: Session, now: datetime, actor: str, rollout_id: int, version: str) -> None:
@@ -161,6 +172,9 @@ def spec_of(asked: RolloutSpec) -> Spec:
         not_before=terms.not_before,
         approval=terms.approval,
         stratified=terms.stratified,
+        watch_s=terms.watch_s,
+        false_halt_bp=terms.false_halt_bp,
+        figures=terms.figures,
     )
 
 
@@ -198,6 +212,9 @@ def status_of(row: RolloutStatus) -> Status:
         spec_revision=row.spec_revision,
         tolerated=row.tolerated,
         tolerated_silent=row.tolerated_silent,
+        excused=tuple(row.excused),
+        watch_until=row.watch_until,
+        watch_at=row.watch_at,
     )
 
 
@@ -219,6 +236,9 @@ def _store(session: Session, now: datetime, row: RolloutStatus, status: Status) 
             spec_revision=status.spec_revision,
             tolerated=status.tolerated,
             tolerated_silent=status.tolerated_silent,
+            excused=list(status.excused),
+            watch_until=status.watch_until,
+            watch_at=status.watch_at,
             edition=row.edition + 1,
             updated_at=now,
         )

@@ -143,6 +143,8 @@ def _store(session: Session, now: datetime, actor: str, made: Plan, *, draft: bo
             opened_at=None,
             soaking_since=None,
             finished_at=None,
+            watch_until=None,
+            watch_at=None,
             updated_at=now,
         )
     )

@@ -199,6 +199,9 @@ class RolloutStatus(Base):
     spec_revision: Mapped[int] = mapped_column(default=0)
     tolerated: Mapped[int] = mapped_column(default=0)
     tolerated_silent: Mapped[int] = mapped_column(default=0)
+    excused: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")
+    watch_until: Mapped[datetime | None]
+    watch_at: Mapped[datetime | None] = mapped_column(index=True)
     edition: Mapped[int] = mapped_column(default=0)
     updated_at: Mapped[datetime]
 
@@ -265,7 +268,10 @@ class Agent(Base):
 
 
 class Attempt(Base):
-    """One agent's way through one release of one rollout, made when it is first heard of."""
+    """One agent's way through one release of one rollout, made when it is first heard of.
+
+    `before` holds the health figures it last reported before it began.
+    """
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("agent_id", "rollout_id", name="uq_attempts_agent_rollout"),)
@@ -276,6 +282,7 @@ class Attempt(Base):
     state: Mapped[str] = mapped_column(String(32))
     reason: Mapped[str] = mapped_column(String(64), default="")
     detail: Mapped[str] = mapped_column(Text, default="")
+    before: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     started_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 

@@ -15,6 +15,7 @@
 | running, open | the window closes on unfinished agents | the same, its deadline standing still |
 | paused | resume asked for, by a revision newer than the halt | running, stage open again |
 | any but a finished one | abort asked for | aborted, or rolling back |
+| completed | worse than before while it is still watched | paused, stage halted |
 | aborted, completed | going back asked for (undo) | rolling back |
 | rolling back | no agent runs the version any more | rolled back |
 | any but a finished one | a newer rollout takes its place | superseded |
@@ -28,14 +29,19 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from agent_core.wire import PROGRESS_FULL, AttemptState
+from release_server.sequential import UNKNOWN, Baseline, boundary, evidence
 from release_server.stages import failed_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from release_server.figures import Worse
     from release_server.stages import Stage
 
+LOOK_EVERY = timedelta(minutes=1)
+"""How often a completed rollout is looked at while it is watched."""
+UNWATCHED: dict[str, Any] = {"finished_at": None, "watch_until": None, "watch_at": None}
 EMPTY = "no agent is in this cohort yet"
 
 
@@ -97,6 +103,9 @@ class Why(StrEnum):
     MIN_SAMPLE = "min-sample"
     MAX_FAILED = "max-failed"
     MAX_SILENT = "max-silent"
+    UNUSUAL = "unusual-failures"
+    FIGURES = "figures-worse"
+    WATCHED = "watched"
     DEADLINE = "deadline"
     FINISHED = "all-finished"
     UNFINISHED = "unfinished"
@@ -115,6 +124,9 @@ class Spec:
         approval: a second person has to approve it first; `approved` says that one has.
         window_open: agents of the cohort may begin an update now.
         stratified: the first stage takes in one agent of each site and platform, whatever its size.
+        watch_s: how long a completed rollout is still looked at.
+        false_halt_bp: the chance that the sequential test may halt a good release with; 0: no test.
+        figures: health figures are compared.
     """
 
     stages: tuple[Stage, ...]
@@ -128,6 +140,9 @@ class Spec:
     approved: bool = False
     window_open: bool = True
     stratified: bool = False
+    watch_s: int = 0
+    false_halt_bp: int = 0
+    figures: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,8 @@ class Status:
         soaking_since: when the last agent of the stage finished.
         tolerated, tolerated_silent: failures an operator has seen and resumed over; they lapse when
             the agents heal.
+        excused: figures that an operator has seen worse and resumed over.
+        watch_until, watch_at: how long a completed rollout is watched, and when it is looked at next.
     """
 
     state: State = State.SCHEDULED
@@ -153,6 +170,9 @@ class Status:
     spec_revision: int = 0
     tolerated: int = 0
     tolerated_silent: int = 0
+    excused: tuple[str, ...] = ()
+    watch_until: datetime | None = None
+    watch_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,8 @@ class Counters:
         on_version: agents heard of lately that run the release.
         candidates: for each stage the progress that takes in its `wanted_count`.
         attempts: how many attempts are in each state.
+        baseline: how often agents of the cohort fail when nothing is wrong.
+        worse: health figures that the release has made worse.
     """
 
     members: int = 0
@@ -180,6 +202,8 @@ class Counters:
     on_version: int = 0
     candidates: Sequence[int] = ()
     attempts: Mapping[AttemptState, int] = field(default_factory=dict)
+    baseline: Baseline = UNKNOWN
+    worse: tuple[Worse, ...] = ()
 
     def of(self, *states: AttemptState) -> int:
         return sum(self.attempts.get(state, 0) for state in states)
@@ -219,10 +243,8 @@ def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> 
     nothing left to do it returns `status` unchanged. Failures are looked at before wishes, so no request made
     at the moment of a halt undoes it.
     """
-    if status.state in RETURNABLE and _asks(spec, status, Wanted.ABORT_ROLLBACK):
-        return _abort(spec, status, counters, now)
     if status.state in FINISHED:
-        return Next(status)
+        return _after_end(spec, status, counters, now)
     step = _Step(spec, _lapse(status, spec, counters), counters, now)
     if spec.wanted is Wanted.SUPERSEDE:
         return step.to("superseded", Why.SUPERSEDED, state=State.SUPERSEDED, finished_at=now)
@@ -241,6 +263,15 @@ def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> 
             return _resume(step)
         case _:
             return Next(status)
+
+
+def _after_end(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
+    """Some ends are taken back when asked, and completion is watched for a while; else an end is an end."""
+    if status.state in RETURNABLE and _asks(spec, status, Wanted.ABORT_ROLLBACK):
+        return _abort(spec, status, counters, now)
+    if status.watch_until is not None:
+        return _watch(_Step(spec, _lapse(status, spec, counters), counters, now))
+    return Next(status)
 
 
 @dataclass(frozen=True)
@@ -285,6 +316,9 @@ class _Step:
             "failures": seen.failed(self.stage),
             "limit": failed_limit(self.stage, seen.reached),
             "tolerated": self.status.tolerated,
+            "usual_rate": round(seen.baseline.usual, 4),
+            "evidence": round(_evidence(self), 2),
+            "worse": {each.figure: each.worse for each in seen.worse},
             **{str(state): count for state, count in seen.attempts.items() if count},
         }
 
@@ -429,7 +463,24 @@ def _failed_too_often(step: _Step) -> Next | None:
     if stage.max_silent is not None and seen.silent() - status.tolerated_silent > stage.max_silent:
         detail = f"{seen.silent()} of {seen.reached} silent (limit {stage.max_silent})"
         return _halt(step, Why.MAX_SILENT, detail)
-    return None
+    return _compared_badly(step)
+
+
+def _compared_badly(step: _Step) -> Next | None:
+    """Beside the fixed limits: what is unusual for this cohort, or worse than the release before."""
+    seen = step.counters
+    if step.spec.false_halt_bp and _evidence(step) >= boundary(step.spec.false_halt_bp):
+        usual = f"{seen.baseline.usual:.1%} is usual here"
+        return _halt(step, Why.UNUSUAL, f"{seen.failed(step.stage)} of {_outcomes(step)} failed, {usual}")
+    fresh = [each for each in seen.worse if each.figure not in step.status.excused]
+    return _halt(step, Why.FIGURES, "; ".join(map(str, fresh))) if fresh else None
+
+
+def _evidence(step: _Step) -> float:
+    """Against the release, without the failures that an operator has resumed over."""
+    known = step.status.tolerated
+    failed = max(0, step.counters.failed(step.stage) - known)
+    return evidence(step.counters.baseline, failed, max(failed, _outcomes(step) - known))
 
 
 def _took_too_long(step: _Step) -> Next | None:
@@ -451,8 +502,25 @@ def _took_too_long(step: _Step) -> Next | None:
 
 def _halt(step: _Step, reason: Why, detail: str) -> Next:
     return step.to(
-        "halted", reason, detail, state=State.PAUSED, stage_state=StageState.HALTED, soaking_since=None
+        "halted",
+        reason,
+        detail,
+        state=State.PAUSED,
+        stage_state=StageState.HALTED,
+        soaking_since=None,
+        **UNWATCHED,
     )
+
+
+def _watch(step: _Step) -> Next:
+    """After completion: a late failure or a figure that grows halts as it would have before."""
+    if step.status.watch_until is None or step.spec.pinned:
+        return step.stay(watch_until=None, watch_at=None)
+    if halt := _failed_too_often(step):
+        return halt
+    if step.now >= step.status.watch_until:
+        return step.to("watch-over", Why.WATCHED, quiet=True, watch_until=None, watch_at=None)
+    return step.stay(watch_at=min(step.now + LOOK_EVERY, step.status.watch_until))
 
 
 def _wait(step: _Step, reason: Why, detail: str) -> Next:
@@ -481,8 +549,16 @@ def _pass(step: _Step, reason: Why) -> Next:
         stage_state=StageState.PASSED,
         progress=PROGRESS_FULL,
         finished_at=step.now,
+        **_watched(step),
     )
     return Next(done.status, (passed, *done.events))
+
+
+def _watched(step: _Step) -> dict[str, Any]:
+    if not step.spec.watch_s:
+        return {}
+    until = step.now + timedelta(seconds=step.spec.watch_s)
+    return {"watch_until": until, "watch_at": min(step.now + LOOK_EVERY, until)}
 
 
 def _resume(step: _Step) -> Next:
@@ -502,7 +578,12 @@ def _resume(step: _Step) -> Next:
         soaking_since=None,
         tolerated=failed if halted else step.status.tolerated,
         tolerated_silent=silent if halted else step.status.tolerated_silent,
+        excused=_excused(step) if halted else step.status.excused,
     )
+
+
+def _excused(step: _Step) -> tuple[str, ...]:
+    return tuple(sorted({*step.status.excused, *(each.figure for each in step.counters.worse)}))
 
 
 def _abort(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
@@ -510,7 +591,7 @@ def _abort(spec: Spec, status: Status, counters: Counters, now: datetime) -> Nex
     step = _Step(spec, status, counters, now)
     reached = status.stage_state is not StageState.PENDING
     if spec.wanted is Wanted.ABORT_ROLLBACK and reached:
-        return step.to("rolling-back", Why.MANUAL, state=State.ROLLING_BACK, progress=0, finished_at=None)
+        return step.to("rolling-back", Why.MANUAL, state=State.ROLLING_BACK, progress=0, **UNWATCHED)
     return step.to("aborted", Why.MANUAL, state=State.ABORTED, progress=0, finished_at=now)
 
 

@@ -8,13 +8,17 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_core.clock import iso, parse_iso
-from agent_core.wire import Getter
+from agent_core.wire import PROGRESS_FULL, Getter
+from release_server.sequential import FALSE_HALT_BP
+from release_server.stages import LONGEST_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
     from release_server.stages import Stage
+
+WATCH_S = 3_600
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,18 @@ class Terms:
         approval: a second person has to approve it, by the digest of the plan.
         downgrade: it may lead to an older release than the cohort has settled on.
         stratified: the first stage takes in an agent of each site and platform.
+        watch_s: how long the completed rollout is still watched for a regression.
+        false_halt_bp: the sequential test's chance to halt a good release, in basis points; 0: no test.
+        figures: health figures are compared with those of the release before.
     """
 
     not_before: datetime | None = None
     approval: bool = False
     downgrade: bool = False
     stratified: bool = False
+    watch_s: int = WATCH_S
+    false_halt_bp: int = FALSE_HALT_BP
+    figures: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -39,6 +49,9 @@ class Terms:
             "approval": self.approval,
             "downgrade": self.downgrade,
             "stratified": self.stratified,
+            "watch_s": self.watch_s,
+            "false_halt_bp": self.false_halt_bp,
+            "figures": self.figures,
         }
 
     @classmethod
@@ -50,6 +63,9 @@ class Terms:
             approval=get.boolean("approval", False),
             downgrade=get.boolean("downgrade", False),
             stratified=get.boolean("stratified", False),
+            watch_s=get.integer("watch_s", WATCH_S, high=LONGEST_S),
+            false_halt_bp=get.integer("false_halt_bp", FALSE_HALT_BP, high=PROGRESS_FULL),
+            figures=get.boolean("figures", True),
         )
 
 

@@ -10,8 +10,9 @@ from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
 from release_server import fleet
+from release_server.sequential import FALSE_HALT_BP
 from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
-from release_server.terms import Terms
+from release_server.terms import WATCH_S, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -163,6 +164,9 @@ class TermsShape(Shape):
     approval: bool = False
     downgrade: bool = False
     stratified: bool = False
+    watch_s: int = Field(default=WATCH_S, ge=0, le=LONGEST_S)
+    false_halt_bp: int = Field(default=FALSE_HALT_BP, ge=0, le=PROGRESS_FULL)
+    figures: bool = True
 
     def terms(self) -> Terms:
         moment(self.not_before, "terms.not_before")
@@ -241,6 +245,7 @@ def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | Non
         "opened_at": _iso(status.opened_at),
         "soaking_since": _iso(status.soaking_since),
         "finished_at": _iso(status.finished_at),
+        "watch_until": _iso(status.watch_until),
     }
     if events is not None:
         shown["events"] = [_render_event(event) for event in events]

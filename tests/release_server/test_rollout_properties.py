@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from agent_core.directive import assign, bucket, progress_for
 from agent_core.wire import AttemptState, Mode
 from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.figures import Worse
 from release_server.rollout import FINISHED, Counters, Spec, StageState, State, Status, Wanted, reconcile
 from release_server.stages import Stage, wanted_count
 
@@ -24,11 +25,12 @@ STAGES = (Stage(count=1, soak_s=30), Stage(share_bp=3000, soak_s=30), Stage(shar
 class Model:
     """A fleet in memory, stepped by events, with the promises checked after every step."""
 
-    spec: Spec = field(default_factory=lambda: Spec(STAGES))
+    spec: Spec = field(default_factory=lambda: Spec(STAGES, watch_s=3_600, false_halt_bp=100, figures=True))
     status: Status = field(default_factory=Status)
     attempts: dict = field(default_factory=dict)
     now: datetime = datetime(2026, 5, 1, tzinfo=UTC)
     halted_at: int | None = None
+    worse: tuple = ()
 
     def counters(self):
         places = {agent: bucket(agent, SALT) for agent in self.attempts}
@@ -43,6 +45,7 @@ class Model:
                 progress_for(places, SALT, wanted_count(stage, len(places))) for stage in self.spec.stages
             ),
             attempts={state: counted.count(state) for state in AttemptState},
+            worse=self.worse,
         )
 
     def settle(self):
@@ -93,6 +96,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("end"), st.sampled_from([Wanted.ABORT, Wanted.ABORT_ROLLBACK, Wanted.SUPERSEDE])),
     st.tuples(st.just("cohort"), st.sampled_from(["pinned", "frozen"]), st.booleans()),
     st.tuples(st.just("wait"), st.integers(0, 10_000)),
+    st.tuples(st.just("figures"), st.sampled_from([(), (Worse("rss", 3, 4),)])),
     st.tuples(st.just("settle")),
 )
 
@@ -119,6 +123,8 @@ def apply(model, event):
             model.spec = replace(model.spec, **{fact: value})
         case ("wait", seconds):
             model.now += timedelta(seconds=seconds)
+        case ("figures", worse):
+            model.worse = worse
         case ("settle",):
             model.settle()
 

@@ -116,6 +116,17 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--at", "not_before", type=MOMENT, help="Start then: a time, or how long from now."),
             click.option("--stratified", is_flag=True, help="Begin with an agent of each site and platform."),
             click.option("--approval", is_flag=True, help="Wait until a second person approves."),
+            click.option(
+                "--regression-watch",
+                "watch_s",
+                type=SECONDS,
+                help="How long it is still watched after completion; 1h unless said.",
+            ),
+            click.option(
+                "--compare/--no-compare",
+                default=True,
+                help="Hold failures and health figures against what is usual here.",
+            ),
             click.option("--downgrade", is_flag=True, help="Go to an older release, on purpose."),
         )
     ):
@@ -143,7 +154,9 @@ def plan_body(
         own = dict(step.gate)
         own_limit = {} if own.keys() & {"max_failed", "max_failed_bp"} else limit
         stages.append({**step.as_reach(), **gate, **own_limit, **own})
-    said = {name: value for name, value in terms.items() if value}
+    compare, watch_s = terms.pop("compare"), terms.pop("watch_s")
+    said = {name: value for name, value in terms.items() if value} | given(watch_s=watch_s)
+    said |= {} if compare else {"figures": False, "false_halt_bp": 0}
     body = {"product": product(), "cohort": cohort, "version": version, "stages": stages}
     return body | ({"terms": said} if said else {})
 
