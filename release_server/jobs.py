@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_core import clock as wall
-from agent_core.errors import UnreachableError
+from agent_core.errors import TrustError, UnreachableError
 from release_server import fleet, repository
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
@@ -148,7 +148,11 @@ class Jobs:
         self._note(leading=fence is not None)
         if fence is None:
             return False
-        self._work(fence, now)
+        try:
+            self._work(fence, now)
+        except TrustError:
+            self._note_keys(now)  # a signer that lost its keys and made others: people have to see which
+            raise
         self._note_keys(now)
         if not self._restored:
             repository.restore_bundles(self.sessions, self.blobs, self.config.repository)
@@ -172,7 +176,7 @@ class Jobs:
 
     def _note_keys(self, now: datetime) -> None:
         """Tell web processes, by files, which keys the signer has and which wait to take their place."""
-        if not self.signer.briefed or (self._told == self.signer.briefed and now < self._keys_due):
+        if self._told == self.signer.briefed and now < self._keys_due:
             return
         known = self.signer.known()
         follow_public(self.config.trust, known.keys, known.upcoming)

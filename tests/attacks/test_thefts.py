@@ -12,6 +12,7 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from tests.attacks.victim import GOOD, NEW, OLD, SEQ
+from updater.decide import Action
 
 DAY = timedelta(days=1)
 
@@ -35,6 +36,41 @@ def test_one_of_three_root_keys_does_not_lower_the_threshold(make_victim):
     victim.server.publish_root(signers=victim.server.signers["root"][:1])
     victim.refuses("bad-signature")
     victim.is_well_again()
+
+
+def test_root_keys_at_the_threshold_come_too_late_after_the_ceremony(make_victim):
+    """Threshold 2 of 2, both stolen, and people were first: a root without these keys is out."""
+    victim = make_victim(thresholds={"root": 2})
+    server, stolen = victim.server, list(victim.server.signers["root"])
+    server.rotate("root")
+    server.rotate("root")
+    server.publish_root()
+    assert victim.poll().reason == "up-to-date"
+    victim.says_otherwise()
+    server.add_signer("targets", CryptoSigner.generate_ed25519())
+    server.publish_root(signers=stolen)
+    victim.refuses("bad-signature")
+
+
+def test_root_keys_at_the_threshold_are_everything_but_what_the_host_knows_by_itself(make_victim):
+    """The thief was first: his root names his release key, and hosts follow. This is what is left to them."""
+    victim = make_victim()
+    server = victim.server
+    server.root.revoke_key(server.signers["targets"].pop().public_key.keyid, "targets")
+    server.add_signer("targets", CryptoSigner.generate_ed25519())
+    server.publish_root()
+    server.release("1.0.1", victim.before[0].floor - 1)  # a floor that was seen does not fall
+    server.set_policy(0)
+    server.lead_to("1.0.1")
+    victim.refuses("below-floor")
+    server.release("6.6.6", 666, platform="another")
+    server.lead_to("6.6.6")
+    victim.says_otherwise()
+    victim.refuses("no-bundle")
+    server.release("6.6.7", 667)  # and here is the end of it: no way but to install the hosts anew
+    server.lead_to("6.6.7")
+    outcome = victim.poll()
+    assert (outcome.action, outcome.candidate) == (Action.INSTALL, victim.name_of("6.6.7"))
 
 
 def test_one_of_two_release_keys_with_all_online_keys_beside_it(make_victim):

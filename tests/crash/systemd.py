@@ -38,7 +38,10 @@ UNIT = "relfleet-agent.service"
 HOUSE = Path(__file__).resolve().parents[2]
 OTHER_USER = "daemon"
 SERVER_UNIT = HOUSE / "deploy" / "systemd" / "relfleet-server.service"
+SIGNER_UNIT = HOUSE / "deploy" / "systemd" / "relfleet-signer.service"
 SERVER_DATA = "/var/lib/relfleet-server"
+SIGNER_HOME = "/var/lib/relfleet-signer"
+SIGNER_SOCKET = "/run/relfleet-signer/signer.sock"
 SERVER = """\
 #!/usr/bin/python3 -B
 import sys
@@ -399,6 +402,62 @@ def _serves(bench: Bench) -> None:
     assert machine.ask("systemctl", "show", "--value", "--property=Result", unit) == "success"
 
 
+def _signs_as_its_own_user(bench: Bench) -> None:
+    """Both units; then whoever is the server's user tries for what is the signer's."""
+    machine, unit, port, data = bench.machine, SIGNER_UNIT.name, _free_port(), f"{SERVER_DATA}-2"
+    machine.do(*["useradd", "--system", "--no-create-home", "--gid", "relfleet", "relfleet-signer"])
+    machine.put(f"/etc/systemd/system/{unit}", SIGNER_UNIT.read_text())
+    machine.do("systemctl", "daemon-reload")
+    machine.do("systemctl", "start", unit)
+    until("the signer's socket", lambda: machine.run("test", "-S", SIGNER_SOCKET).returncode == 0)
+    machine.do(*f"install -d -m 0700 -o relfleet -g relfleet {data}".split())
+    program, url = "/opt/relfleet/bin/release-server", f"http://127.0.0.1:{port}"
+    server = ("setpriv", "--reuid=relfleet", "--regid=relfleet", "--clear-groups")
+    init = f"{program} init --data {data} --url {url} --signer-socket {SIGNER_SOCKET}"
+    machine.do(*server, *init.split())
+    assert machine.run("test", "-e", f"{data}/keys").returncode != 0
+    start = (
+        f"[Service]\nReadWritePaths={data}\nExecStart=\nExecStart={program} run --data {data} --port {port}\n"
+    )
+    machine.put(f"/etc/systemd/system/{SERVER_UNIT.name}.d/port.conf", start)
+    machine.do("systemctl", "daemon-reload")
+    machine.do("systemctl", "start", SERVER_UNIT.name)
+    until("the server to answer", lambda: _is_healthy(port), every_s=0.2)
+    _push_a_first_root(bench, url, machine.do("cat", f"{data}/admin.token"))
+    until(
+        "a timestamp that the signer signed", lambda: _answers(port, "/metadata/timestamp.json"), every_s=0.2
+    )
+    pid = _main_pid(machine, unit)
+    assert machine.ask("stat", "--format=%U", f"/proc/{pid}") == "relfleet-signer"
+    keys = machine.do("sh", "-c", f"ls {SIGNER_HOME}/keys/*").split()
+    assert len(keys) == 3, keys
+    for secret in (*keys, f"/proc/{pid}/mem", f"/proc/{pid}/environ"):
+        assert machine.run(*server, "head", "-c1", secret).returncode != 0, secret
+    doctor = json.loads(machine.run(*server, program, "doctor", "--data", data, "--json").stdout)
+    found = {one["check"]: one["state"] for one in doctor}
+    assert (found["signer"], found["keys"]) == ("ok", "ok"), doctor
+    machine.do("systemctl", "kill", "--signal=KILL", unit)
+    until("another signer", lambda: _main_pid(machine, unit) not in ("0", pid), every_s=0.2)
+    threshold = f"--threshold={int(SERVER_MOST_EXPOSED * 10)}"
+    done = machine.run("systemd-analyze", "security", "--no-pager", threshold, unit)
+    assert done.returncode == 0, done.stdout[-300:]
+    machine.do("systemctl", "stop", SERVER_UNIT.name, unit)
+
+
+def _push_a_first_root(bench: Bench, url: str, token: str) -> None:
+    """As a release manager of a server of his own."""
+    home = bench.world.home / "another"
+    home.mkdir(mode=0o700)
+    (home / "token").write_text(token)
+    (home / "token").chmod(0o600)
+    where = ("--server", url, "--token-file", str(home / "token"), "--keys-dir", str(home / "keys"))
+    bench.world.release("key", "gen", *where)
+
+
+def _main_pid(machine: Machine, unit: str) -> str:
+    return machine.ask("systemctl", "show", "--value", "--property=MainPID", unit)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -406,10 +465,11 @@ def _free_port() -> int:
 
 
 def _is_healthy(port: int) -> bool:
-    with (
-        suppress(OSError),
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/health", timeout=5) as answer,
-    ):
+    return _answers(port, "/api/v1/health")
+
+
+def _answers(port: int, path: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
         return answer.status == 200
     return False
 
@@ -457,6 +517,9 @@ SCENARIOS = (
     Scenario("the unit is taken away, and the root stays", _uninstalls, quick=True),
     Scenario("the agent runs, and updates, as another user than root", _runs_as_another_user),
     Scenario("the server's unit runs the server, starts it again and stops it", _serves),
+    Scenario(
+        "the signer's unit signs for the server's, whose user reads none of its keys", _signs_as_its_own_user
+    ),
 )
 
 

@@ -1,15 +1,23 @@
-"""A thief has a release key and all online keys: people change them, and no host is touched by hand."""
+"""Each ceremony of the runbook in docs/security.md, under a running fleet that no hand touches."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from datetime import UTC, datetime
 
 import pytest
 
 from agent_core.errors import Exit
 from keys import signers
-from release_server import signer
+from keys.ceremony import parse_root
+from release_server import repository, signer
+from release_server.config import Config
+from release_server.database import Sessions, make_engine
+from tests import forger
 from tests.integration.world import until
+
+PASSPHRASE = {"passphrase": "correct horse", "scrypt_n": 2**4}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,52 @@ def follows(host, root):
     return (host.layout.tuf / "root_history" / f"{root}.root.json").exists()
 
 
+def make_key(directory, role, name):
+    directory.mkdir(mode=0o700, exist_ok=True)
+    place = directory / f"{name}{signers.SUFFIX}"
+    signers.create(place, role=role, now=datetime.now(UTC), **PASSPHRASE)
+    return place
+
+
+@pytest.fixture
+def ceremony(world, hosts, tmp_path):
+    """Holds one with the keys that are there; until every host has followed, by itself."""
+
+    def hold(*words):
+        agents = {host: host.await_agent() for host in hosts}
+        number = world.client.get("/trust")["root_version"] + 1
+        world.release("key", *words, "--yes", "-o", str(tmp_path / f"{number}.json"))
+        until(f"the hosts to follow root {number}", lambda: all(follows(host, number) for host in hosts))
+        assert {host: host.pid() for host in hosts} == agents
+
+    return hold
+
+
+@pytest.fixture
+def desk(world):
+    """`release WORDS…` as somebody with other keys and a token of his own; exit code, output, errors."""
+
+    def sit(keys, role="releaser"):
+        token = world.make_token(role)
+
+        def call(*words):
+            where = ("--keys-dir", str(keys), "--trust", str(world.trust), "--token-file", str(token))
+            return world.exit_of("release", *words, *where)
+
+        return call
+
+    return sit
+
+
+def goes_on(world, hosts, *versions):
+    """People and server say what runs, as before."""
+    for version in versions:
+        for host in hosts:
+            world.pin(host.cohort, version)
+        for host in hosts:
+            host.await_good(version)
+
+
 def test_every_stolen_key_is_changed_under_a_running_fleet(world, hosts, tmp_path):
     agents = {host: host.await_agent() for host in hosts}
     stolen = world.keys / f"release{signers.SUFFIX}"
@@ -32,8 +86,7 @@ def test_every_stolen_key_is_changed_under_a_running_fleet(world, hosts, tmp_pat
 
     # The signer makes other online keys, somebody makes another release key, and one root names them all.
     world.processes.run("release-server", "signer", "--next-keys", "--data", str(world.server_data))
-    how = {"role": "release", "now": datetime.now(UTC), "passphrase": "correct horse", "scrypt_n": 2**4}
-    signers.create(world.keys / f"release-b{signers.SUFFIX}", **how)
+    make_key(world.keys, "release", "release-b")
     words = ("--online", "--remove", "release", "--add-release", "release-b", "--yes")
     world.release("key", "rotate", *words, "-o", str(tmp_path / "next.json"))
     until("the hosts to follow the new root", lambda: all(follows(host, 2) for host in hosts))
@@ -60,3 +113,98 @@ def test_every_stolen_key_is_changed_under_a_running_fleet(world, hosts, tmp_pat
     assert hosts[0].good == "1.1.0"
     world.release("policy", "revoke", "1.0.0", "--undo", "--yes")
     hosts[0].await_good("1.0.0")
+
+
+def test_root_keys_are_stolen_and_lost_and_their_threshold_rises(world, hosts, ceremony, desk, tmp_path):
+    stolen = tmp_path / "stolen"
+    stolen.mkdir(mode=0o700)
+    for name in ("root-b", "root-c", "root-d", "root-e"):
+        make_key(world.keys, "root", name)
+    shutil.copy2(world.keys / f"root{signers.SUFFIX}", stolen)  # a thief had all there was of the root
+    ceremony("rotate", "--add-root", "root-b", "--add-root", "root-c", "--threshold", "2")
+    number = world.client.get("/trust")["root_version"]
+
+    # Below the threshold he can make a next root, and neither he nor the server can publish it.
+    thief, file = desk(stolen, "admin"), tmp_path / "thief.json"
+    make_key(stolen, "release", "thief")
+    code, said, error = thief("key", "rotate", "--add-release", "thief", "--yes", "--json", "-o", str(file))
+    assert (code, json.loads(said)["state"]) == (Exit.DONE, "waiting"), error
+    code, _, said = thief("key", "publish", str(file), "--yes")
+    assert (code, "not signed by enough" in said) == (Exit.USAGE, True), said
+    assert world.client.get("/trust")["root_version"] == number
+
+    ceremony("revoke", "root", "--with", "root-d")
+    (world.keys / f"root-b{signers.SUFFIX}").rename(tmp_path / "lost")
+    lost = json.loads((tmp_path / "lost").read_bytes())["keyid"]
+    ceremony("revoke", lost, "--with", "root-e")
+    assert set(roots(world).keyids) == {keyid(world, name) for name in ("root-c", "root-d", "root-e")}
+    assert roots(world).threshold == 2
+    goes_on(world, hosts, "1.1.0", "1.0.0")
+
+
+def test_two_people_have_to_sign_a_policy_once_the_threshold_is_two(world, hosts, ceremony, desk, tmp_path):
+    """And one of them with every online key beside his own changes nothing."""
+    bo_keys = tmp_path / "bo"
+    bo = make_key(bo_keys, "release", "release-bo")
+    public = json.loads(world.release("key", "show", "release-bo", "--keys-dir", str(bo_keys), "--json"))
+    (tmp_path / "bo.pub.json").write_text(json.dumps(public))
+    shutil.copy2(bo, world.keys)  # a root needs both; Ada gives hers back
+    ceremony("rotate", "--add-release", str(tmp_path / "bo.pub.json"), "--release-threshold", "2")
+    (world.keys / bo.name).unlink()
+    goes_on_with = hosts[0]
+    world.release("policy", "revoke", "1.1.0", "--yes")
+    code, said, error = desk(world.keys)("approve", "--yes", "--json")
+    assert code != Exit.DONE, said + error
+    world.pin(goes_on_with.cohort, "1.1.0")
+    goes_on_with.await_good("1.1.0")  # what one of two said is nothing yet
+    world.pin(goes_on_with.cohort, "1.0.0")
+    goes_on_with.await_good("1.0.0")
+    code, said, error = desk(bo_keys)("approve", "--yes", "--json")
+    assert (code, json.loads(said)["state"]) == (Exit.DONE, "published"), error
+    world.steer(goes_on_with.cohort, "pin", version="1.1.0")
+    goes_on_with.await_reason("revoked")
+    assert goes_on_with.good == "1.0.0"
+    ceremony("rotate", "--remove", public["keyid"], "--release-threshold", "1")
+    world.release("policy", "revoke", "1.1.0", "--undo", "--yes")
+    goes_on_with.await_good("1.1.0")
+
+
+def test_versions_that_stolen_online_keys_ran_forward_are_over_with_other_keys(world, hosts, ceremony):
+    config = Config.load(world.server_data, environ={})
+    stolen = forger.steal(config.keys)
+    world.stop_server()
+    sessions = Sessions(make_engine(config.database_url))
+    with sessions.write() as session:  # he has the database as well, and the server goes on from it
+        for role, forged in forger.run_forward(world.metadata, stolen, 2**31).items():
+            repository.store(session, role, forged, forged.to_bytes(), datetime.now(UTC))
+    sessions.close()
+    world.start_server()
+    until("the hosts to follow the thief", lambda: all(newest(host) >= 2**31 for host in hosts))
+    world.processes.run("release-server", "signer", "--next-keys", "--data", str(world.server_data))
+    ceremony("rotate", "--online")
+    until("the hosts to follow the server's numbers", lambda: all(newest(host) < 2**20 for host in hosts))
+    goes_on(world, hosts, "1.0.0", "1.1.0")
+    forged = forger.run_forward(world.metadata, stolen, 2**31 + 1)["timestamp"].to_bytes()
+    with world.jobs_stopped():
+        honest = world.timestamp()
+        (world.metadata / "timestamp.json").write_bytes(forged)
+        for host in hosts:
+            assert host.look() == "bad-signature"
+        (world.metadata / "timestamp.json").write_bytes(honest)
+    for host in hosts:
+        assert host.look() == "up-to-date"
+        assert host.good == "1.1.0"
+
+
+def newest(host):
+    """The version of the timestamp that a host has verified."""
+    return json.loads((host.layout.tuf / "timestamp.json").read_bytes())["signed"]["version"]
+
+
+def roots(world):
+    number = world.client.get("/trust")["root_version"]
+    return parse_root((world.metadata / f"{number}.root.json").read_bytes()).signed.roles["root"]
+
+
+def keyid(world, name):
+    return signers.read(world.keys / f"{name}{signers.SUFFIX}").keyid

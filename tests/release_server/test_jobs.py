@@ -7,6 +7,7 @@ import threading
 import pytest
 from sqlalchemy import select
 
+from agent_core.errors import TrustError
 from release_server import fleet, jobs, signer
 from release_server.jobs import Jobs, LostLeaseError
 from release_server.models import Lease, MetadataFile
@@ -111,6 +112,30 @@ def test_keys_that_the_signer_made_for_later_are_told_within_a_minute(
     clock.step(seconds=60)
     jobs.tick()
     assert signer.read_public(config.trust).upcoming == signer.upcoming_halves(config.keys)
+
+
+def test_a_signer_that_lost_its_keys_and_made_others_is_followed_though_nothing_is_signed(
+    make_jobs, published_targets, config, clock
+):
+    """Else no ceremony could name the new ones: it takes them from what the server says."""
+    jobs = make_jobs()
+    jobs.tick()
+    for role in signer.ONLINE:
+        signer.key_path(config.keys, role).unlink()
+    signer.make_keys(config.keys, clock())
+    clock.step(hours=7)  # a timestamp is due
+    with pytest.raises(TrustError) as refused:
+        jobs.tick()
+    assert refused.value.reason == "online-key"
+    assert signer.read_public(config.trust) == signer.public_halves(config.keys)
+
+
+def test_other_keys_of_a_signer_are_told_before_there_is_a_root(make_jobs, config, clock):
+    for role in signer.ONLINE:
+        signer.key_path(config.keys, role).unlink()
+    signer.make_keys(config.keys, clock())
+    make_jobs().tick()
+    assert signer.read_public(config.trust) == signer.public_halves(config.keys)
 
 
 def test_a_tick_publishes_what_was_accepted(make_jobs, published_targets, config):

@@ -34,7 +34,9 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="The file that is carried to other holders; next-root-N.json when left out.",
         ),
         click.option(
-            "--offline", is_flag=True, help="Begin from what was verified here last; publish nothing."
+            "--offline",
+            is_flag=True,
+            help="Begin from what was verified here last, whatever is served now; publish nothing.",
         ),
     ):
         command = option(command)
@@ -64,8 +66,6 @@ def rotate(
     Without options it changes nothing and holds for another year. Old root keys and new ones sign it, as many
     as each threshold asks for. Where that takes other people, the file goes to them: release key sign FILE.
     """
-    if online and where["offline"]:
-        raise click.UsageError("--online asks the server for its keys; it does not go with --offline")
 
     def wanted(who: Manager, root: Any, directory: Path) -> Wanted:
         from keys import rotation
@@ -79,7 +79,7 @@ def rotate(
             },
             frozenset(ceremony.held_key(root, directory, name) for name in remove),
             {role: count for role, count in thresholds.items() if count is not None},
-            _upcoming(who) if online else None,
+            _next_online(who, root) if online else None,
         )
 
     _make(wanted, **where)
@@ -107,17 +107,21 @@ def revoke(key: str, *, heir: str | None, **where: Any) -> None:
     _make(wanted, **where)
 
 
-def _upcoming(who: Manager) -> Any:
+def _next_online(who: Manager, root: Any) -> Any:
+    """The keys made to take the place of today's, or those of a signer that lost the ones the root names."""
     from keys.ceremony import OnlineKeys
 
-    found = who.client.get("/trust").get("upcoming")
-    if not found:
+    trust = who.client.get("/trust")
+    if waiting := trust.get("upcoming"):
+        return OnlineKeys.from_json(waiting, "trust.upcoming")
+    online = OnlineKeys.from_json(trust["online"], "trust.online")
+    if all(root.roles[role].keyids == [online.of(role)[0].keyid] for role in ("snapshot", "timestamp")):
         raise ConflictError(
             "the server has made no keys to take the place of today's",
             then="on the server: release-server signer --next-keys --data DIR; it is seen within a minute",
             reason="no-next-keys",
         )
-    return OnlineKeys.from_json(found, "trust.upcoming")
+    return online
 
 
 def _make(

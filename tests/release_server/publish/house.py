@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -94,6 +95,19 @@ class House:
 
         with self.hub.sessions.read() as session:
             return [entry.action for entry in reversed(audit.entries(session))]
+
+    def lose_the_signer(self) -> None:
+        """Another in its place, with keys of its own and without memory; jobs see it at their next start."""
+        self.stop_jobs()
+        self.desk.journal.close()
+        shutil.rmtree(self.config.keys)
+        shutil.rmtree(self.config.signer_state)
+        signer.make_keys(self.config.keys, clock.now())
+        self.desk = open_desk(self.config.keys, self.config.signer_state, clock=clock.now)
+        self.stop.clear()
+        jobs = Jobs(self.config, signer=SignerClient(self._ask_signer))
+        self.threads[1] = threading.Thread(target=jobs.run, args=(self.stop,))
+        self.threads[1].start()
 
     def stop_jobs(self) -> None:
         """Nothing is signed or exported any more; what lies in the repository is served as it is."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, MetaFile, Snapshot, Timestamp
 
 from agent_core.errors import Exit, TrustError
 from keys import ceremony, signers
-from keys.roles import ONLINE_ROLES
 from release_server import repository, signer
 from release_server.demo.processes import wait_for
 from release_server.models import MetadataFile
+from tests import forger
 from tests.release_server.publish.house import PRODUCT, WORDS, Desk, ceremony_at, serve
 from updater.catalog import Catalog
 from updater.transport import Transport
@@ -171,31 +169,16 @@ def test_a_root_is_renewed_and_its_threshold_raised(begun, agent, house):
     assert held.roles["root"].threshold == 2
 
 
-def run_forward(house, keys, version):
-    """What a thief of every online key signs: the same as is current, at a version far ahead."""
-    metadata = house.data / "repository" / "metadata"
-    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
-    newest = json.loads((metadata / "timestamp.json").read_bytes())["signed"]
-    number = newest["meta"]["snapshot.json"]["version"]
-    held = Metadata.from_bytes((metadata / f"{number}.snapshot.json").read_bytes())
-    snapshot = Metadata(Snapshot(version, expires=expires + timedelta(days=13), meta=held.signed.meta))
-    snapshot.sign(keys["snapshot"])
-    body = snapshot.to_bytes()
-    meta = MetaFile(version, len(body), {"sha256": sha256(body).hexdigest()})
-    timestamp = Metadata(Timestamp(version, expires=expires, snapshot_meta=meta))
-    timestamp.sign(keys["timestamp"])
-    return {"snapshot": snapshot, "timestamp": timestamp}
-
-
 def test_stolen_online_keys_are_moved_and_versions_that_ran_forward_end(begun, agent, house, make_bundle):
     ada = begun()
     agent.root = (ada.keys / "root.json").read_bytes()
     assert ada("push", make_bundle("1.0.0", product=PRODUCT), "--wait")[0] == Exit.DONE
-    stolen = {role: signers.load(signer.key_path(house.config.keys, role)) for role in ONLINE_ROLES}
+    stolen = forger.steal(house.config.keys)
+    metadata = house.data / "repository" / "metadata"
     with house.hub.sessions.write() as session:  # the thief has the database as well
-        for role, metadata in run_forward(house, stolen, 2**31).items():
-            repository.store(session, role, metadata, metadata.to_bytes(), datetime.now(UTC))
-    wait_for("the forged timestamp", lambda: agent.look().timestamp_version == 2**31, within_s=20)
+        for role, forged in forger.run_forward(metadata, stolen, 2**31).items():
+            repository.store(session, role, forged, forged.to_bytes(), datetime.now(UTC))
+    wait_for("the forged timestamp", lambda: agent.look().timestamp_version >= 2**31, within_s=20)
     code, _, said = ada("key", "rotate", "--online", "--yes")
     assert (code, "--next-keys" in said) == (Exit.CONFLICT, True), said
     signer.make_keys(house.config.keys, datetime.now(UTC), beside=signer.NEXT)
@@ -212,11 +195,38 @@ def test_stolen_online_keys_are_moved_and_versions_that_ran_forward_end(begun, a
     with house.hub.sessions.read() as session:
         assert session.query(MetadataFile).filter(MetadataFile.version > 1000).count() == 0
     house.stop_jobs()
-    forged = run_forward(house, stolen, 2**31 + 1)["timestamp"].to_bytes()
-    (house.data / "repository" / "metadata" / "timestamp.json").write_bytes(forged)
+    forged = forger.run_forward(metadata, stolen, 2**31 + 1)["timestamp"].to_bytes()
+    (metadata / "timestamp.json").write_bytes(forged)
     with pytest.raises(TrustError) as caught:
         agent.look()
     assert caught.value.reason == "bad-signature"
+
+
+def test_keys_that_the_signer_lost_are_replaced_by_those_it_made(begun, agent, house, make_bundle):
+    """Its disk is gone; the one that takes its place has neither its keys nor its memory."""
+    ada = begun()
+    agent.root = (ada.keys / "root.json").read_bytes()
+    assert ada("push", make_bundle("1.0.0", product=PRODUCT), "--wait")[0] == Exit.DONE
+    assert agent.look().root_version == 1
+    house.stop_jobs()
+    metadata, lost = house.data / "repository" / "metadata", forger.steal(house.config.keys)
+    over = forger.run_forward(metadata, lost, 9, life=-timedelta(hours=1))  # as it is after a day
+    with house.hub.sessions.write() as session:
+        for role, signed in over.items():
+            repository.store(session, role, signed, signed.to_bytes(), datetime.now(UTC))
+    (metadata / "timestamp.json").write_bytes(over["timestamp"].to_bytes())
+    house.lose_the_signer()
+    fresh = signer.public_halves(house.config.keys)
+    wait_for("the server to tell its keys", lambda: house.online == fresh, within_s=70)
+    file = ada.home / "next.json"
+    code, _, said = ada("key", "rotate", "--online", "-o", file, "--yes")
+    assert (code, "expired" in said) == (Exit.TRUST, True), said
+    made = ada.json("key", "rotate", "--online", "--offline", "-o", file, "--yes")
+    assert (made["state"], made["missing"]) == ("signed", {"old_root": 0, "new_root": 0, "release": 0})
+    assert ada.json("key", "publish", file, "--yes")["state"] == "published"
+    seen = agent.look()
+    assert (seen.root_version, seen.targets_version) == (2, 3)
+    assert ada.json("push", make_bundle("1.1.0", product=PRODUCT), "--wait")["state"] == "published"
 
 
 # --- files that somebody has changed on their way ---
