@@ -276,6 +276,14 @@ def test_a_test_that_does_not_exist_is_found(text: str, missing: list[str]) -> N
     assert missing_tests(text) == missing
 
 
+def test_the_runbook_names_tests_that_exist() -> None:
+    page = (HOUSE / "docs" / "security.md").read_text()
+    written = "".join(file.read_text() for file in (HOUSE / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert named
+    assert {name for name in named if f"def {name}(" not in written} == set()
+
+
 def test_every_case_of_the_page_of_cases_names_a_test() -> None:
     page = (HOUSE / "docs" / "cases.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, flags=re.MULTILINE)
