@@ -143,7 +143,7 @@ def test_root_keys_are_stolen_and_lost_and_their_threshold_rises(world, hosts, c
 
 
 def test_two_people_have_to_sign_a_policy_once_the_threshold_is_two(world, hosts, ceremony, desk, tmp_path):
-    """And one of them with every online key beside his own changes nothing."""
+    """What one of them signed changes nothing until the other has; then hosts go by it."""
     bo_keys = tmp_path / "bo"
     bo = make_key(bo_keys, "release", "release-bo")
     public = json.loads(world.release("key", "show", "release-bo", "--keys-dir", str(bo_keys), "--json"))
