@@ -203,7 +203,8 @@ def _note(session: Session, now: datetime, agent: Agent, report: Report) -> None
         setattr(agent, name, value)
     if "labels" in news:
         cohorts.place(session, agent)
-    if news or now - agent.seen_at >= COALESCE:
+    # Below zero the server's clock was set back: what it wrote ahead of time would hide a silence until then.
+    if news or not timedelta(0) <= now - agent.seen_at < COALESCE:
         agent.seen_at = now
         agent.figures = dict(report.figures)
 

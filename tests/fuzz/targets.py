@@ -1,4 +1,4 @@
-"""Whatever a device reads from elsewhere, as functions of bytes: each may refuse, in its own words only.
+"""Whatever a device or a server reads from elsewhere, as functions of bytes; refusals in its own words.
 
 A target is called with any bytes at all. It returns when they were taken or refused as promised, and raises
 when something else came out: another exception, a value that does not survive writing, a byte outside its
@@ -27,7 +27,18 @@ from agent_core.hooks import parse_hooks
 from agent_core.release_file import END, TITLE, Title, opened
 from agent_core.settings import AGENT, AgentSettings
 from agent_core.window import is_open, next_opening
-from agent_core.wire import Directive, EnrollAnswer, Policy, Problem, ReleaseFacts, ReportAnswer
+from agent_core.wire import (
+    Directive,
+    EnrollAnswer,
+    EnrollRequest,
+    KeyChange,
+    Policy,
+    Problem,
+    ReleaseFacts,
+    Report,
+    ReportAnswer,
+)
+from release_server.agents import Signed
 from updater import transport
 from updater.attempt import Attempt
 from updater.device import Outcome, Seen
@@ -162,6 +173,7 @@ def checks(raw: bytes) -> None:
 # --- messages and notes ----------------------------------------------------------------------------------
 
 MESSAGES: tuple[Any, ...] = (Directive, ReleaseFacts, Policy, EnrollAnswer, ReportAnswer, Problem)
+SAID: tuple[Any, ...] = (EnrollRequest, Report, KeyChange)
 NOTES: tuple[Any, ...] = (Outcome, Seen, Memory, Identity, Attempt)
 
 
@@ -231,6 +243,56 @@ def words(raw: bytes) -> None:
         transport.Transport(text)
 
 
+# --- what a server reads --------------------------------------------------------------------------------
+
+
+def metadata(raw: bytes) -> None:
+    """Any bytes as a root, as targets and as both: metadata of that kind, or a refusal of trust."""
+    from keys import ceremony
+
+    for parse in (ceremony.parse_root, ceremony.parse_targets):
+        with suppress(TrustError):
+            found = parse(raw)
+            assert found.to_bytes() == parse(found.to_bytes()).to_bytes()
+
+
+def reports(raw: bytes) -> None:
+    """Any JSON as what an agent says: malformed, or a value that survives writing."""
+    body = _json(raw)
+    for kind in SAID:
+        with suppress(MalformedError):
+            found = kind.from_json(body)
+            assert kind.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def tokens(raw: bytes) -> None:
+    """Any bytes as the headers that say who asks: a token, a signature, or a refusal."""
+    from flask import Flask
+
+    from release_server import auth
+    from release_server.api import agents
+
+    text = raw.decode("latin-1")
+    names = ("HTTP_AUTHORIZATION", "HTTP_RELFLEET_AGENT", "HTTP_RELFLEET_SIGNATURE", "HTTP_RELFLEET_COUNTER")
+    said = dict(zip(names, text.split("\n"), strict=False))
+    with Flask("fuzz").test_request_context("/", environ_overrides=said), suppress(RelfleetError):
+        proof = agents._proof(b"")
+        assert not isinstance(proof, Signed) or 0 <= proof.counter <= agents.MOST_COUNTER
+        assert len(auth.hash_token(auth.bearer())) == 64
+
+
+def server_settings(raw: bytes) -> None:
+    """Any bytes as `server.toml`: settings, or why not."""
+    from release_server.config import Config
+
+    place = _scratch() / "server.toml"
+    place.write_bytes(raw)
+    with suppress(SettingsError):
+        found = Config.load(place.parent, environ={})
+        assert found.url
+        assert found.lease
+
+
 # --- seeds ------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +304,12 @@ RECORD = slots.Record(7, slots.TRIAL, "1.0.0-aaaaaaaaaaaa", skip=(("bbbbbbbbbbbb
 CHECKS = b'[{"kind":"http","url":"http://127.0.0.1:1/","status":[200]},{"kind":"cpu","max_percent":50}]'
 HOOKS = b'{"pre_activate":{"argv":["app/x"],"timeout_s":5},"post_activate":{"argv":["{python}","app/y"]}}'
 TOML = b'labels = {a = "b"}\n[server]\nno_proxy = ["10.0.0.0/8"]\ntimeout_s = 3\n[log]\nlevel = "debug"\n'
+
+
+def _metadata() -> tuple[bytes, ...]:
+    from tuf.api.metadata import Metadata, Root, Targets
+
+    return tuple(Metadata(kind()).to_bytes() for kind in (Root, Targets))
 
 
 def _release_file() -> bytes:
@@ -268,6 +336,12 @@ TARGETS = {
     "notes": Target(notes, _golden()),
     "record": Target(record, (slots._encoded(RECORD) or b"", b"[" * 2000, b'{"skip":[["a","b",Infinity]]}')),
     "settings": Target(settings, (TOML, b"[[[")),
+    "metadata": Target(metadata, _metadata()),
+    "reports": Target(reports, _golden()),
+    "tokens": Target(tokens, (b"Bearer rft_abc", b"\na-1\n" + b"0" * 128 + b"\n7", b"Basic YTpi")),
+    "server-settings": Target(
+        server_settings, (b'[server]\nport = 1\nurl = "http://a"\n[jobs]\ntick_s = 1\n',)
+    ),
     "words": Target(
         words, (b"120", b"Wed, 21 Oct 2026 07:28:00 GMT", b"*.example.org:443,[::1]:80", b"http://a:1")
     ),
