@@ -85,6 +85,7 @@ class Reason(StrEnum):
     HELD = "held"
     OUTSIDE_WINDOW = "outside-window"
     SPLAY = "splay"
+    LEASE = "lease"
     BACKOFF = "backoff"
     SKIPPED = "skipped"
     IN_TRIAL = "in-trial"
@@ -385,6 +386,72 @@ class Window:
 
 
 @late_dataclass(frozen=True)
+class LeaseTerms:
+    """How many agents of one failure domain may be between two versions at once.
+
+    Attributes:
+        scope: the label whose value names an agent's domain, such as `site`.
+        limit: so many, or
+        share_bp: so much of the domain's agents in basis points, one at least; of both the smaller counts.
+    """
+
+    scope: str
+    limit: int | None = None
+    share_bp: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        said = {"scope": self.scope, "limit": self.limit, "share_bp": self.share_bp}
+        return {name: value for name, value in said.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, lease: object, path: str = "lease") -> Self:
+        get = Getter(lease, path)
+        limit = get.integer("limit", None, low=1)
+        share_bp = get.integer("share_bp", None, low=1, high=PROGRESS_FULL)
+        if all(get.mapping.get(name) is None for name in ("limit", "share_bp")):
+            raise get.refuse("limit", "a lease has a limit or a share")
+        return cls(get.text("scope", form=LABEL_KEY), limit, share_bp)
+
+
+@late_dataclass(frozen=True)
+class LeaseRequest:
+    """`POST /api/v1/lease`, signed: may this agent leave its version for another one now?"""
+
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "version": self.version}
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "lease") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(get.text("version", form=VERSION))
+
+
+@late_dataclass(frozen=True)
+class LeaseAnswer:
+    """Whether it may; if not, why, and after how long to ask again."""
+
+    granted: bool
+    detail: str = ""
+    again_s: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "granted": self.granted, "detail": self.detail, "again_s": self.again_s}
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "lease") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(
+            granted=get.boolean("granted"),
+            detail=get.text("detail", ""),
+            again_s=get.integer("again_s", 0, high=86_400),
+        )
+
+
+@late_dataclass(frozen=True)
 class Directive:
     """The server's signed word to one cohort: which release, how far, when (design section 3).
 
@@ -409,7 +476,7 @@ class Directive:
     rollback: bool = False
     mode: Mode = Mode.ENABLED
     window: Window | None = None
-    lease: dict[str, Any] | None = None
+    lease: LeaseTerms | None = None
     splay_s: int = 0
     poll_s: int = 60
     report_s: int = 300
@@ -428,7 +495,7 @@ class Directive:
             "rollback": self.rollback,
             "mode": str(self.mode),
             "window": self.window.to_json() if self.window else None,
-            "lease": self.lease,
+            "lease": self.lease.to_json() if self.lease else None,
             "splay_s": self.splay_s,
             "poll_s": self.poll_s,
             "report_s": self.report_s,
@@ -439,7 +506,7 @@ class Directive:
     def from_json(cls, custom: object, path: str = "directive") -> Self:
         get = Getter(custom, path)
         get.integer("schema", low=1, high=SCHEMA)
-        window = get.object("window", None)
+        window, lease = get.object("window", None), get.object("lease", None)
         return cls(
             product=get.text("product", form=NAME),
             cohort=get.text("cohort", form=NAME),
@@ -451,7 +518,7 @@ class Directive:
             rollback=get.boolean("rollback", False),
             mode=get.choice("mode", Mode, "enabled"),
             window=Window.from_json(window, f"{path}.window") if window is not None else None,
-            lease=get.object("lease", None),
+            lease=LeaseTerms.from_json(lease, f"{path}.lease") if lease is not None else None,
             splay_s=get.integer("splay_s", 0, high=7 * 86_400),
             poll_s=get.integer("poll_s", 60, low=1, high=86_400),
             report_s=get.integer("report_s", 300, low=1, high=86_400),

@@ -24,7 +24,7 @@ from agent_core.wire import (
     Transition,
     signed_text,
 )
-from release_server import audit, auth, cohorts, releases
+from release_server import audit, auth, cohorts, leases, releases
 from release_server.models import (
     Agent,
     AgentEvent,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.orm import Session
+
+    from agent_core.wire import LeaseRequest
 
 SESSION = timedelta(hours=1)
 RENEW = timedelta(minutes=15)
@@ -101,6 +103,7 @@ def take_report(session: Session, now: datetime, proof: Signed | Bearer, report:
             _take_transition(session, now, agent, transition)
             agent.accepted = transition.number
     _note(session, now, agent, report)
+    leases.follow(session, now, agent.id, report, lambda: _quiet_for(session, agent))
     token = _renew(agent, now, report) if isinstance(proof, Signed) else None
     session.flush()
     return ReportAnswer(
@@ -110,6 +113,23 @@ def take_report(session: Session, now: datetime, proof: Signed | Bearer, report:
         session=token,
         session_s=int(SESSION.total_seconds()) if token else 0,
     )
+
+
+def take_lease_request(
+    session: Session, now: datetime, proof: Signed | Bearer, wanted: LeaseRequest
+) -> dict[str, Any]:
+    """Answer an agent that asks whether it may activate a version now; errors as of `take_report`."""
+    agent = prove(session, now, proof)
+    refuse_retired(agent)
+    return leases.ask(session, now, agent, wanted, _quiet_for(session, agent)).to_json()
+
+
+def _quiet_for(session: Session, agent: Agent) -> timedelta:
+    """How long this agent may be quiet by the pace of its cohort."""
+    if agent.cohort_id is None:
+        return silent_after(60, 300)
+    pace = cohorts.newest_spec(session, agent.cohort_id)
+    return silent_after(pace.poll_s, pace.report_s)
 
 
 def prove(session: Session, now: datetime, proof: Signed | Bearer) -> Agent:
@@ -578,6 +598,7 @@ def retire(session: Session, now: datetime, actor: str, agent_id: str, *, reason
     agent = find(session, agent_id)
     if agent.retired_at is None:
         agent.retired_at = now
+        leases.give_back(session, agent.id)
         agent.session_hash = None
         session.flush()
         audit.record(session, now, actor, "agent.retire", agent.id, reason=reason)

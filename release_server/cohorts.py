@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sqlalchemy import func, or_, select, update
 
 from agent_core.errors import ConflictError, NotFoundError, UsageError
-from agent_core.wire import LABEL_KEY, NAME, Window
+from agent_core.wire import LABEL_KEY, NAME, LeaseTerms, Window
 from release_server import audit, releases
 from release_server.directives import CohortFacts, RolloutFacts, directive_for
 from release_server.models import (
@@ -245,6 +245,7 @@ def create(
     splay_s: int = 0,
     window: dict[str, Any] | None = None,
     approval: bool = False,
+    lease: dict[str, Any] | None = None,
     reason: str = "",
 ) -> Cohort:
     """Make a cohort; agents whose labels match move into it.
@@ -275,6 +276,7 @@ def create(
         report_s=report_s,
         retry_epoch=0,
         approval=approval,
+        lease=_checked_lease(lease),
     )
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
@@ -301,7 +303,7 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
     return cohort
 
 
-EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval")
+EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval", "lease")
 
 
 def edit(
@@ -317,6 +319,8 @@ def edit(
         changes["match"] = _checked_match(changes["match"])
     if "window" in changes:
         changes["window"] = _checked_window(changes["window"])
+    if "lease" in changes:
+        changes["lease"] = _checked_lease(changes["lease"])
     wanted = {key: value for key, value in changes.items() if key in EDITABLE}
     _change(session, now, actor, cohort, reason=reason, **wanted)
     if {"match", "priority"} & wanted.keys():
@@ -427,6 +431,10 @@ def _checked_window(window: dict[str, Any] | None) -> dict[str, Any] | None:
     return checked.to_json()
 
 
+def _checked_lease(lease: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if lease is None else LeaseTerms.from_json(lease, "lease").to_json()
+
+
 COPIED = (
     "match",
     "priority",
@@ -439,6 +447,7 @@ COPIED = (
     "report_s",
     "retry_epoch",
     "approval",
+    "lease",
 )
 
 
@@ -677,6 +686,7 @@ def _facts(
         base_is_older=base is not None and _is_older(session, cohort, base),
         frozen=is_frozen(spec, now),
         window=None if spec.window is None else Window.from_json(spec.window, "window"),
+        lease=None if spec.lease is None else LeaseTerms.from_json(spec.lease, "lease"),
         splay_s=spec.splay_s,
         poll_s=spec.poll_s,
         report_s=spec.report_s,

@@ -9,7 +9,7 @@ from agent_core.wire import PROGRESS_FULL, Directive, Mode
 from release_server.rollout import State
 
 if TYPE_CHECKING:
-    from agent_core.wire import Window
+    from agent_core.wire import LeaseTerms, Window
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class CohortFacts:
     base_is_older: bool = False
     frozen: bool = False
     window: Window | None = None
+    lease: LeaseTerms | None = None
     splay_s: int = 0
     poll_s: int = 60
     report_s: int = 300
@@ -72,6 +73,7 @@ def directive_for(cohort: CohortFacts, rollout: RolloutFacts | None, revision: i
         rollback=word.rollback,
         mode=Mode.SUSPENDED if cohort.frozen else word.mode,
         window=cohort.window,
+        lease=cohort.lease,
         splay_s=cohort.splay_s,
         poll_s=cohort.poll_s,
         report_s=cohort.report_s,

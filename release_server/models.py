@@ -126,6 +126,7 @@ class CohortSpec(Base):
     poll_s: Mapped[int] = mapped_column(default=60)
     report_s: Mapped[int] = mapped_column(default=300)
     retry_epoch: Mapped[int] = mapped_column(default=0)
+    lease: Mapped[dict[str, Any] | None]
     approval: Mapped[bool] = mapped_column(default=False, server_default=false())
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(Text, default="")
@@ -301,6 +302,20 @@ class AgentEvent(Base):
     state: Mapped[str] = mapped_column(String(32))
     reason: Mapped[str] = mapped_column(String(64), default="")
     detail: Mapped[str] = mapped_column(Text, default="")
+
+
+class ActivationLease(Base):
+    """An agent that may be between two versions now, until a time, in one failure domain."""
+
+    __tablename__ = "activation_leases"
+    __table_args__ = (Index("ix_activation_leases_domain", "product_id", "scope", "domain"),)
+    agent_id: Mapped[str] = mapped_column(ForeignKey("agents.id"), primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    scope: Mapped[str] = mapped_column(String(64))
+    domain: Mapped[str] = mapped_column(String(256))
+    version: Mapped[str] = mapped_column(String(64))
+    granted_at: Mapped[datetime]
+    until: Mapped[datetime]
 
 
 class Token(Base):

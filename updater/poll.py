@@ -22,7 +22,7 @@ from agent_core.layout import clear_left_overs
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
-from updater import freshness, offline, report
+from updater import freshness, lease, offline, report
 from updater import identity as identities
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
@@ -352,6 +352,8 @@ class _Check:
                     failed = attempt.to(AttemptState.FAILED, str(reason), str(error))
                     report.record_transition(self.device, spool, failed)
                 raise
+            if not self.by_hand and (wait := lease.ask(self.device, directive, release.facts.version)):
+                return self._wait_for_lease(outcome, wait)
             refused = self._preflight(name, release) or self._pre_activate(name, index, release)
             if refused is not None:
                 # A version that cannot even import, or says no, is remembered like one that failed its trial.
@@ -364,6 +366,11 @@ class _Check:
             report.record_transition(self.device, spool, attempt.to(AttemptState.STAGED))
         detail = "; ".join(filter(None, (outcome.detail, self.fallback)))
         return replace(outcome, detail=detail, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
+
+    def _wait_for_lease(self, outcome: Outcome, wait: lease.Wait) -> Outcome:
+        """What is staged stays; the whole decision is made anew, for the rollout may have stopped by then."""
+        again = clock.iso(clock.now() + wait.again)
+        return replace(outcome, action=Action.STAY, reason=str(Reason.LEASE), detail=wait.detail, again=again)
 
     def _stage(self, release: Release) -> tuple[str, Index]:
         """Download and unpack; versions that are kept without need give way when there is no room."""

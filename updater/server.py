@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ENROLL_PATH = "/api/v1/enroll"
 REPORT_PATH = "/api/v1/report"
 ROTATE_PATH = "/api/v1/rotate-key"
+LEASE_PATH = "/api/v1/lease"
 MAX_ANSWER = 64 * 1024
 DEADLINE_S = 30.0
 
@@ -87,6 +88,14 @@ def rotate_key(transport: Transport, identity: Identity, paths: Layout) -> str:
     _post_signed(transport, identity, paths, ROTATE_PATH, body)
     take_next_key(paths)
     return public_key
+
+
+def ask_lease(
+    transport: Transport, identity: Identity, paths: Layout, request: wire.LeaseRequest
+) -> wire.LeaseAnswer:
+    """Ask for leave to activate a version; errors as of `report_signed`."""
+    answer = _post_signed(transport, identity, paths, LEASE_PATH, _encode(request.to_json()))
+    return wire.LeaseAnswer.from_json(answer)
 
 
 def _post_signed(transport: Transport, identity: Identity, paths: Layout, path: str, body: bytes) -> Any:

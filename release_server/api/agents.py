@@ -17,6 +17,7 @@ from agent_core.wire import (
     EnrollRequest,
     Getter,
     KeyChange,
+    LeaseRequest,
     Problem,
     Report,
 )
@@ -60,6 +61,12 @@ def report() -> dict[str, Any] | Response:
         lambda session, now, proof, body: agents.take_report(session, now, proof, body).to_json(),
         Report.from_json,
     )
+
+
+@blueprint.post("/lease")
+def lease() -> dict[str, Any] | Response:
+    """Say whether an agent may leave its version now, by how many of its failure domain do."""
+    return _from_agent(agents.take_lease_request, LeaseRequest.from_json)
 
 
 @blueprint.post("/rotate-key")

@@ -55,6 +55,7 @@ class NewCohort(Because):
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
+    lease: dict[str, Any] | None = None
 
 
 class CohortChange(Because):
@@ -65,6 +66,7 @@ class CohortChange(Because):
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
+    lease: dict[str, Any] | None = None
 
 
 class Pin(Because):
@@ -120,6 +122,7 @@ def render_cohort(view: cohorts.View) -> dict[str, Any]:
         "report_s": spec.report_s,
         "retry_epoch": spec.retry_epoch,
         "approval": spec.approval,
+        "lease": spec.lease,
         "revision": spec.revision,
         "actor": spec.actor,
         "reason": spec.reason,

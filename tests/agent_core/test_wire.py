@@ -60,6 +60,9 @@ ROLLED_BACK = Transition(
 )
 
 VALUES: dict[str, Any] = {
+    "lease_terms": wire.LeaseTerms("site", None, 1_000),
+    "lease_request": wire.LeaseRequest("1.5.0"),
+    "lease_answer": wire.LeaseAnswer(granted=False, detail="2 of site berlin are at it", again_s=30),
     "delta_facts": DeltaFacts("1.4.2", "ab" * 32, "cd" * 32),
     "release_facts": ReleaseFacts(
         product="warehouse-agent",
@@ -86,7 +89,7 @@ VALUES: dict[str, Any] = {
         salt="9c1f0e6a7b2d4c35",
         revision=31,
         window=Window(("mon", "tue", "wed", "thu"), "09:00", "16:30", "Europe/Berlin"),
-        lease={"scope": "rack", "limit": 2},
+        lease=wire.LeaseTerms("rack", 2),
         splay_s=120,
         retry_epoch=2,
     ),
@@ -494,7 +497,8 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         rollback=st.booleans(),
         mode=st.sampled_from(Mode),
         window=st.none() | windows,
-        lease=st.none() | st.dictionaries(texts, texts | counts, max_size=3),
+        lease=st.none()
+        | st.builds(wire.LeaseTerms, st.sampled_from(["site", "rack"]), st.integers(1, 9), st.none()),
         splay_s=st.integers(0, 7 * 86_400),
         poll_s=st.integers(1, 86_400),
         report_s=st.integers(1, 86_400),

@@ -11,7 +11,9 @@ from agent_core import clock, console
 from release_server.publish import render
 from release_server.publish.commands.operate import (
     ALWAYS,
+    LEASE,
     MOMENT,
+    NONE,
     SECONDS,
     WINDOW,
     client,
@@ -55,6 +57,11 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--splay", "splay_s", type=SECONDS, help="Begin updates at random within so long."),
         click.option(
+            "--lease",
+            type=LEASE,
+            help="How many of one label's value may change version at once: site=2, rack=10%, none.",
+        ),
+        click.option(
             "--approval/--no-approval", default=None, help="Each rollout here needs a second person."
         ),
         click.option("--report", "report_s", type=SECONDS, help="How often agents report."),
@@ -88,7 +95,7 @@ def show(name: str) -> None:
 @spec_options
 def create(name: str, match: str, release: str | None, **spec: Any) -> None:
     """Make a cohort. Agents whose labels match join with their next report."""
-    spec = {key: value for key, value in spec.items() if value != ALWAYS}
+    spec = {key: value for key, value in spec.items() if value not in (ALWAYS, NONE)}
     body = given(product=product(), name=name, match=match, release=release, **spec)
     show_cohort(client().post("/cohorts", body), f"cohort {name} made")
 
@@ -103,9 +110,12 @@ def edit(name: str, **spec: Any) -> None:
     body = given(**spec)
     if body.get("window") == ALWAYS:
         body["window"] = None
+    if body.get("lease") == NONE:
+        body["lease"] = None
     if not body.keys() - {"reason"}:
         raise click.UsageError(
-            "nothing to change: give --match, --priority, --window, --poll, --report, --splay or --approval"
+            "nothing to change: give --match, --priority, --window, --poll, --report, --splay, --lease"
+            " or --approval"
         )
     if "match" in body:
         confirm_match(name, body["match"])

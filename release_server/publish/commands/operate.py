@@ -238,7 +238,7 @@ def _moment(text: str, sign: int) -> str:
         ) from None
 
 
-ALWAYS = "always"
+ALWAYS, NONE = "always", "none"
 
 
 def window(text: str) -> dict[str, Any] | str:
@@ -255,6 +255,17 @@ def window(text: str) -> dict[str, Any] | str:
         return Window.from_json(said, "window").to_json()
     except MalformedError as error:
         raise ValueError(f"{error.what}: {error.why}") from None
+
+
+def lease(text: str) -> dict[str, Any] | str:
+    """Read `site=2`, `rack=10%`, or `none`: how many of one failure domain may be at it at once."""
+    if text.strip() == NONE:
+        return NONE
+    scope, equals, most = text.partition("=")
+    size = amount(most) if equals else Amount()
+    if not equals or not LABEL_KEY.fullmatch(scope.strip()) or 0 in (size.count, size.share_bp):
+        raise ValueError(f"{text!r} is not a lease such as site=2 or rack=10%")
+    return {"scope": scope.strip(), **given(limit=size.count, share_bp=size.share_bp)}
 
 
 def _check_zone(zone: str) -> None:
@@ -287,3 +298,4 @@ LABELS = Words("labels", labels)
 MOMENT = Words("time", moment)
 PAST = Words("time", past_moment)
 WINDOW = Words("window", window)
+LEASE = Words("lease", lease)

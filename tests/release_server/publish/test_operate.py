@@ -460,7 +460,9 @@ EVERYTHING_SAID = [
         "--max-silent 2 --at 2h --draft --approval --stratified --downgrade"
     ),
     "rollout rehearse 1.5.0 --cohort c --steps 1,50%",
-    "cohort edit eu-web --approval",
+    "cohort edit eu-web --approval --lease site=2",
+    "cohort create c --lease rack=10%",
+    "cohort edit eu-web --lease none",
     "rollout abort r-31 --rollback -m x --yes",
     "rollout pause r-31 -m x",
     "agents move web-17 --by-labels -m x",
