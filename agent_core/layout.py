@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BALLAST_LENGTH = 4 << 20
 PRIVATE_MODE = 0o700
 PUBLIC_MODE = 0o755
-_LEFT_OVER = re.compile(r"\..+\.(\d+)\.new")
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f-]+\.new")
 
 __all__ = [
     "Layout",
@@ -226,43 +226,75 @@ def write_news(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) 
 
 
 def _replace(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
-    # A name of this thread's own: two writers never share one, and one that was cut has a dead writer.
-    fresh = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
     with _as_disk_error(path):
-        try:
-            disk.remove(fresh)
-            _write_new(fresh, content, mode, durable=durable)
+        with _fresh_beside(path) as (fresh, handle):
+            disk.write_all(handle, content)
+            disk.fchmod(handle, mode)
+            if durable:
+                disk.fsync(handle)
             disk.rename(fresh, path)
-        except BaseException:
-            with suppress(OSError):
-                disk.unlink(fresh)
-            raise
         if durable:
             disk.fsync_dir(path.parent)
+
+
+@contextmanager
+def _fresh_beside(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new file beside `path` with a name that is used once, and a handle that locks it until the end.
+
+    The lock says that its writer lives: it goes with the last handle, however that ends, and with the power.
+    A number of a process in the name said less, for numbers are given again. When what is done with it
+    fails, the file is taken away.
+    """
+    fresh, handle = _make_fresh(path)
+    try:
+        yield fresh, handle
+    except BaseException:
+        with suppress(OSError):
+            disk.unlink(fresh)
+        raise
+    finally:
+        disk.close(handle)
+
+
+def _make_fresh(path: Path) -> tuple[Path, int]:
+    while True:
+        fresh = path.with_name(f".{path.name}.{_chance()}.new")
+        # 0600 from the start, so that a key is never readable, not even for a moment.
+        handle = disk.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            disk.flock(handle, fcntl.LOCK_EX)
+            if disk.fstat(handle).st_nlink:
+                return fresh, handle
+        except BaseException:
+            disk.close(handle)
+            disk.remove(fresh)
+            raise
+        disk.close(handle)  # a clean-up was quicker than the lock
+
+
+def _chance() -> str:
+    return os.urandom(4).hex()
 
 
 def clear_left_overs(layout: Layout) -> None:
     """Take away what writers that were killed have left, so that a thousand kills leave no thousand files.
 
-    A file whose writer lives is being written. What cannot be taken away is met again next time.
+    A file that is locked is being written. What cannot be taken away is met again next time.
     """
     for place in (layout.root, layout.launcher_file.parent, layout.state, layout.tuf, layout.root_history):
         with suppress(FileNotFoundError):
             for name in disk.listdir(place):
-                writer = _LEFT_OVER.fullmatch(name)
-                if writer and not disk.exists(f"/proc/{writer[1]}"):
+                if _LEFT_OVER.fullmatch(name):
                     with suppress(OSError):
-                        disk.unlink(place / name)
+                        _clear_unlocked(place / name)
 
 
-def _write_new(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
-    # 0600 from the start, so that a key is never readable, not even for a moment.
-    handle = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+def _clear_unlocked(path: Path) -> None:
+    """Take a file away unless it is locked; under the lock, so that whoever made it a moment ago notices."""
+    handle = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        disk.write_all(handle, content)
-        disk.fchmod(handle, mode)
-        if durable:
-            disk.fsync(handle)
+        disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        disk.unlink(path)
     finally:
         disk.close(handle)
 

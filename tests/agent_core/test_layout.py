@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -126,15 +127,46 @@ def test_a_root_that_cannot_be_made_is_a_disk_error(tmp_path):
 
 
 def test_what_killed_writers_left_is_cleared_away_and_what_is_being_written_is_not(device):
-    with subprocess.Popen(["true"]) as ended:
-        pass
-    left = [device.state / f".poll.json.{ended.pid}.new", device.root / f".hold.{ended.pid}.new"]
-    kept = [device.state / f".poll.json.{os.getpid()}.new", device.state / "poll.json", device.slots]
+    """The number of a process that lives is in the name of the first: numbers are given again."""
+    left = [device.state / f".poll.json.{os.getpid()}.new", device.root / ".hold.0123abcd.new"]
+    kept = [device.state / "poll.json", device.slots]
     for file in (*left, *kept):
         file.touch()
-    layout.clear_left_overs(device)
+    with layout._fresh_beside(device.hold) as (being_written, _):
+        layout.clear_left_overs(device)
+        assert being_written.exists()
     assert [file.exists() for file in left] == [False, False]
     assert all(file.exists() for file in kept)
+
+
+def test_a_writer_that_is_killed_leaves_what_the_next_clean_up_takes_away(device):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from agent_core import disk, layout;"
+        "disk.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "layout.write_durable(Path(sys.argv[1]), b'half')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, device.hold], check=False)
+    left = list(device.root.glob(".hold.*.new"))
+    assert (done.returncode, len(left)) == (-signal.SIGKILL, 1)
+    layout.clear_left_overs(device)
+    assert not left[0].exists()
+
+
+def test_a_clean_up_between_a_new_file_and_its_lock_costs_the_writer_nothing(device):
+    """The file is taken for a left-over; its writer notices, and writes another."""
+    flock, cleared = layout.disk.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not cleared:
+            cleared.append(handle)
+            layout.clear_left_overs(device)
+        flock(handle, how)
+
+    with patch.object(layout.disk, "flock", late):
+        write_durable(device.hold, b"held")
+    assert cleared
+    assert device.hold.read_bytes() == b"held"
+    assert list(device.root.glob(".hold.*")) == []
 
 
 @pytest.mark.parametrize("call", ["fsync", "fchmod"])

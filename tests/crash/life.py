@@ -395,7 +395,7 @@ def fast_motion() -> Iterator[None]:
         with (
             patch.object(os, "execve", become),
             patch("updater.stage.secrets.token_hex", lambda _length: f"{LIFE.number}-{next(LIFE.names)}"),
-            patch("agent_core.layout.threading.get_native_id", lambda: 2**30 + LIFE.number),
+            patch("agent_core.layout._chance", lambda: f"{LIFE.number}-{next(LIFE.names)}"),
             patch("agent_core.archive.launcher_archive", lambda: b"a launcher"),
             patch("agent_core.layout.BALLAST_LENGTH", 4096),
             patch("agent_core.launcher.say", lambda _message: None),

@@ -117,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "a note is not synced before it takes its name", "agent_core/layout.py",
-        "        if durable:\n            disk.fsync(handle)", "        if False:\n            disk.fsync(handle)",
+        "            if durable:\n                disk.fsync(handle)\n", "",
         "upgrade",
     ),
     Mutant(

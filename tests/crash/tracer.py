@@ -83,7 +83,7 @@ def unavailable() -> str:
 
 def steady(name: str) -> str:
     """A file's name without the part that chance chose: what is being written, or thrown away."""
-    return re.sub(r"\.\d+(?=\.new$)|(?<=^trash/)(.*)\.[0-9a-f]{8}(?=/|$)", r"\1.*", name)
+    return re.sub(r"\.[0-9a-f]{8}(?=\.new$)|(?<=^trash/)(.*)\.[0-9a-f]{8}(?=/|$)", r"\1.*", name)
 
 
 @dataclass(frozen=True)
