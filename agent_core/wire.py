@@ -657,6 +657,7 @@ class Report:
 
     Attributes:
         reason: of the agent's last decision, with `detail` in words.
+        inventory: what the host is: `os`, `distro`, `arch`, `python`, `kernel`.
         figures: small numbers of the agent and its workload: `rss`, `cpu`, `uptime_s`, `restarts`, …
         transitions: oldest first; only a signed report may carry any.
     """
@@ -671,6 +672,7 @@ class Report:
     detail: str = ""
     held: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    inventory: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     transitions: tuple[Transition, ...] = ()
 
@@ -687,6 +689,7 @@ class Report:
             "detail": self.detail,
             "held": self.held,
             "labels": dict(self.labels),
+            "inventory": dict(self.inventory),
             "figures": dict(self.figures),
             "transitions": [transition.to_json() for transition in self.transitions],
         }
@@ -709,6 +712,7 @@ class Report:
             detail=get.text("detail", ""),
             held=get.boolean("held", False),
             labels=get.labels("labels"),
+            inventory=get.labels("inventory"),
             figures=figures,
             transitions=tuple(
                 Transition.from_json(entry, f"{path}.transitions[{place}]")

@@ -24,7 +24,7 @@ from agent_core.wire import (
     Transition,
     signed_text,
 )
-from release_server import audit, auth, cohorts, leases, releases
+from release_server import audit, auth, cohorts, leases, membership, releases
 from release_server.models import (
     Agent,
     AgentEvent,
@@ -54,6 +54,8 @@ RENEW = timedelta(minutes=15)
 GRACE = timedelta(seconds=30)
 COALESCE = timedelta(seconds=5)
 """Heartbeats that say nothing new are written down at most so often."""
+PLACING = frozenset({"labels", "inventory", "version", "platform"})
+"""What cohorts can ask of an agent: when it changes, the agent may belong elsewhere."""
 HISTORY = 50
 UNPROVEN = frozenset(
     {"unknown-agent", str(Reason.BAD_SIGNATURE), str(Reason.REPLAYED), "session-over", "not-signed-in"}
@@ -217,12 +219,13 @@ def _note(session: Session, now: datetime, agent: Agent, report: Report) -> None
         "detail": report.detail,
         "held": report.held,
         "labels": dict(report.labels),
+        "inventory": dict(report.inventory),
     }
     news = {name: value for name, value in said.items() if getattr(agent, name) != value}
     for name, value in news.items():
         setattr(agent, name, value)
-    if "labels" in news:
-        cohorts.place(session, agent)
+    if PLACING & news.keys():
+        membership.place(session, agent)
     # Below zero the server's clock was set back: what it wrote ahead of time would hide a silence until then.
     if news or not timedelta(0) <= now - agent.seen_at < COALESCE:
         agent.seen_at = now
@@ -381,10 +384,12 @@ def silent_after(poll_s: int, report_s: int) -> timedelta:
     return timedelta(seconds=3 * max(poll_s, report_s)) + GRACE
 
 
+USUAL = silent_after(60, 300)
+"""For agents without a cohort, which nobody has told how often to report."""
+
+
 def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
-    usual = CohortSpec(poll_s=60, report_s=300)
-    asked = spec or usual
-    return agent.seen_at < now - silent_after(asked.poll_s, asked.report_s)
+    return agent.seen_at < now - (silent_after(spec.poll_s, spec.report_s) if spec else USUAL)
 
 
 # --- looking at agents -----------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def events(session: Session, agent_id: str, limit: int = HISTORY) -> Sequence[Ag
 
 
 def _specs(session: Session) -> dict[int, CohortSpec]:
-    query = select(CohortSpec).join(Cohort, Cohort.id == CohortSpec.cohort_id).where(cohorts.is_newest())
+    query = select(CohortSpec).join(Cohort, Cohort.id == CohortSpec.cohort_id).where(membership.is_newest())
     return {spec.cohort_id: spec for spec in session.scalars(query)}
 
 
@@ -547,7 +552,7 @@ def _is_silent(specs: Mapping[int, CohortSpec], now: datetime) -> ColumnElement[
         for pace, cohort_ids in paces.items()
     ]
     lone = Agent.cohort_id.is_(None) | Agent.cohort_id.not_in(list(specs))
-    return or_(*terms, and_(lone, Agent.seen_at < now - silent_after(60, 300)))
+    return or_(*terms, and_(lone, Agent.seen_at < now - USUAL))
 
 
 # --- what operators ask ----------------------------------------------------------------------------------
@@ -566,7 +571,7 @@ def move(
         )
     if cohort is None:
         agent.cohort_fixed = False
-        cohorts.place(session, agent)
+        membership.place(session, agent)
     else:
         agent.cohort_id = cohorts.find(session, agent.product.name, cohort).id
         agent.cohort_fixed = True
@@ -587,7 +592,7 @@ def label(
     """Replace the operators' labels of an agent; they override its own."""
     agent = active(session, agent_id)
     agent.operator_labels = dict(labels)
-    cohorts.place(session, agent)
+    membership.place(session, agent)
     session.flush()
     session.refresh(agent, ["cohort"])
     audit.record(session, now, actor, "agent.label", agent.id, labels=dict(labels), reason=reason)

@@ -1,19 +1,18 @@
-"""Cohorts: who belongs where, what people want of each, and the word the server has for it."""
+"""Cohorts: what people want of each, and the word the server has for it."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sqlalchemy import func, or_, select, update
 
 from agent_core.errors import ConflictError, NotFoundError, UsageError
-from agent_core.wire import LABEL_KEY, NAME, LeaseTerms, Window
+from agent_core.wire import NAME, LeaseTerms, Window
 from release_server import audit, releases
 from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.membership import is_newest, resettle
 from release_server.models import (
     Agent,
     Cohort,
@@ -24,110 +23,13 @@ from release_server.models import (
     Rollout,
     RolloutStatus,
 )
+from release_server.queries import parse
 from release_server.rollout import FINISHED, StageState, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement
     from sqlalchemy.orm import Session
-
-LABEL_VALUE = re.compile(r"[^\s,=!]{0,256}")
-
-
-# --- the match language ----------------------------------------------------------------------------------
-
-
-class Operator(StrEnum):
-    EQUALS = "="
-    DIFFERS = "!="
-    EXISTS = "exists"
-    MISSING = "!"
-
-
-@dataclass(frozen=True)
-class Term:
-    """One condition on one label; `key!=value` also holds where the label is missing."""
-
-    key: str
-    operator: Operator
-    value: str = ""
-
-    def holds(self, labels: Mapping[str, str]) -> bool:
-        match self.operator:
-            case Operator.EQUALS:
-                return labels.get(self.key) == self.value
-            case Operator.DIFFERS:
-                return labels.get(self.key) != self.value
-            case Operator.EXISTS:
-                return self.key in labels
-            case Operator.MISSING:
-                return self.key not in labels
-
-
-@dataclass(frozen=True)
-class Match:
-    """Terms that must all hold; none at all matches every agent."""
-
-    terms: tuple[Term, ...] = ()
-
-    def matches(self, labels: Mapping[str, str]) -> bool:
-        return all(term.holds(labels) for term in self.terms)
-
-
-def parse(text: str) -> Match:
-    """Read `key=value`, `key!=value`, `key` and `!key`, separated by commas; empty matches every agent.
-
-    Raises:
-        UsageError: reason `bad-match`, naming the term that cannot be read.
-    """
-    if not text.strip():
-        return Match()
-    return Match(tuple(_term(part.strip()) for part in text.split(",")))
-
-
-def _term(text: str) -> Term:
-    if "!=" in text:
-        key, _, value = text.partition("!=")
-        term = Term(key.strip(), Operator.DIFFERS, value.strip())
-    elif "=" in text:
-        key, _, value = text.partition("=")
-        term = Term(key.strip(), Operator.EQUALS, value.strip())
-    elif text.startswith("!"):
-        term = Term(text[1:].strip(), Operator.MISSING)
-    else:
-        term = Term(text, Operator.EXISTS)
-    if not LABEL_KEY.fullmatch(term.key) or not LABEL_VALUE.fullmatch(term.value):
-        raise UsageError(
-            f"the match cannot be read at {text!r}",
-            why="a term is key=value, key!=value, key or !key; keys are lower case, values have no spaces",
-            then="for example: region=eu,tier!=db",
-            reason="bad-match",
-        )
-    return term
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A cohort as far as choosing needs it."""
-
-    cohort_id: int
-    name: str
-    priority: int
-    match: Match
-
-
-def choose(candidates: Iterable[Candidate], labels: Mapping[str, str]) -> int | None:
-    """The one cohort for these labels: highest priority, then most terms, then first by name.
-
-    Returns:
-        Its id, or None when none matches.
-    """
-    fitting = [candidate for candidate in candidates if candidate.match.matches(labels)]
-    best = min(fitting, key=lambda fit: (-fit.priority, -len(fit.match.terms), fit.name), default=None)
-    return best.cohort_id if best else None
-
 
 # --- finding ---------------------------------------------------------------------------------------------
 
@@ -161,12 +63,6 @@ def require_release(session: Session, product: Product, version: str) -> Release
         )
     releases.refuse_yanked(release)
     return release
-
-
-def is_newest() -> ColumnElement[bool]:
-    """The condition that a joined `CohortSpec` is its cohort's newest revision."""
-    newer = select(func.max(CohortSpec.revision).label("revision")).where(CohortSpec.cohort_id == Cohort.id)
-    return CohortSpec.revision == newer.correlate(Cohort).scalar_subquery()
 
 
 def newest_spec(session: Session, cohort_id: int) -> CohortSpec:
@@ -280,7 +176,7 @@ def create(
     )
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
-    reassign(session, owner.id)
+    resettle(session, owner.id)
     refresh_directive(session, now, cohort)
     _note(session, now, actor, "cohort.create", cohort, match=match, priority=priority, release=release)
     return cohort
@@ -324,7 +220,7 @@ def edit(
     wanted = {key: value for key, value in changes.items() if key in EDITABLE}
     _change(session, now, actor, cohort, reason=reason, **wanted)
     if {"match", "priority"} & wanted.keys():
-        reassign(session, cohort.product_id)
+        resettle(session, cohort.product_id)
     _note(session, now, actor, "cohort.edit", cohort, reason=reason, **wanted)
     return cohort
 
@@ -346,7 +242,7 @@ def delete(session: Session, now: datetime, actor: str, product: str, name: str,
     here = update(Agent).where(Agent.cohort_id == cohort.id)
     session.execute(here.values(cohort_id=None, cohort_fixed=False))
     session.flush()
-    reassign(session, cohort.product_id)
+    resettle(session, cohort.product_id)
     _note(session, now, actor, "cohort.delete", cohort, reason=reason)
 
 
@@ -480,99 +376,6 @@ def _revise(session: Session, now: datetime, cohort: Cohort, spec: CohortSpec) -
 
 def _note(session: Session, now: datetime, actor: str, action: str, cohort: Cohort, **detail: Any) -> None:
     audit.record(session, now, actor, action, f"{cohort.product.name}/{cohort.name}", **detail)
-
-
-# --- who belongs where -----------------------------------------------------------------------------------
-
-
-def labels_of(agent: Agent) -> dict[str, str]:
-    """An agent's labels; an operator's word goes before the host's."""
-    return {**agent.labels, **agent.operator_labels}
-
-
-def candidates(session: Session, product_id: int) -> list[Candidate]:
-    """The cohorts of a product, ready for `choose`."""
-    rows = session.execute(
-        select(Cohort.id, Cohort.name, CohortSpec.priority, CohortSpec.match)
-        .join(CohortSpec, CohortSpec.cohort_id == Cohort.id)
-        .where(Cohort.product_id == product_id, Cohort.deleted_at.is_(None), is_newest())
-    )
-    return [Candidate(cohort_id, name, priority, parse(match)) for cohort_id, name, priority, match in rows]
-
-
-def place(session: Session, agent: Agent) -> None:
-    """Put one agent where its labels say, unless an operator has moved it by hand or not let it in yet."""
-    if not agent.cohort_fixed and not agent.pending:
-        agent.cohort_id = choose(candidates(session, agent.product_id), labels_of(agent))
-
-
-def reassign(session: Session, product_id: int) -> int:
-    """Put all agents of a product where their labels say; called when cohorts change, never per poll.
-
-    Returns:
-        How many moved.
-    """
-    offered = candidates(session, product_id)
-    moves: dict[int | None, list[str]] = {}
-    for agent_id, labels, own, cohort_id in session.execute(_movable(product_id)):
-        chosen = choose(offered, {**labels, **own})
-        if chosen != cohort_id:
-            moves.setdefault(chosen, []).append(agent_id)
-    for chosen, agent_ids in moves.items():
-        for some in _chunks(agent_ids):
-            session.execute(update(Agent).where(Agent.id.in_(some)).values(cohort_id=chosen))
-    return sum(map(len, moves.values()))
-
-
-def _movable(product_id: int) -> Any:
-    return select(Agent.id, Agent.labels, Agent.operator_labels, Agent.cohort_id).where(
-        Agent.product_id == product_id,
-        Agent.cohort_fixed.is_(False),
-        Agent.pending.is_(False),
-        Agent.retired_at.is_(None),
-    )
-
-
-def _chunks(names: Sequence[str], size: int = 500) -> Iterable[Sequence[str]]:
-    return (names[start : start + size] for start in range(0, len(names), size))
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Whom a match would put into a cohort, and who would come and go for it; names in order."""
-
-    match: str
-    inside: list[str]
-    joins: list[str]
-    leaves: list[str]
-
-
-def preview(session: Session, product: str, name: str, match: str | None = None) -> Preview:
-    """Say who would be in the cohort if it matched `match` (None: as it does now); changes nothing.
-
-    Raises:
-        UsageError: the match cannot be read.
-    """
-    cohort = find(session, product, name)
-    tried = newest_spec(session, cohort.id).match if match is None else match.strip()
-    wanted = parse(tried)
-    offered = [
-        replace(entry, match=wanted) if entry.cohort_id == cohort.id else entry
-        for entry in candidates(session, cohort.product_id)
-    ]
-    fixed = select(Agent.id).where(
-        Agent.cohort_id == cohort.id, Agent.cohort_fixed.is_(True), Agent.retired_at.is_(None)
-    )
-    inside, joins, leaves = list(session.scalars(fixed)), [], []
-    for agent_id, labels, own, cohort_id in session.execute(_movable(cohort.product_id)):
-        fits, was = choose(offered, {**labels, **own}) == cohort.id, cohort_id == cohort.id
-        if fits:
-            inside.append(agent_id)
-        if fits and not was:
-            joins.append(agent_id)
-        if was and not fits:
-            leaves.append(agent_id)
-    return Preview(tried, sorted(inside), sorted(joins), sorted(leaves))
 
 
 # --- the word --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from agent_core.errors import ConflictError, NotAllowedError
 from agent_core.wire import EnrollAnswer, EnrollRequest, KeyChange, Reason, key_text
-from release_server import agents, audit, auth, cohorts, releases
+from release_server import agents, audit, auth, cohorts, membership, releases
 from release_server.models import Agent, Token
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _settle(session: Session, agent: Agent, terms: Token | None) -> None:
     if terms is not None and terms.cohort is not None and not agent.pending:
         agent.cohort_id = cohorts.find(session, agent.product.name, terms.cohort).id
         agent.cohort_fixed = True
-    cohorts.place(session, agent)
+    membership.place(session, agent)
     session.flush()
     session.refresh(agent, ["cohort"])
 

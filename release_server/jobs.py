@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from agent_core import clock as wall
 from agent_core.errors import TrustError, UnreachableError
-from release_server import fleet, repository
+from release_server import fleet, membership, repository
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
@@ -148,6 +148,7 @@ class Jobs:
         self._note(leading=fence is not None)
         if fence is None:
             return False
+        self._resettle(fence)
         try:
             self._work(fence, now)
         except TrustError:
@@ -159,6 +160,15 @@ class Jobs:
             self._restored = True
         repository.export(self.sessions, self.blobs, self.config.repository)
         return True
+
+    def _resettle(self, fence: int) -> None:
+        """Place agents whose cohorts changed, some at a time and apart: this locks their rows."""
+        with self.sessions.read() as session:
+            if not membership.is_resettling(session):
+                return
+        with self.sessions.write() as session:
+            check_fence(session, self.holder, fence)
+            membership.resettle_some(session)
 
     def _work(self, fence: int, now: datetime) -> None:
         """Reconcile and sign as one transaction: what was not signed has not happened."""

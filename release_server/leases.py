@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import delete, func, select
 
 from agent_core.wire import PROGRESS_FULL, AttemptState, LeaseAnswer, LeaseRequest, LeaseTerms, Phase
-from release_server import cohorts
+from release_server import cohorts, membership
 from release_server.models import ActivationLease, Agent, Product
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def ask(session: Session, now: datetime, agent: Agent, wanted: LeaseRequest, las
     session.execute(select(Product.id).where(Product.id == agent.product_id).with_for_update())
     session.execute(delete(ActivationLease).where(ActivationLease.until <= now))
     held = session.get(ActivationLease, agent.id, populate_existing=True)
-    domain = cohorts.labels_of(agent).get(terms.scope, "")
+    domain = membership.labels_of(agent).get(terms.scope, "")
     if held is not None and (held.scope, held.domain) == (terms.scope, domain):
         held.until, held.version = now + lasts + HEAD_START, wanted.version
         return LeaseAnswer(granted=True)
@@ -90,7 +90,7 @@ def _members(session: Session, agent: Agent, terms: LeaseTerms) -> int:
     if terms.share_bp is None:
         return 0
     own, said = Agent.operator_labels[terms.scope].as_string(), Agent.labels[terms.scope].as_string()
-    domain = cohorts.labels_of(agent).get(terms.scope, "")
+    domain = membership.labels_of(agent).get(terms.scope, "")
     living = (Agent.product_id == agent.product_id, Agent.retired_at.is_(None))
     here = func.coalesce(own, said, "") == domain
     return session.scalar(select(func.count(Agent.id)).where(*living, here)) or 0

@@ -244,6 +244,7 @@ class Agent(Base):
     public_key: Mapped[str] = mapped_column(String(64), unique=True)
     platform: Mapped[str] = mapped_column(String(64))
     gate: Mapped[str] = mapped_column(String(64), default="")
+    inventory: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     labels: Mapped[dict[str, Any]]
     operator_labels: Mapped[dict[str, Any]]
     cohort_id: Mapped[int | None] = mapped_column(ForeignKey("cohorts.id"), index=True)
@@ -266,6 +267,14 @@ class Agent(Base):
     token_id: Mapped[int | None] = mapped_column(ForeignKey("tokens.id"))
     product: Mapped[Product] = relationship()
     cohort: Mapped[Cohort | None] = relationship()
+
+
+class Resettling(Base):
+    """A product whose cohorts have changed: agents up to the id `cursor` stand where they belong again."""
+
+    __tablename__ = "resettlings"
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"), primary_key=True)
+    cursor: Mapped[str] = mapped_column(String(128), default="")
 
 
 class Attempt(Base):

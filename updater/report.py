@@ -22,6 +22,7 @@ from agent_core.wire import (
 from updater import attempt as attempts
 from updater import identity as identities
 from updater import server
+from updater.inventory import inventory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,7 @@ def build(
         detail=outcome.detail[:500] if outcome else "",
         held=bool((hold := device.hold()) and hold.holds(clock.now())),
         labels=device.labels,
+        inventory=inventory(),
         figures=dict(figures or {}),
         transitions=transitions,
     )

@@ -9,6 +9,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from release_server import cohorts
+from release_server import preview as whom
 from release_server.api import PREFIX, services
 from release_server.api.fleet_schemas import (
     Because,
@@ -122,6 +123,8 @@ def unfreeze(path: CohortPath, body: Because) -> dict[str, Any]:
 @blueprint.get(f"{ONE}/preview")
 @requires("reader")
 def preview(path: CohortPath, query: PreviewQuery) -> dict[str, Any]:
-    """Whom a match would put into the cohort; changes nothing."""
-    with services().sessions.read() as session:
-        return render_preview(path.name, cohorts.preview(session, path.product, path.name, query.match))
+    """Whom a match would put into the cohort, there already or not; changes nothing."""
+    hub = services()
+    with hub.sessions.read() as session:
+        found = whom.preview(session, hub.clock(), path.product, path.name, **query.model_dump())
+        return render_preview(path.name, found)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
-from release_server import fleet
+from release_server import fleet, membership
 from release_server.sequential import FALSE_HALT_BP
 from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
 from release_server.terms import WATCH_S, Terms
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
-    from release_server import agents, cohorts, rollout_view
+    from release_server import agents, cohorts, preview, rollout_view
     from release_server.models import AgentEvent, RolloutEvent
 
 NAME_FORM = f"^{NAME.pattern}$"
@@ -88,6 +88,8 @@ class ProductQuery(Shape):
 
 class PreviewQuery(Shape):
     match: str | None = Field(None, max_length=4000)
+    priority: int | None = Field(None, ge=-(10**6), le=10**6)
+    version: str | None = Field(None, pattern=VERSION_FORM)
 
 
 def moment(text: str | None, key: str) -> datetime | None:
@@ -135,13 +137,16 @@ def render_cohort(view: cohorts.View) -> dict[str, Any]:
     }
 
 
-def render_preview(name: str, preview: cohorts.Preview) -> dict[str, Any]:
+def render_preview(name: str, found: preview.Preview) -> dict[str, Any]:
+    """A preview; each list names the first agents of its kind, `counts` counts them all."""
+    lists = {"agents": found.inside, "joins": found.joins, "leaves": found.leaves}
+    stand = {"ready": found.ready, "held": found.held, "silent": found.silent, "no_bundle": found.no_bundle}
     return {
         "cohort": name,
-        "match": preview.match,
-        "agents": preview.inside,
-        "joins": preview.joins,
-        "leaves": preview.leaves,
+        "match": found.match,
+        "version": found.version,
+        **{key: group.names for key, group in (lists | stand).items()},
+        "counts": {key: group.count for key, group in (lists | stand).items()},
     }
 
 
@@ -302,6 +307,8 @@ def render_agent(view: agents.View, events: Iterable[AgentEvent] | None = None) 
         "gate": agent.gate,
         "labels": agent.labels,
         "operator_labels": agent.operator_labels,
+        "inventory": agent.inventory,
+        "facts": membership.origins_of(agent),
         "cohort": view.cohort,
         "cohort_fixed": agent.cohort_fixed,
         "version": agent.version,

@@ -236,13 +236,28 @@ def cohort_view(cohort: Mapping[str, Any]) -> str:
 
 
 def preview(answer: Mapping[str, Any]) -> str:
-    """Whom a match would reach: `+` joins, `-` leaves, the others stay."""
+    """Whom a match would reach and how they stand: `+` joins, `-` leaves, the others stay."""
     inside, joins, leaves = (list(answer.get(key) or []) for key in ("agents", "joins", "leaves"))
+    counts = {"agents": len(inside), "joins": len(joins), "leaves": len(leaves)}
+    counts |= answer.get("counts") or {}
     match = repr(answer["match"]) if answer.get("match") else "everything"
-    head = f"{agents(len(inside))} would match {match}"
+    head = f"{agents(counts['agents'])} would match {match}"
     new = set(joins)
     lines = [f"{'+' if name in new else ' '} {name}" for name in inside] + [f"- {name}" for name in leaves]
-    return "\n".join([f"{head}: {len(joins)} join, {len(leaves)} leave", *lines])
+    if left := counts["agents"] - len(inside) + counts["leaves"] - len(leaves):
+        lines.append(f"  and {left} more")
+    moves = f"{counts['joins']} join, {counts['leaves']} leave"
+    return "\n".join([f"{head}: {moves}", *_standing(counts, answer.get("version")), *lines])
+
+
+def _standing(counts: Mapping[str, int], version: str | None) -> list[str]:
+    """`212 agents: 198 ready, 14 held, 3 without a bundle`, where the server says it."""
+    if "ready" not in counts:
+        return []
+    bundle = f"without a bundle of {version}" if version else "without a bundle"
+    words = {"ready": "ready", "held": "held", "silent": "silent", "no_bundle": bundle}
+    said = [f"{counts[key]} {word}" for key, word in words.items() if counts.get(key) or key == "ready"]
+    return [f"{agents(counts['agents'])}: {', '.join(said)}"]
 
 
 def reach(cohort: Mapping[str, Any]) -> int:

@@ -6,7 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent_core.errors import ConflictError, NotAllowedError, UsageError
-from release_server import agents, auth, cohorts, enrolment
+from release_server import agents, auth, enrolment
+from release_server.preview import preview
 from tests.release_server.fleet_world import World
 
 
@@ -65,8 +66,8 @@ def test_a_pending_agent_has_no_part_in_a_rollout(world, enroller):
     world.tick(seconds=1)
     assert [host.id for host in world.offered("1.1.0")] != []
     with world.read() as session:
-        preview = cohorts.preview(session, "demo", "all")
-    assert preview.inside == ["in"]
+        seen = preview(session, world.clock(), "demo", "all")
+    assert seen.inside.names == ["in"]
     assert world.status(rollout).state == "running"
 
 

@@ -125,7 +125,8 @@ def edit(name: str, **spec: Any) -> None:
 def confirm_match(name: str, match: str) -> None:
     """Ask before agents change cohort for a new match; nobody is asked when none does."""
     answer = client().get(path_of(name, "preview"), match=match)
-    joins, leaves = len(answer.get("joins") or []), len(answer.get("leaves") or [])
+    counts = answer.get("counts") or {}
+    joins, leaves = (counts.get(key, len(answer.get(key) or [])) for key in ("joins", "leaves"))
     if joins or leaves:
         moves = f"{joins} join, {leaves} leave"
         confirm_reach(f"Changing the match of {name} reaches {{}}: {moves}.", joins + leaves)
@@ -183,7 +184,9 @@ def unfreeze(name: str, reason: str | None) -> None:
 @cohort.command("preview", short_help="Show whom a match would reach.")
 @click.argument("name")
 @click.option("--match", help="The match to try; without it the cohort's own.")
-def preview(name: str, match: str | None) -> None:
-    """Show which agents a match would put into the cohort; nothing is changed."""
-    answer = client().get(path_of(name, "preview"), **given(match=match))
+@click.option("--priority", type=int, help="The priority to try; without it the cohort's own.")
+@click.option("--version", metavar="VERSION", help="The release that agents should be ready for.")
+def preview(name: str, **tried: Any) -> None:
+    """Show which agents a match would put into the cohort, there already or not; nothing is changed."""
+    answer = client().get(path_of(name, "preview"), **given(**tried))
     console.emit(answer, lambda: render.preview(answer))

@@ -71,7 +71,14 @@ def test_a_preview_says_who_would_be_in_it(world, call):
     world.enroll("b", labels={"region": "us"})
     assert call("GET", "/cohorts/demo/eu/preview").json["agents"] == ["a"]
     tried = call("GET", "/cohorts/demo/eu/preview?match=region%3Dus").json
-    assert tried == {"cohort": "eu", "match": "region=us", "agents": ["b"], "joins": ["b"], "leaves": ["a"]}
+    names = {"agents": ["b"], "joins": ["b"], "leaves": ["a"], "ready": ["b"]}
+    assert names | {"cohort": "eu", "match": "region=us"} == {
+        key: value for key, value in tried.items() if value and key not in ("counts", "version")
+    }
+    assert (tried["counts"]["ready"], tried["counts"]["held"]) == (1, 0)
+    made = call("GET", "/cohorts/demo/new/preview?match=region%3Dus&priority=5").json
+    assert made["joins"] == ["b"]
+    assert call("GET", "/cohorts/demo/new/preview").status_code == 404
     refused = call("GET", "/cohorts/demo/eu/preview?match=%3D")
     assert (refused.status_code, refused.json["reason"]) == (422, "bad-match")
 
