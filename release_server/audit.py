@@ -23,6 +23,14 @@ MOST = 1000
 WAITING = "relfleet_audit"
 
 
+def identity(name: str) -> str:
+    """Whom a name means, when it matters whether two deeds are of one person.
+
+    `ada@example.org/ci` is a token of ada's for her pipeline, and so is it in capital letters.
+    """
+    return name.partition("/")[0].strip().casefold()
+
+
 def record(session: Session, now: datetime, actor: str, action: str, subject: str, **detail: Any) -> None:
     """Note one deed; it is kept exactly when the caller's transaction is.
 

@@ -322,7 +322,7 @@ def approve(
             then=f"release rollout status r-{rollout_id}",
             reason="changed",
         )
-    if actor in _askers(session, rollout):
+    if audit.identity(actor) in {audit.identity(asker) for asker in _askers(session, rollout)}:
         raise NotAllowedError(
             f"{actor} asked for r-{rollout_id}",
             why="a second person approves",

@@ -1,6 +1,9 @@
 """How often one caller may ask, by who it is: a site behind one address is not one agent.
 
-Each web process counts for itself, in memory, and forgets who has not asked for a while.
+Callers that are known (by a token, a key, a person) are counted in the database, so that it is the same limit
+however many web processes and replicas there are. In front of that each process counts in memory, so that a
+loop costs the database nothing. Strangers are counted in memory alone: whoever is nobody makes no row,
+and may ask N times as often where there are N web processes.
 """
 
 from __future__ import annotations
@@ -10,13 +13,22 @@ import threading
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import case, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from agent_core.errors import NotAllowedError, UnreachableError
+from release_server.models import RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+    from release_server.database import Sessions
 
 RATE_LIMITED = "rate-limited"
 """The reason that the API answers with 429."""
@@ -48,18 +60,64 @@ class Limit:
             while len(self._left) > MOST:
                 self._left.popitem(last=False)
         if left < 1:
-            raise UnreachableError(
-                "too many requests",
-                why="each caller may ask only so often",
-                then="try again after the seconds in Retry-After",
-                reason=RATE_LIMITED,
-                retry_after_s=math.ceil((1 - left) / self.rate_s),
+            raise _too_many((1 - left) / self.rate_s)
+
+
+class SharedLimit:
+    """The same for all web processes of one database, with a limit of this process in front.
+
+    A row holds one number: when the caller's bucket is full again. Rows of callers that may ask as if they
+    had never asked are deleted, so there are never more than callers of the last `burst / rate_s` seconds.
+    """
+
+    def __init__(self, name: str, rate_s: float, burst: int) -> None:
+        self.name, self.rate_s, self.burst = name, rate_s, burst
+        self.here = Limit(rate_s, burst)
+
+    def take(self, session: Session, caller: str, now: datetime) -> None:
+        """Count one request, in one statement: two processes at once cannot both take the last one.
+
+        Args:
+            session: of `Sessions.write()`.
+
+        Raises:
+            UnreachableError: `rate-limited`, with the seconds after which one more is taken.
+        """
+        at, each, key = now.timestamp(), 1 / self.rate_s, self._key(caller)
+        begin = case((RateLimit.full_at > at, RateLimit.full_at), else_=at)
+        insert: Any = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+        statement = (
+            insert(RateLimit)
+            .values(key=key, full_at=at + each)
+            .on_conflict_do_update(
+                index_elements=[RateLimit.key],
+                set_={"full_at": begin + each},
+                where=begin + each - at <= self.burst * each + 1e-6,
             )
+            .returning(RateLimit.full_at)
+        )
+        if session.scalar(statement) is None:
+            full_at = session.scalar(select(RateLimit.full_at).where(RateLimit.key == key)) or at
+            raise _too_many(full_at - at - (self.burst - 1) * each)
+        session.execute(delete(RateLimit).where(RateLimit.full_at < at))
+
+    def _key(self, caller: str) -> str:
+        return f"{self.name}:{sha256(caller.encode()).hexdigest()}"
+
+
+def _too_many(wait_s: float) -> UnreachableError:
+    return UnreachableError(
+        "too many requests",
+        why="each caller may ask only so often",
+        then="try again after the seconds in Retry-After",
+        reason=RATE_LIMITED,
+        retry_after_s=max(1, math.ceil(wait_s - 1e-6)),
+    )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one web process.
+    """The limits that hold for the web processes of one database.
 
     Attributes:
         enrolments: by enrolment token; five hundred hosts that are imaged at once are let in within a minute.
@@ -68,10 +126,25 @@ class Limits:
         strangers: by address; counts only requests without a token that is known here.
     """
 
-    enrolments: Limit = field(default_factory=lambda: Limit(5.0, 300))
-    hosts: Limit = field(default_factory=lambda: Limit(0.1, 10))
-    tokens: Limit = field(default_factory=lambda: Limit(0.5, 60))
+    enrolments: SharedLimit = field(default_factory=lambda: SharedLimit("enrolment", 5.0, 300))
+    hosts: SharedLimit = field(default_factory=lambda: SharedLimit("host", 0.1, 10))
+    tokens: SharedLimit = field(default_factory=lambda: SharedLimit("token", 0.5, 60))
     strangers: Limit = field(default_factory=lambda: Limit(1.0, 60))
+
+    def take(self, sessions: Sessions, now: datetime, *asked: tuple[SharedLimit, str]) -> None:
+        """Count one request against several limits: against all of them, or when one refuses against none.
+
+        Args:
+            asked: limits with their callers, the narrowest first: who is loud uses up nothing of others.
+
+        Raises:
+            UnreachableError: `rate-limited`, by the first that refuses.
+        """
+        for limit, caller in asked:
+            limit.here.take(caller, now)
+        with sessions.write() as session:
+            for limit, caller in asked:
+                limit.take(session, caller, now)
 
     @contextmanager
     def counting_strangers(self, address: str | None, now: datetime) -> Iterator[None]:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     Index,
     LargeBinary,
@@ -348,6 +349,14 @@ class Token(Base):
     expires_at: Mapped[datetime | None]
     used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+
+
+class RateLimit(Base):
+    """When one caller may again ask as if it had never asked, in seconds since 1970; see `limits`."""
+
+    __tablename__ = "rate_limits"
+    key: Mapped[str] = mapped_column(String(96), primary_key=True)
+    full_at: Mapped[float] = mapped_column(Double, index=True)
 
 
 class AuditEntry(Base):

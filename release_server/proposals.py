@@ -255,9 +255,8 @@ def _open(session: Session, now: datetime, number: int) -> Proposal:
 
 
 def _refuse_self_approval(row: Proposal, person: Person) -> None:
-    """By token and by name: two tokens of one person are one person."""
-    signed = row.signers.values()
-    if any(person.token_id == entry["token"] or person.name == entry["by"] for entry in signed):
+    """By who it is: two tokens of one person, or a token and a session, are one person."""
+    if audit.identity(person.name) in {audit.identity(entry["by"]) for entry in row.signers.values()}:
         raise NotAllowedError(
             f"{person.name} has signed proposal {row.id} already",
             why="a second signature is a second person's, with a token of their own and another name",

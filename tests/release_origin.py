@@ -238,6 +238,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.json({"version": origin.accept_targets(body)}, 202)
             case ("GET", "/products"):
                 self.json({"items": [{"name": name} for name in origin.products]})
+            case ("GET", "/proposals"):
+                self.json({"items": []})
             case ("POST", "/products"):
                 origin.products.append(json.loads(body)["name"])
                 self.json({"name": origin.products[-1]}, 201)

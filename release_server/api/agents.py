@@ -48,8 +48,14 @@ def enroll() -> dict[str, Any]:
     with hub.limits.counting_strangers(request.remote_addr, now):
         token = auth.bearer()
         wanted = EnrollRequest.from_json(_body(request.get_data()))
-        hub.limits.hosts.take(wanted.public_key, now)
-        hub.limits.enrolments.take(auth.hash_token(token), now)
+        with hub.sessions.read() as session:  # who has no token makes no row, not even one that counts
+            known = auth.check_token(session, token, now)
+        hub.limits.take(
+            hub.sessions,
+            now,
+            (hub.limits.hosts, wanted.public_key),
+            (hub.limits.enrolments, str(known.token_id)),
+        )
         with hub.sessions.write() as session:
             return enrolment.enroll(session, now, token, wanted).to_json()
 

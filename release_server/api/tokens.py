@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agent_core.clock import iso
 from agent_core.wire import NAME, Getter
-from release_server import auth, cohorts
+from release_server import audit, auth, cohorts
 from release_server.api import PREFIX, services
 from release_server.api.fleet_schemas import Label  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
@@ -46,7 +46,7 @@ class TokenPath(BaseModel):
 def _hub() -> Services:
     """The services, for a person who has not asked too often."""
     hub = services()
-    hub.limits.tokens.take(str(g.person.token_id), hub.clock())
+    hub.limits.take(hub.sessions, hub.clock(), (hub.limits.tokens, audit.identity(g.person.name)))
     return hub
 
 

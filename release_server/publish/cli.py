@@ -28,7 +28,7 @@ COMMANDS = {
     "policy": (f"{HERE}.trust:policy", "Say which releases must never be installed."),
     "yank": (f"{HERE}.trust:yank", "Stop offering a release."),
     "export": (f"{HERE}.export:export", "Put a release into a file, for hosts out of reach."),
-    "list": (f"{HERE}.release:list_releases", "List the releases of a product."),
+    "list": (f"{HERE}.release:list_releases", "List releases, and what waits for signatures."),
     "show": (f"{HERE}.release:show", "Show one release and its bundles."),
     "cohort": (f"{HERE}.cohort:cohort", "Name sets of agents and say what holds them."),
     "rollout": (f"{HERE}.rollout:rollout", "Take a release through a cohort, step by step."),

@@ -137,6 +137,23 @@ def test_one_key_signs_once_and_one_token_once(desk, proposed, managers):
     assert desk.newest() == 1
 
 
+@pytest.mark.parametrize(
+    ("second", "refused"),
+    [("ada", True), ("ADA", True), ("ada/laptop", True), ("adam", False)],
+)
+def test_a_second_signature_is_of_a_second_person_whatever_token_or_session_brings_it(
+    desk, proposed, managers, second, refused
+):
+    number = desk.propose(proposed).row.id
+    person = replace(ADA, name=second, token_id=9)
+    if not refused:
+        assert desk.sign(number, proposed, managers.release_keys[1], person=person).state == "published"
+        return
+    with pytest.raises(NotAllowedError) as caught:
+        desk.sign(number, proposed, managers.release_keys[1], person=person)
+    assert caught.value.reason == "self-approval"
+
+
 def test_the_same_is_proposed_once(desk, proposed):
     desk.propose(proposed)
     with pytest.raises(ConflictError) as caught:

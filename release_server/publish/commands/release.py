@@ -12,7 +12,7 @@ from urllib.parse import quote
 import click
 
 from agent_core import console
-from agent_core.errors import ConflictError, NotAllowedError, NotFoundError, UsageError
+from agent_core.errors import ConflictError, NotAllowedError, NotFoundError, UnreachableError, UsageError
 from agent_core.wire import NAME
 from keys.cli import keys_dir_option, passphrase_option, passphrases
 from release_server.publish import profile as profiles
@@ -239,6 +239,8 @@ def push(
 
     A directory stands for the one bundle in its dist/, or with --version for what is built of it. A push that
     was cut short goes on when the same command is run again; a version that is published never changes.
+    Where others have to sign as well, it ends when it is staged; with --to it ends with 8 then, and the same
+    command starts the rollout once they have signed.
     """
     from release_server.publish import push as pushing
     from release_server.publish import sign
@@ -269,6 +271,19 @@ def push(
     if cohort is not None and not dry_run and outcome.state != "staged":
         outcome.rollout = pushing.start_rollout(client, outcome.product, outcome.version, cohort)
     _tell_push(outcome, client.url, cohort)
+    if cohort is not None and outcome.state == "staged":
+        raise _no_rollout_yet(outcome, cohort)
+
+
+def _no_rollout_yet(outcome: Outcome, cohort: str) -> UnreachableError:
+    """Asked was a rollout, and there is none: a script must not go on as if there were."""
+    number = (outcome.proposal or {}).get("id")
+    return UnreachableError(
+        f"no rollout to {cohort} has begun",
+        why=f"{outcome.version} is staged, and nothing is published before others have signed",
+        then=f"have somebody else type: release approve {number}; then run the same command again",
+        reason="not-approved",
+    )
 
 
 def _deltas() -> int:
@@ -324,8 +339,6 @@ def _tell_push(outcome: Outcome, url: str, cohort: str | None) -> None:
     console.say(f"{outcome.product} {outcome.version} {words[outcome.state]}")
     if outcome.proposal is not None and outcome.state == "staged":
         tell_waiting(outcome.proposal)
-        if cohort is not None:
-            console.say(f"then: release rollout start {outcome.version} --cohort {cohort}")
     if outcome.rollout is not None:
         name = outcome.rollout.get("name") or f"r-{outcome.rollout.get('id')}"
         console.say(f"rollout {name} to {cohort}; watch it: release rollout status {name} --watch")
@@ -345,19 +358,52 @@ def _tell_push(outcome: Outcome, url: str, cohort: str | None) -> None:
 
 @click.command("list")
 def list_releases() -> None:
-    """List the releases of a product, the newest first."""
+    """List the releases of a product, the newest first, and above them those that wait for signatures."""
     found = profiles.current()
-    rows = connect(found).items("/releases", product=found.need_product())
+    client = connect(found)
+    product = found.need_product()
+    rows = [row | {"state": "published"} for row in client.items("/releases", product=product)]
     rows.sort(key=lambda row: -int(row.get("seq") or 0))
+    rows = [*_waiting(client.items("/proposals"), product), *rows]
 
     def text() -> str:
         columns = ["version", "seq", "platforms", "published_at", "published_by"]
         shown = [
-            [_platforms(row) if name == "platforms" else row.get(name) for name in columns] for row in rows
+            [_platforms(row) if name == "platforms" else _cell(row, name) for name in columns] for row in rows
         ]
         return console.table(columns, shown, empty="no releases yet; release push makes the first")
 
     console.emit(rows, text)
+
+
+def _waiting(proposals: list[dict[str, Any]], product: str) -> list[dict[str, Any]]:
+    """A row for each version that a proposal adds; the server's word, and nothing is published yet."""
+    rows = []
+    for proposal in proposals:
+        paths = [change["what"].split("/") for change in proposal["changes"] if change["kind"] == "added"]
+        bundles = [path for path in paths if path[:2] == ["bundles", product] and len(path) == 4]
+        for version in sorted({path[2] for path in bundles}):
+            platforms = [path[3].removesuffix(ARCHIVE_SUFFIX) for path in bundles if path[2] == version]
+            rows.append(
+                {
+                    "product": product,
+                    "version": version,
+                    "state": "staged",
+                    "seq": None,
+                    "published_at": None,
+                    "published_by": None,
+                    "bundles": [{"platform": platform} for platform in platforms],
+                    "proposal": {key: proposal[key] for key in ("id", "created_by", "missing", "expires_at")},
+                }
+            )
+    return rows
+
+
+def _cell(row: dict[str, Any], name: str) -> Any:
+    if name == "published_at" and row["state"] == "staged":
+        missing, number = row["proposal"]["missing"], row["proposal"]["id"]
+        return f"waits for {missing} more signature(s): release approve {number}"
+    return row.get(name)
 
 
 def _platforms(row: dict[str, Any]) -> str:

@@ -110,7 +110,11 @@ def test_a_release_is_staged_by_one_and_published_by_the_second_signature(
     assert not list((house.data / "repository" / "targets").rglob(f"{version}/*"))
     again = ada.json("push", make_bundle(version, product=PRODUCT, content=version.encode()))
     assert (again["state"], again["proposal"]["id"], again["uploaded"]) == ("staged", number, 0)
-    assert ada.json("list") == [row for row in ada.json("list") if row["version"] != version]
+    first, *others = ada.json("list")
+    assert (first["version"], first["state"], first["proposal"]["id"]) == (version, "staged", number)
+    assert len(first["bundles"]) == 1
+    assert {row["state"] for row in others} <= {"published"}
+    assert f"release approve {number}" in ada("list")[1].splitlines()[1]
     code, _, said = bo("approve")
     assert code == Exit.USAGE
     assert "added" in said
@@ -125,6 +129,19 @@ def test_a_release_is_staged_by_one_and_published_by_the_second_signature(
     again = ada.json("push", make_bundle(version, product=PRODUCT, content=version.encode()))
     assert again["state"] == "already"
     assert house.audit()[-4:] == ["proposal.create", "proposal.sign", "release.publish", "targets.accept"]
+
+
+def test_a_push_to_a_cohort_that_is_only_staged_does_not_end_as_if_the_rollout_had_begun(
+    people, version, make_bundle
+):
+    ada, bo = people
+    archive = make_bundle(version, product=PRODUCT, content=version.encode())
+    code, out, said = ada("push", archive, "--to", "main", "--json")
+    assert code == Exit.UNREACHABLE
+    assert json.loads(out)["state"] == "staged"
+    assert "no rollout to main has begun" in said
+    bo.json("approve", "--yes")
+    assert ada.json("list")[0]["state"] == "published"
 
 
 def test_a_policy_and_a_renewal_go_the_same_way(people):
