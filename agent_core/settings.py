@@ -425,6 +425,12 @@ AGENT = Table(
         Setting("log.max_bytes", int, 4 * 2**20, "size at which a new log file begins", "bytes", low=4096),
         Setting("log.files", int, 3, "how many older log files are kept", low=0, high=100),
         Setting(
+            "stop.file",
+            str,
+            "/etc/relfleet/stop",
+            "while this file is there nothing new is installed; its first line says why",
+        ),
+        Setting(
             "labels", dict, {}, 'what this host is (`region = "eu"`), for the server\'s cohorts to match'
         ),
     ]
@@ -459,6 +465,7 @@ class AgentSettings:
     log_file: str
     log_max_bytes: int
     log_files: int
+    stop_file: str
     labels: Mapping[str, str]
     settings: Settings = field(repr=False, compare=False)
 

@@ -82,6 +82,7 @@ class Reason(StrEnum):
     NOT_YET = "not-yet"
     SUSPENDED = "suspended"
     DISABLED = "disabled"
+    STOP_FILE = "stop-file"
     HELD = "held"
     OUTSIDE_WINDOW = "outside-window"
     SPLAY = "splay"

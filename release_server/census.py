@@ -42,6 +42,7 @@ CANNOT = frozenset(
             Reason.STEPPING_STONE,
             Reason.OLD_LAUNCHER,
             Reason.HELD,
+            Reason.STOP_FILE,
             Reason.SKIPPED,
         ),
     )

@@ -11,6 +11,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from agent_core import clock, disk, slots
@@ -22,7 +23,7 @@ from agent_core.layout import clear_left_overs
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
-from updater import freshness, lease, offline, report
+from updater import freshness, lease, offline, report, stop
 from updater import identity as identities
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
@@ -271,6 +272,8 @@ class _Check:
         if not decision.installs or release is None:
             self._note_skip(decision, facts)
             return outcome
+        if halt := self._stop():
+            return self._wait_for_stop(outcome, halt)
         return self._install(outcome, release, directive)
 
     def _facts(self, directive: Directive, since: datetime) -> tuple[Facts, Release | None]:
@@ -352,6 +355,8 @@ class _Check:
                     failed = attempt.to(AttemptState.FAILED, str(reason), str(error))
                     report.record_transition(self.device, spool, failed)
                 raise
+            if halt := self._stop():  # a download may have taken hours
+                return self._wait_for_stop(outcome, halt)
             if not self.by_hand and (wait := lease.ask(self.device, directive, release.facts.version)):
                 return self._wait_for_lease(outcome, wait)
             refused = self._preflight(name, release) or self._pre_activate(name, index, release)
@@ -366,6 +371,17 @@ class _Check:
             report.record_transition(self.device, spool, attempt.to(AttemptState.STAGED))
         detail = "; ".join(filter(None, (outcome.detail, self.fallback)))
         return replace(outcome, detail=detail, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
+
+    def _stop(self) -> stop.Stop | None:
+        """Asked only by who is about to install: an idle poll stays one request."""
+        here = stop.on_host(self.device.settings.stop_file)
+        return here or (None if self.by_hand else stop.served(self.origin, self.device.identity.product))
+
+    def _wait_for_stop(self, outcome: Outcome, halt: stop.Stop) -> Outcome:
+        again = clock.iso(clock.now() + max(stop.AGAIN, timedelta(seconds=poll_s(self.device))))
+        return replace(
+            outcome, action=Action.STAY, reason=str(Reason.STOP_FILE), detail=str(halt), again=again
+        )
 
     def _wait_for_lease(self, outcome: Outcome, wait: lease.Wait) -> Outcome:
         """What is staged stays; the whole decision is made anew, for the rollout may have stopped by then."""

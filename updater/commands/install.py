@@ -16,6 +16,7 @@ from updater.device import Device, Outcome
 
 MENDED_BY = {
     Reason.HELD: "agent unhold",
+    Reason.STOP_FILE: "whoever stopped updates takes the file away",
     Reason.SKIPPED: "agent retry",
     Reason.IN_TRIAL: "wait for its end (agent status), or agent rollback",
     Reason.OLDER: "agent install --older FILE",

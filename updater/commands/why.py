@@ -24,6 +24,7 @@ CHANGED_BY = {
     Reason.SUSPENDED: "the end of a pause or a halt: release rollout status",
     Reason.DISABLED: "an operator: release cohort show",
     Reason.HELD: "agent unhold",
+    Reason.STOP_FILE: "whoever stopped updates takes the file away",
     Reason.OUTSIDE_WINDOW: "the window, which opens by itself; agent install FILE does not wait for it",
     Reason.SPLAY: "nothing to do: its turn comes by itself",
     Reason.LEASE: "nothing to do: it asks again by itself; release cohort show says how many may at once",

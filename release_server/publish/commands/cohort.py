@@ -163,14 +163,28 @@ def unpin(name: str, reason: str | None) -> None:
 
 
 @cohort.command("freeze", short_help="Let a cohort take nothing new.")
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Every cohort of the product.")
 @click.option("--until", type=MOMENT, help="When it ends: 2026-12-27T08:00:00Z, or from now on: 36h.")
 @reason_option(required=True)
-def freeze(name: str, until: str | None, reason: str) -> None:
+def freeze(name: str | None, until: str | None, reason: str, *, every: bool) -> None:
     """Let a cohort take nothing new until it is unfrozen, or until a time. Trials that run go on."""
-    answer = client().post(path_of(name, "freeze"), given(until=until, reason=reason))
+    if (name is None) is not every:
+        raise click.UsageError("say either NAME or --all")
     ends = f" until {until} ({render.ago(until, clock.now())})" if until else ""
-    show_cohort(answer, f"cohort {name} frozen{ends}")
+    found = client().items("/cohorts", product=product()) if name is None else [{"name": name}]
+    open_ones = [each for each in found if not each.get("frozen")] if every else found
+    if every:
+        reached = sum(render.reach(each) for each in open_ones)
+        confirm_reach(f"Freezing {len(open_ones)} cohorts reaches {{}}.", reached)
+    body = given(until=until, reason=reason)
+    answers = [client().post(path_of(each["name"], "freeze"), body) for each in open_ones]
+    for each in open_ones:
+        console.say(f"cohort {each['name']} frozen{ends}")
+    console.emit(
+        answers if every else answers[0],
+        lambda: render.cohort_table(answers) if every else render.cohort_view(answers[0]),
+    )
 
 
 @cohort.command("unfreeze", short_help="Let a frozen cohort move again.")

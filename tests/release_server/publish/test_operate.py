@@ -726,6 +726,16 @@ def test_freeze_until_takes_a_time_or_how_long_from_now(release: Release, fleet:
     assert 35.9 < ahead.total_seconds() / 3_600 <= 36
 
 
+def test_freeze_all_freezes_what_is_not_frozen_yet_and_asks_first(release: Release, fleet: Fleet) -> None:
+    frozen = cohort_of("db", frozen=True)
+    fleet.on("GET", "/cohorts", {"items": [cohort_of("eu-web"), frozen]})
+    assert release("cohort", "freeze", "--all", "-m", "fire").code == Exit.USAGE
+    ran = release("cohort", "freeze", "--all", "-m", "fire", "--yes")
+    assert (ran.code, ran.err.count("frozen")) == (0, 1)
+    assert [each.body for each in fleet.seen if each.body] == [{"reason": "fire"}]
+    assert release("cohort", "freeze", "eu-web", "--all", "-m", "x").code == Exit.USAGE
+
+
 def test_start_sends_each_step_with_its_gate(release: Release, fleet: Fleet) -> None:
     words = "--steps 1,50%,100% --soak 10m --max-failed 2 --min-sample 3 --deadline 1d -m spring"
     ran = release("rollout", "start", "1.5.0", "--cohort", "eu-web", *words.split())

@@ -1,0 +1,69 @@
+"""A stop of every update that needs no server and no key: a file on the host, or one beside the metadata.
+
+Neither is signed, so neither can do more than a cut cable: while it is there nothing new is installed, and
+nothing of it is remembered. Who controls the network for a moment stops updates for that moment, as before.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent_core import disk
+from agent_core.errors import MalformedError, RelfleetError
+from agent_core.late import late_dataclass
+from agent_core.wire import Getter
+
+if TYPE_CHECKING:
+    from updater.transport import Origin
+
+SERVED = "/metadata/stop.json"
+MOST = 16 * 1024
+AGAIN = timedelta(minutes=1)
+"""How soon an agent that wants to install looks again, at the earliest."""
+
+
+@late_dataclass(frozen=True)
+class Stop:
+    """Somebody wants no updates now: who could say so, and why."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"updates are stopped by {self.where}" + (f": {self.why}" if self.why else "")
+
+
+def on_host(file: str) -> Stop | None:
+    """The stop of this host; a file that is there and cannot be read stops as well."""
+    if not file:
+        return None
+    try:
+        said = disk.read_file(Path(file))[:MOST].decode("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return Stop(file, f"it cannot be read ({error.strerror})")
+    return Stop(file, said.strip().partition("\n")[0][:200])
+
+
+def served(origin: Origin, product: str) -> Stop | None:
+    """The stop that is served as a plain file; one that names products is for those only.
+
+    No answer is no stop: whoever can suppress this file can suppress the bundle as well, and who wants to be
+    obeyed by everyone says it in a signed directive.
+    """
+    try:
+        answer = origin.get(SERVED, max_length=MOST, deadline_s=10.0)
+    except RelfleetError:
+        return None
+    if answer.status != 200:
+        return None
+    try:
+        get = Getter(json.loads(answer.body or b"{}"), "stop")
+        products, why = get.texts("products", []), get.text("reason", "")
+    except (ValueError, RecursionError, MalformedError):
+        return Stop(SERVED, "its content cannot be read")
+    return Stop(SERVED, why[:200]) if not products or product in products else None
