@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# What `make crash` runs: the tiers that need nothing but this machine, as far as they are there.
+# What `make crash` runs: the tiers that need nothing but this machine and strace, as far as they are there.
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
@@ -36,7 +36,7 @@ attacks: $(READY) ## what a thief and a hostile network try, and what is refused
 	@$(BIN)/python -m tests.attacks $(ARGS)
 
 crash: $(READY) ## power cuts and kills at every step: make crash [TIERS=model]
-	@scripts/crash-setup
+	@scripts/need strace:strace
 	@$(BIN)/python -m tests.crash $(TIERS)
 
 crash-all: $(READY) ## every tier of the crash proof; some need root

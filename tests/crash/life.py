@@ -39,6 +39,8 @@ AT = "2026-01-01T00:00:00Z"
 DEADMAN_S = 60
 ROUNDS_MOST = 60
 REFUNDS_MOST = 2
+BLOCK = 512
+"""Of `st_blocks`, whatever the file system."""
 P, A, B, C = (bundle(version) for version in ("0.9.0", "1.0.0", "1.1.0", "0.8.0"))
 
 
@@ -362,6 +364,9 @@ class Host:
         if self.watch.changed != changed:
             raise BrokenPromise("recovering once more changed the disk")
         self._check_nothing_left(record)
+        for kept in (self.layout.slots, self.layout.ballast):
+            if kept.exists() and (found := kept.stat()).st_blocks * BLOCK < found.st_size:
+                raise BrokenPromise(f"in the end the room of {kept.name} is not taken")
 
     def _check_nothing_left(self, record: Record) -> None:
         kept = slots.kept(record)

@@ -38,6 +38,14 @@ class Mutant(NamedTuple):
 
 
 SLOTS, STAGE, BUNDLE = "agent_core/slots.py", "updater/stage.py", "agent_core/bundle.py"
+LINKED = """\
+    disk.symlink(os.path.join("versions", version), fresh)
+    disk.rename(fresh, os.path.join(root, name))
+
+
+def _forget_fresh_links(root: Root) -> None:
+"""
+"""Making a link, and the head of what takes a stale one away: two guards, of which either is enough."""
 MUTANTS = (
     Mutant("the record is not synced", SLOTS, "disk.fdatasync(handle)", "pass", "agent goes back"),
     Mutant(
@@ -110,6 +118,19 @@ MUTANTS = (
     Mutant(
         "a link that was left beside stays for ever", SLOTS,
         "        _forget_fresh_links(root)\n    return record", "    return record", "clean-up",
+    ),
+    Mutant(
+        "a stale temporary link is in the way", SLOTS,
+        "    disk.remove(fresh)\n" + LINKED, LINKED + "    return\n", "upgrade without a previous",
+    ),
+    Mutant(
+        "a rename over an existing version", STAGE,
+        "            discard(layout, final)\n            discard(layout, fresh)\n",
+        "            discard(layout, fresh)\n", "damaged version in the way", "break_disk",
+    ),
+    Mutant(
+        "a preallocation is lost", "agent_core/layout.py",
+        "disk.allocate(handle, length)", "disk.ftruncate(handle, length)", "first install",
     ),
     Mutant(
         "a version with an index is taken for whole", STAGE,
