@@ -255,7 +255,7 @@ def _open(session: Session, now: datetime, number: int) -> Proposal:
 
 
 def _refuse_self_approval(row: Proposal, person: Person) -> None:
-    """By who it is: two tokens of one person, or a token and a session, are one person."""
+    """By who it is: two tokens of one person are one person."""
     if audit.identity(person.name) in {audit.identity(entry["by"]) for entry in row.signers.values()}:
         raise NotAllowedError(
             f"{person.name} has signed proposal {row.id} already",

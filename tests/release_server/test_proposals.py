@@ -141,7 +141,7 @@ def test_one_key_signs_once_and_one_token_once(desk, proposed, managers):
     ("second", "refused"),
     [("ada", True), ("ADA", True), ("ada/laptop", True), ("adam", False)],
 )
-def test_a_second_signature_is_of_a_second_person_whatever_token_or_session_brings_it(
+def test_a_second_signature_is_of_a_second_person_whatever_token_brings_it(
     desk, proposed, managers, second, refused
 ):
     number = desk.propose(proposed).row.id
