@@ -24,7 +24,7 @@ from agent_core.wire import (
     Transition,
     signed_text,
 )
-from release_server import audit, auth, cohorts, leases, membership, releases
+from release_server import audit, auth, cohorts, leases, membership, releases, standing
 from release_server.models import (
     Agent,
     AgentEvent,
@@ -40,7 +40,7 @@ from release_server.models import (
 from release_server.rollout import State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from sqlalchemy import ColumnElement
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 SESSION = timedelta(hours=1)
 RENEW = timedelta(minutes=15)
 """A session this near its end is followed by a new one, so that agents rarely meet an ended one."""
-GRACE = timedelta(seconds=30)
 COALESCE = timedelta(seconds=5)
 """Heartbeats that say nothing new are written down at most so often."""
 PLACING = frozenset({"labels", "inventory", "version", "platform"})
@@ -379,13 +378,19 @@ def _is_going_back(session: Session, rollout: Rollout) -> bool:
 # --- silence ---------------------------------------------------------------------------------------------
 
 
+def period_of(poll_s: int, report_s: int) -> timedelta:
+    """How often an agent is heard of that polls and reports so."""
+    return timedelta(seconds=max(poll_s, report_s))
+
+
 def silent_after(poll_s: int, report_s: int) -> timedelta:
-    """How long an agent may be quiet before it is silent: three reports missed, and a little."""
-    return timedelta(seconds=3 * max(poll_s, report_s)) + GRACE
+    """How long an agent may be quiet before it is silent."""
+    return standing.silent_after(period_of(poll_s, report_s))
 
 
-USUAL = silent_after(60, 300)
-"""For agents without a cohort, which nobody has told how often to report."""
+USUAL_PERIOD = period_of(60, 300)
+"""Of agents without a cohort, which nobody has told how often to report."""
+USUAL = standing.silent_after(USUAL_PERIOD)
 
 
 def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
@@ -397,7 +402,7 @@ def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
 
 @dataclass(frozen=True)
 class View:
-    """An agent as people see it; `state` is ok, silent, failed, held, pending or retired."""
+    """An agent as people see it; `state` is one of `standing.Standing`."""
 
     agent: Agent
     product: str
@@ -459,16 +464,15 @@ def _specs(session: Session) -> dict[int, CohortSpec]:
 
 def _view(agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: datetime) -> View:
     spec = specs.get(agent.cohort_id or 0)
-    if agent.retired_at is not None:
-        state = "retired"
-    elif agent.pending:
-        state = "pending"
-    elif is_silent(agent, spec, now):
-        state = "silent"
-    elif agent.id in failed:
-        state = "failed"
-    else:
-        state = "held" if agent.held else "ok"
+    facts = standing.Facts(
+        seen_at=agent.seen_at,
+        period=period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD,
+        retired=agent.retired_at is not None,
+        pending=agent.pending,
+        failed=agent.id in failed,
+        held=agent.held,
+    )
+    state = str(standing.standing(facts, now))
     return View(agent, agent.product.name, agent.cohort.name if agent.cohort else None, state)
 
 
@@ -521,38 +525,37 @@ def _conditions(
 def _state_conditions(
     state: str | None, specs: Mapping[int, CohortSpec], now: datetime
 ) -> list[ColumnElement[bool]]:
-    """The same order as in `_view`: retired, pending, silent, failed, held, ok."""
-    if state == "retired":
-        return [Agent.retired_at.is_not(None)]
-    if state == "pending":
-        return [Agent.retired_at.is_(None), Agent.pending.is_(True)]
+    """`standing.standing` as SQL: what a state means, and that nothing weightier holds."""
     if state is None:
         return [Agent.retired_at.is_(None)]
-    silent, here = _is_silent(specs, now), and_(Agent.retired_at.is_(None), Agent.pending.is_(False))
-    match state:
-        case "silent":
-            return [here, silent]
-        case "failed":
-            return [here, ~silent, _is_failed()]
-        case "held":
-            return [here, ~silent, ~_is_failed(), Agent.held.is_(True)]
-        case "ok":
-            return [here, ~silent, ~_is_failed(), Agent.held.is_(False)]
-        case _:
-            return [here]
+    ladder: dict[str, ColumnElement[bool]] = {
+        "retired": Agent.retired_at.is_not(None),
+        "pending": Agent.pending.is_(True),
+        "gone": Agent.seen_at < now - standing.GONE,
+        "silent": _is_quiet(specs, now, standing.silent_after),
+        "failed": _is_failed(),
+        "held": Agent.held.is_(True),
+        "late": _is_quiet(specs, now, standing.late_after),
+    }
+    conditions: list[ColumnElement[bool]] = []
+    for name, meant in ladder.items():
+        if name == state:
+            return [*conditions, meant]
+        conditions.append(~meant)
+    return conditions
 
 
-def _is_silent(specs: Mapping[int, CohortSpec], now: datetime) -> ColumnElement[bool]:
-    """`is_silent` as SQL: cohorts with the same pace share a term, so the query stays short."""
+def _is_quiet(
+    specs: Mapping[int, CohortSpec], now: datetime, after: Callable[[timedelta], timedelta]
+) -> ColumnElement[bool]:
+    """Longer than `after` its period; cohorts with the same pace share a term, so the query stays short."""
     paces: dict[timedelta, list[int]] = {}
     for cohort_id, spec in specs.items():
-        paces.setdefault(silent_after(spec.poll_s, spec.report_s), []).append(cohort_id)
-    terms = [
-        and_(Agent.cohort_id.in_(cohort_ids), Agent.seen_at < now - pace)
-        for pace, cohort_ids in paces.items()
-    ]
-    lone = Agent.cohort_id.is_(None) | Agent.cohort_id.not_in(list(specs))
-    return or_(*terms, and_(lone, Agent.seen_at < now - USUAL))
+        paces.setdefault(after(period_of(spec.poll_s, spec.report_s)), []).append(cohort_id)
+    # Zero, not NULL, for agents without a cohort: what is unknown in SQL is not true when it is negated.
+    cohort = func.coalesce(Agent.cohort_id, 0)
+    terms = [and_(cohort.in_(cohort_ids), Agent.seen_at < now - pace) for pace, cohort_ids in paces.items()]
+    return or_(*terms, and_(cohort.not_in(list(specs)), Agent.seen_at < now - after(USUAL_PERIOD)))
 
 
 # --- what operators ask ----------------------------------------------------------------------------------

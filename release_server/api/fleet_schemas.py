@@ -283,7 +283,7 @@ class AgentQuery(Shape):
     product: str | None = Field(None, max_length=64)
     cohort: str | None = Field(None, max_length=64)
     version: str | None = Field(None, max_length=64)
-    state: str | None = Field(None, pattern="^(ok|silent|failed|held|pending|retired)$")
+    state: str | None = Field(None, pattern="^(ok|late|held|failed|silent|gone|pending|retired)$")
     label: list[LabelPair] = Field(default_factory=list, max_length=32)
     limit: int = Field(10_000, ge=1, le=10_000)
     after: str | None = Field(None, max_length=128)

@@ -468,7 +468,7 @@ def test_an_agent_has_one_state_and_lists_agree_with_it(world):
 def test_agents_without_a_cohort_are_silent_after_the_usual_time(world):
     world.enroll("lone")
     world.clock.step(seconds=3 * 300 + 30)
-    assert listed(world, state="ok") == ["lone"]
+    assert listed(world, state="late") == ["lone"]
     world.clock.step(seconds=1)
     assert listed(world, state="silent") == ["lone"]
     assert world.agent("lone").state == "silent"

@@ -19,7 +19,7 @@ const TONES = {
   running: "busy", open: "busy", soaking: "busy", scheduled: "busy",
   downloading: "busy", staged: "busy", trial: "busy", offered: "busy",
 };
-const URGENCY = ["pending", "failed", "silent", "held", "ok", "retired"];
+const URGENCY = ["pending", "failed", "silent", "late", "held", "ok", "gone", "retired"];
 const WORKING = ["offered", "downloading", "staged", "trial"];
 const FAILED = ["failed", "rolled_back", "silent"];
 

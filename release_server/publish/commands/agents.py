@@ -26,7 +26,7 @@ from release_server.publish.commands.operate import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-STATES = ("ok", "silent", "failed", "held", "pending", "retired")
+STATES = ("ok", "late", "held", "failed", "silent", "gone", "pending", "retired")
 COLUMNS = (
     "id",
     "product",

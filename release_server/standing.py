@@ -1,0 +1,73 @@
+"""How an agent stands, from what is known of it and the time. Pure.
+
+The first of these that holds: retired, pending, gone, silent, failed, held, late, ok.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+GRACE = timedelta(seconds=30)
+GONE = timedelta(days=30)
+"""After so long without a word a host is not expected back; it stays counted until somebody retires it."""
+
+
+class Standing(StrEnum):
+    """What people see of an agent, the weightiest first."""
+
+    RETIRED = "retired"
+    PENDING = "pending"
+    GONE = "gone"
+    SILENT = "silent"
+    FAILED = "failed"
+    HELD = "held"
+    LATE = "late"
+    OK = "ok"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a standing follows from.
+
+    Attributes:
+        period: how often it should be heard of, the longer of polls and reports.
+        failed: it failed in the newest rollout of its cohort.
+    """
+
+    seen_at: datetime
+    period: timedelta
+    retired: bool = False
+    pending: bool = False
+    failed: bool = False
+    held: bool = False
+
+
+def late_after(period: timedelta) -> timedelta:
+    """How long an agent may be quiet before it is late: one report missed, and a little."""
+    return min(2 * period + GRACE, GONE)
+
+
+def silent_after(period: timedelta) -> timedelta:
+    """How long before it is silent: three reports missed, and a little."""
+    return min(3 * period + GRACE, GONE)
+
+
+def standing(facts: Facts, now: datetime) -> Standing:
+    """The one word for how an agent stands."""
+    quiet = now - facts.seen_at
+    ladder = (
+        (Standing.RETIRED, facts.retired),
+        (Standing.PENDING, facts.pending),
+        (Standing.GONE, quiet > GONE),
+        (Standing.SILENT, quiet > silent_after(facts.period)),
+        (Standing.FAILED, facts.failed),
+        (Standing.HELD, facts.held),
+        (Standing.LATE, quiet > late_after(facts.period)),
+    )
+    return next((state for state, holds in ladder if holds), Standing.OK)
