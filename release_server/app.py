@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from flask_openapi3.models.info import Info
@@ -12,7 +13,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from agent_core import clock as wall
 from release_server.api import PREFIX, Services, contract, problems
 from release_server.blobs import Blobs
-from release_server.config import Config, data_directory
+from release_server.config import COUNTERS_VARIABLE, Config, data_directory
 from release_server.database import Sessions, make_engine
 from release_server.headers import SafeHeaders
 from release_server.static import StaticFiles
@@ -42,6 +43,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
         clock: what time it is; tests step it.
     """
     from agent_core.console import version
+    from release_server.api import metrics as scrape
 
     app = Documented(
         "release_server",
@@ -62,6 +64,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
     problems.install(app)
     _register(app)
     app.wsgi_app = SafeHeaders(StaticFiles(app.wsgi_app, config.repository))  # type: ignore[method-assign,assignment]
+    scrape.install(app, app.extensions["relfleet"])
     if config.trusted_proxies:
         near = config.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=near, x_proto=near, x_host=near)  # type: ignore[method-assign]
@@ -96,4 +99,11 @@ def wsgi() -> Flask:
     """
     config = Config.load(data_directory())
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    share_counters(config)
     return create_app(config)
+
+
+def share_counters(config: Config) -> None:
+    """Have this process and its children count into files that each of them adds up; before any is loaded."""
+    config.counters.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ.setdefault(COUNTERS_VARIABLE, str(config.counters))

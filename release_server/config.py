@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 FILE = "server.toml"
 DATA_VARIABLE = "RELFLEET_SERVER_DATA"
+COUNTERS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""The library's name for where the web processes keep their counters; read when it is loaded."""
 
 TABLE = Table(
     [
@@ -69,6 +72,12 @@ TABLE = Table(
             str,
             "",
             "where a signer of its own user listens; empty: `release-server run` starts one itself",
+        ),
+        Setting(
+            "metrics.networks",
+            list,
+            [],
+            "who may read /metrics without a reader's token: addresses and networks (`10.0.0.0/8`)",
         ),
         Setting("limits.body", int, 2 * 2**20, "largest JSON body", "bytes", low=1024, high=2**30),
         Setting(
@@ -125,6 +134,12 @@ class Config:
                 why="a lease shorter than three ticks is lost while its holder is well",
                 then="raise jobs.lease_s or lower jobs.tick_s",
             )
+        try:
+            _ = config.metrics_networks
+        except ValueError as error:
+            raise SettingsError(
+                "metrics.networks cannot be used", why=str(error), then="write `127.0.0.1` or `10.1.0.0/16`"
+            ) from error
         return config
 
     # --- places ------------------------------------------------------------------------------------------
@@ -169,6 +184,11 @@ class Config:
     def run(self) -> Path:
         return self.data / "run"
 
+    @property
+    def counters(self) -> Path:
+        """A file for each web process, of what it has counted since the server began."""
+        return self.run / "counters"
+
     # --- values ------------------------------------------------------------------------------------------
 
     @property
@@ -212,6 +232,10 @@ class Config:
     @property
     def lease(self) -> timedelta:
         return timedelta(seconds=self.settings["jobs.lease_s"])
+
+    @property
+    def metrics_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return tuple(ip_network(text) for text in self.settings["metrics.networks"])
 
     @property
     def body_limit(self) -> int:

@@ -70,8 +70,11 @@ def run_web(config: Config) -> int:
     from granian.log import LogLevels
     from granian.server import Server as Granian
 
-    import release_server.app  # noqa: F401 - workers are forked and share what is loaded before
+    from release_server.app import share_counters  # workers are forked and share what is loaded before
 
+    for left in config.counters.glob("*.db"):
+        left.unlink(missing_ok=True)  # of web processes that are gone
+    share_counters(config)
     os.environ[DATA_VARIABLE] = str(config.data)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     server = Granian(
