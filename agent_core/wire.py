@@ -116,6 +116,7 @@ class Reason(StrEnum):
     BAD_ARCHIVE = "bad-archive"
     BAD_INDEX = "bad-index"
     BAD_ANSWER = "bad-answer"
+    BAD_CERTIFICATE = "bad-certificate"
     # Could not be done now.
     OFFLINE = "offline"
     OVERLOADED = "overloaded"

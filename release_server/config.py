@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.errors import NotFoundError, SettingsError
 from agent_core.settings import Setting, Settings, Table
+from release_server.tls import Pair
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +32,18 @@ TABLE = Table(
         ),
         Setting("server.host", str, "127.0.0.1", "address to listen on; 0.0.0.0 for all of them"),
         Setting("server.port", int, 8470, "port to listen on; 0: any free one", low=0, high=65_535),
+        Setting(
+            "server.tls_cert",
+            str,
+            "",
+            "PEM certificate with its chain, read at start; with it the server speaks TLS (1.2 or newer)",
+        ),
+        Setting(
+            "server.tls_key",
+            str,
+            "",
+            "PEM private key of server.tls_cert, without a passphrase and with mode 0600",
+        ),
         Setting("server.workers", int, 2, "web processes", low=1, high=256),
         Setting("server.threads", int, 16, "requests each web process answers at once", low=1, high=512),
         Setting(
@@ -78,6 +91,15 @@ TABLE = Table(
             list,
             [],
             "who may read /metrics without a reader's token: addresses and networks (`10.0.0.0/8`)",
+        ),
+        Setting(
+            "limits.head_s",
+            float,
+            30.0,
+            "time for a request's head to be through, and for the next one on the same connection to begin",
+            "s",
+            low=0.1,
+            high=3600,
         ),
         Setting("limits.body", int, 2 * 2**20, "largest JSON body", "bytes", low=1024, high=2**30),
         Setting(
@@ -140,6 +162,12 @@ class Config:
             raise SettingsError(
                 "metrics.networks cannot be used", why=str(error), then="write `127.0.0.1` or `10.1.0.0/16`"
             ) from error
+        if bool(config.settings["server.tls_cert"]) != bool(config.settings["server.tls_key"]):
+            raise SettingsError(
+                "server.tls_cert and server.tls_key go together",
+                why="only one of them is set, and without both the server would speak plain HTTP",
+                then="set both, or none",
+            )
         return config
 
     # --- places ------------------------------------------------------------------------------------------
@@ -203,7 +231,17 @@ class Config:
     def url(self) -> str:
         """How others reach the server; without `server.url` good on this host only."""
         shown = f"[{self.host}]" if ":" in self.host else self.host
-        return str(self.settings["server.url"]).rstrip("/") or f"http://{shown}:{self.port}"
+        return str(self.settings["server.url"]).rstrip("/") or f"{self.scheme}://{shown}:{self.port}"
+
+    @property
+    def tls(self) -> Pair | None:
+        """What the server speaks TLS with; None: it speaks HTTP, and TLS is a proxy's part."""
+        certificate, key = (str(self.settings[f"server.tls_{half}"]) for half in ("cert", "key"))
+        return Pair(self.data / certificate, self.data / key) if certificate else None
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.tls else "http"
 
     @property
     def workers(self) -> int:
@@ -236,6 +274,10 @@ class Config:
     @property
     def metrics_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
         return tuple(ip_network(text) for text in self.settings["metrics.networks"])
+
+    @property
+    def head_timeout_s(self) -> float:
+        return float(self.settings["limits.head_s"])
 
     @property
     def body_limit(self) -> int:

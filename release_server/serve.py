@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from agent_core.clock import boot_s
 from agent_core.errors import RelfleetError, UnreachableError
+from release_server import tls
 from release_server.blobs import write_file
 from release_server.config import DATA_VARIABLE, TABLE, Config
 
@@ -66,7 +67,8 @@ def show_logs(level: str) -> None:
 
 def run_web(config: Config) -> int:
     """The web server: granian with `workers` processes on one address, until SIGTERM."""
-    from granian.constants import HTTPModes, Interfaces
+    from granian.constants import HTTPModes, Interfaces, SSLProtocols
+    from granian.http import HTTP1Settings
     from granian.log import LogLevels
     from granian.server import Server as Granian
 
@@ -86,7 +88,11 @@ def run_web(config: Config) -> int:
         workers=config.workers,
         blocking_threads=config.threads,
         http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=round(config.head_timeout_s * 1000)),
         websockets=False,
+        ssl_cert=config.tls.certificate if config.tls else None,
+        ssl_key=config.tls.key if config.tls else None,
+        ssl_protocol_min=SSLProtocols.tls12,
         log_level=LogLevels.error,
         workers_kill_timeout=3,
     )
@@ -228,10 +234,12 @@ def reach(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
 
 
-def is_answering(host: str, port: int) -> bool:
+def is_answering(host: str, port: int, scheme: str = "http") -> bool:
     import http.client
 
     connection = http.client.HTTPConnection(reach(host), port, timeout=2)
+    if scheme == "https":
+        connection = http.client.HTTPSConnection(reach(host), port, timeout=2, context=tls.unverified())
     try:
         connection.request("GET", "/api/v1/health")
         return connection.getresponse().status == 200
@@ -262,8 +270,10 @@ class Server:
         """Start everything, keep it alive, and stop it all on SIGTERM or SIGINT.
 
         Raises:
-            RelfleetError: the port is taken, or the web server does not come up.
+            RelfleetError: the port is taken, the TLS files are refused, or the web server does not come up.
         """
+        if self.config.tls:
+            self.config.tls.check()
         with reserve(self.config.host, self.config.port) as held:
             port = int(held.getsockname()[1])
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -294,7 +304,7 @@ class Server:
         while not self.stopping.is_set():
             for child in children:
                 child.keep(boot_s())
-            if not announced and is_answering(self.config.host, port):
+            if not announced and is_answering(self.config.host, port, self.config.scheme):
                 announced = True
                 self._announce(port)
             if not announced and boot_s() > give_up:
@@ -305,7 +315,7 @@ class Server:
 
     def _announce(self, port: int) -> None:
         host = reach(self.config.host)
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        url = f"{self.config.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         self.config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(self.url_file, url.encode() + b"\n")
         self.announce(url)

@@ -157,7 +157,7 @@ class Transport:
 
         Raises:
             UnreachableError: `offline`, or `overloaded` (429, 5xx) with `retry_after_s`.
-            TrustError: `bad-answer`, for what no honest server says to this request.
+            TrustError: `bad-answer`, for what no honest server says to this request; `bad-certificate`.
         """
         with self._exchange("GET", path, headers or {}, None, deadline_s) as stream:
             return _whole(path, stream, max_length)
@@ -468,7 +468,7 @@ def _sorted_errors(base_url: str, path: str) -> Iterator[None]:
             f"{base_url} showed a certificate that is not trusted",
             why=error.verify_message,
             then="check the CA file, the address and this host's clock",
-            reason=Reason.BAD_ANSWER,
+            reason=Reason.BAD_CERTIFICATE,
         ) from error
     except IncompleteRead as error:
         raise _offline(base_url, path, "the answer was cut short") from error

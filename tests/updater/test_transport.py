@@ -1,26 +1,22 @@
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import format_datetime
 from subprocess import run
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_core import clock
 from agent_core.errors import SettingsError, TrustError, UnreachableError
 from agent_core.settings import AGENT, AgentSettings
+from tests.certificates import Authority
 from tests.http_origin import Chunked, Endless, Gzip, Origin, Proxy, Raw, Slow, Status, Truncated
 from updater import transport as transport_module
 from updater.device import connect
@@ -308,65 +304,9 @@ def test_an_unsupported_proxy_is_a_settings_error(origin: Origin) -> None:
 # --- TLS -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Authority:
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-    directory: Path
-
-    @property
-    def file(self) -> Path:
-        return self.directory / "ca.pem"
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _certificate(name, key, self.certificate.subject, self.key)
-        files = (self.directory / f"{name}.pem", self.directory / f"{name}.key")
-        files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        files[1].write_bytes(_pem(key))
-        files[1].chmod(0o600)
-        return files
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    plain = serialization.NoEncryption()
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-
-
-def _certificate(name, key, issuer=None, issuer_key=None) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = clock.now()
-    own = issuer is None
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer or subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key((issuer_key or key).public_key()),
-            critical=False,
-        )
-    )
-    if own:
-        usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-        builder = builder.add_extension(usage, critical=True)
-    else:
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
-    return builder.sign(issuer_key or key, hashes.SHA256())
-
-
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    key = ec.generate_private_key(ec.SECP256R1())
-    made = Authority(_certificate("test authority", key), key, tmp_path)
-    made.file.write_bytes(made.certificate.public_bytes(serialization.Encoding.PEM))
-    return made
+    return Authority(tmp_path)
 
 
 @pytest.fixture
@@ -385,7 +325,7 @@ def test_https_is_verified_against_the_given_authority(
         assert transport.get("/file", max_length=len(CONTENT)).body == CONTENT
         with pytest.raises(TrustError) as caught:
             Transport(origin.url, proxies={}).get("/file", max_length=len(CONTENT))
-        assert caught.value.reason == "bad-answer"
+        assert caught.value.reason == "bad-certificate"
 
 
 def test_with_an_authority_of_ones_own_the_hosts_are_not_believed(
@@ -394,9 +334,7 @@ def test_with_an_authority_of_ones_own_the_hosts_are_not_believed(
     (tmp_path / "file").write_bytes(CONTENT)
     other = tmp_path / "other"
     other.mkdir()
-    key = ec.generate_private_key(ec.SECP256R1())
-    other_file = other / "ca.pem"
-    other_file.write_bytes(_certificate("another", key).public_bytes(serialization.Encoding.PEM))
+    other_file = Authority(other, "another").file
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))  # where OpenSSL looks for the host's own
     with Origin(tmp_path, server_context) as origin:
         by_the_host = Transport(origin.url, proxies={})

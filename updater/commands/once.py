@@ -78,7 +78,8 @@ def await_trial(device: Device, outcome: Outcome) -> int:
 
 def _exit_of(outcome: Outcome) -> int:
     trust = {"bad-signature", "expired", "replayed", "bad-metadata", "bad-delegation", "bad-directive"}
-    trust |= {"digest-mismatch", "length-mismatch", "bad-archive", "bad-index", "bad-answer"}
+    trust |= {"digest-mismatch", "length-mismatch", "bad-archive", "bad-index"}
+    trust |= {"bad-answer", "bad-certificate"}
     if outcome.reason in trust:
         return Exit.TRUST
     return Exit.UNREACHABLE if outcome.reason in ("offline", "overloaded") else Exit.FAILED

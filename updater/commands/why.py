@@ -45,6 +45,7 @@ CHANGED_BY = {
     Reason.STEPPING_STONE: "a release in between first: release cohort pin",
     Reason.OLD_LAUNCHER: "agent upgrade-launcher, then a restart",
     Reason.EXPIRED: "the server signing anew (release-server doctor), or this host's clock (agent doctor)",
+    Reason.BAD_CERTIFICATE: "server.ca_file, the server's address, or this host's clock: agent doctor",
     Reason.OFFLINE: "the way to the server: agent doctor; without one: agent install FILE",
     Reason.OVERLOADED: "nothing to do: it comes back later by itself",
     Reason.NO_ROOM: "room on the disk: agent doctor",
