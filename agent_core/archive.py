@@ -1,12 +1,16 @@
-"""This module makes the launcher's one file: an archive that any Python from 3.9 on can run."""
+"""This module makes archives that Python runs from: the launcher's one file, for any Python from 3.9 on."""
 
 from __future__ import annotations
 
 import io
 import marshal
+import pkgutil
 import zipfile
 from importlib.util import MAGIC_NUMBER, source_hash
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py", "self_test.py")
 _MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
@@ -19,20 +23,32 @@ def launcher_archive() -> bytes:
     Beside each source lies what this Python compiles from it, because the launcher starts before everything
     else and compiling takes most of its time. Another Python finds a stranger's mark and takes the source.
     """
-    here = Path(__file__).parent
     members = {"__main__.py": _MAIN}
     for part in _PARTS:
-        source = (here / part).read_bytes()
+        source = _source(part)
         members[f"agent_core/{part}"] = source
         members[f"agent_core/{part}c"] = _compiled(source, f"agent_core/{part}")
+    return stored_zip(members)
+
+
+def stored_zip(members: Mapping[str, bytes]) -> bytes:
+    """A zip of these files, uncompressed: the same files give the same bytes, and Python imports from it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in sorted(members.items()):
             member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             member.create_system = 3
-            member.external_attr = 0o100644 << 16
+            member.external_attr = (0o40755 if name.endswith("/") else 0o100644) << 16
             archive.writestr(member, content)
     return buffer.getvalue()
+
+
+def _source(part: str) -> bytes:
+    """A module of this package as it was written, out of a directory or an archive."""
+    source = pkgutil.get_data(__package__, part)
+    if source is None:  # no importer that relfleet is ever loaded by
+        raise FileNotFoundError(part)
+    return source
 
 
 def _compiled(source: bytes, name: str) -> bytes:

@@ -72,7 +72,7 @@ class Place:
         }
         return {
             **kept,
-            "PYTHONPATH": f"{self.version_dir / 'app'}:{self.version_dir / 'lib'}",
+            "PYTHONPATH": ":".join(str(self.version_dir / place) for place in ("app", "lib.zip", "lib")),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             "RELFLEET_ROOT": str(self.root),

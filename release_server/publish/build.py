@@ -1,8 +1,9 @@
 """This module makes one archive of a product: the agent, what it needs, and the product itself.
 
-The tree is `agent.py` (starts this version), `lib/` (relfleet's device half and every distribution it or the
-product imports), `app/` (the product) and `licenses/` (of what is carried along). The same source in the same
-environment gives the same bytes, wherever and whenever it is built: two people can compare what they built.
+The tree is `agent.py` (starts this version), `lib.zip` (relfleet's device half and what only that imports,
+where nothing of it is machine code), `lib/` (the other distributions that it or the product imports),
+`app/` (the product) and `licenses/` (of what is carried along). The same source in the same environment gives
+the same bytes, wherever and whenever it is built: two people can compare what they built.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from agent_core.archive import stored_zip
 from agent_core.bundle import File, Index, host_platforms, pack, verify
 from agent_core.errors import DiskError, MalformedError, NotFoundError, SettingsError, UsageError
 from agent_core.health import parse_checks, weakness
@@ -125,7 +127,7 @@ import sys
 here = os.path.dirname(os.path.realpath(__file__))
 sys.dont_write_bytecode = True
 host = [entry for entry in sys.path if not entry.rstrip("/").endswith(("site-packages", "dist-packages"))]
-sys.path[:] = [os.path.join(here, "lib"), *host]
+sys.path[:] = [os.path.join(here, "lib.zip"), os.path.join(here, "lib"), *host]
 
 if __name__ == "__main__":
     from updater.__main__ import main
@@ -357,10 +359,13 @@ def build(
         product = _closure(plan.vendor)
         device = _closure(_base_requirements())
         unused = {name: NOT_FOR_THE_AGENT[name] for name in NOT_FOR_THE_AGENT.keys() - product.keys()}
-        _copy_distributions(device | product, unused, tree)
+        _copy_distributions({name: device[name] for name in device.keys() - product.keys()}, unused, tree)
+        own = [top for top in (tree / "lib").iterdir() if top.is_dir() and not any(top.rglob("*.so"))]
+        _copy_distributions(product, {}, tree)
         _copy_product(plan, version, tree)
         progress("compile", 1, 3)
         _compile(tree)
+        _gather(own, tree / "lib.zip")
         progress("pack", 2, 3)
         files = pack(tree, archive)
         progress("done", 3, 3)
@@ -586,6 +591,29 @@ def _copy_distributions(
         for file in files if carried else ():
             if file not in modules and any(fnmatch(file.name.lower(), form) for form in LICENSE_FILES):
                 _copy(Path(str(file.locate())), tree / "licenses" / name / file.name)
+
+
+def _gather(packages: Iterable[Path], archive: Path) -> None:
+    """Move compiled packages into one stored archive: every file of a version is written, synced and verified
+    by itself on every host, and these would be two thirds of them.
+    """
+    members = {}
+    for package in packages:
+        for path in package.rglob("*"):
+            name = path.relative_to(package.parent).as_posix()
+            if path.suffix == ".pyc" or path.name == "__pycache__":
+                continue
+            if path.is_dir():
+                members[f"{name}/"] = b""  # a package without an __init__.py is found by its directory
+                continue
+            members[name] = path.read_bytes()
+            compiled = Path(importlib.util.cache_from_source(str(path)))
+            if path.suffix == ".py" and compiled.exists():
+                members[f"{name}c"] = compiled.read_bytes()
+        shutil.rmtree(package)
+    if members:
+        archive.write_bytes(stored_zip(members))
+        archive.chmod(0o644)
 
 
 def _compile(tree: Path) -> None:

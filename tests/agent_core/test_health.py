@@ -221,7 +221,8 @@ def test_a_program_of_the_version_runs_in_its_directory_with_its_environment(sub
     version = subject.place.version_dir
     detail = run_check(exec_check("check.sh", "{root}"), subject).detail
     said = detail.removeprefix("exit 1: ")
-    whole = f"{version}|1.0.0|{subject.place.root}|{version}/app:{version}/lib|{subject.place.root}"
+    path = f"{version}/app:{version}/lib.zip:{version}/lib"
+    whole = f"{version}|1.0.0|{subject.place.root}|{path}|{subject.place.root}"
     assert len(said) > 100
     assert whole.endswith(said)
 

@@ -47,7 +47,7 @@ def test_the_workload_runs_in_its_version_with_the_agreed_environment(
     assert seen["cwd"] == str(version)
     assert seen["argv"] == [str(tmp_path)]
     assert seen["own"] is True
-    assert seen["env"]["PYTHONPATH"] == f"{version}/app:{version}/lib"
+    assert seen["env"]["PYTHONPATH"] == f"{version}/app:{version}/lib.zip:{version}/lib"
     assert seen["env"]["RELFLEET_ROOT"] == str(tmp_path)
     assert seen["env"]["RELFLEET_VERSION"] == "1.0.0"
     assert seen["env"]["PRODUCT_MODE"] == "night"

@@ -53,7 +53,7 @@ RELEASES: Releases = {
     "3.2.0": None,
     "3.3.0-never-healthy": {"app/check": "exit 1\n"},
     "3.4.0": None,
-    "3.5.0-agent-exits": {"lib/updater/service.py": "def serve(root):\n    return 3\n"},
+    "3.5.0-agent-exits": {"lib.zip/updater/service.py": "def serve(root):\n    return 3\n"},
 }
 """In turn: a good one, then one that every host must leave."""
 

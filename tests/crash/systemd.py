@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from agent_core import slots
 from agent_core.bundle import Index
 from tests.crash.machine import Machine, unavailable
-from tests.integration.world import Host, World, index_of, until
+from tests.integration.world import LIBRARY, Host, World, index_of, member_of, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,7 +154,7 @@ class Bench:
     @property
     def service(self) -> str:
         """The agent's main module, for a version to add to."""
-        return (self.world.tree / "lib/updater/service.py").read_text()
+        return member_of(self.world.tree / LIBRARY, "updater/service.py").decode()
 
     @property
     def record(self) -> Record:
@@ -273,7 +273,7 @@ def _leaves(
     """A version that has to be left for one of these reasons; `more` is added to the agent's own module."""
 
     def run(bench: Bench) -> None:
-        own = {"lib/updater/service.py": bench.service + more} if more else {}
+        own = {"lib.zip/updater/service.py": bench.service + more} if more else {}
         bench.offer(version, {**files, **own}, **said)
         bench.await_skip(version, *reasons)
         bench.recall()
@@ -284,7 +284,7 @@ def _leaves(
 def _watchdog(bench: Bench) -> None:
     bench.drop_in("watched", WATCHED)
     bench.systemctl("restart")
-    files = {"lib/updater/service.py": bench.service + HANGS_WHEN_READY}
+    files = {"lib.zip/updater/service.py": bench.service + HANGS_WHEN_READY}
     # Its alarm is far away, so it is the watchdog that ends it.
     bench.offer("6.4.0-hangs-when-ready", files, deadman_s=600)
     bench.await_skip("6.4.0-hangs-when-ready", "boots-used-up")
@@ -310,7 +310,7 @@ def _stop(bench: Bench) -> None:
 
 def _stop_before_it_listens(bench: Bench) -> None:
     version = "6.5.0-never-listens"
-    bench.offer(version, {"lib/updater/service.py": HANGS_BEFORE}, deadman_s=600, boots=2)
+    bench.offer(version, {"lib.zip/updater/service.py": HANGS_BEFORE}, deadman_s=600, boots=2)
     bench.await_trial(version, ready=False)
     bench.systemctl("stop")
     after = bench.record
@@ -489,7 +489,7 @@ SCENARIOS = (
     Scenario("a monitoring workload sees the host, and writes nowhere else", _looks_at_the_host),
     Scenario(
         "an agent that crashes at once is left",
-        _leaves("6.0.0-crashes", {"lib/updater/service.py": ENDS_WITH.format(code=3)}, "boots-used-up"),
+        _leaves("6.0.0-crashes", {"lib.zip/updater/service.py": ENDS_WITH.format(code=3)}, "boots-used-up"),
         quick=True,
     ),
     Scenario(
@@ -502,7 +502,7 @@ SCENARIOS = (
     ),
     Scenario(
         "an agent that hangs before it is ready is ended by the dead-man and left",
-        _leaves("6.3.0-hangs", {"lib/updater/service.py": HANGS_BEFORE}, "boots-used-up", deadman_s=3),
+        _leaves("6.3.0-hangs", {"lib.zip/updater/service.py": HANGS_BEFORE}, "boots-used-up", deadman_s=3),
     ),
     Scenario(
         "a workload that ends on trial is left",

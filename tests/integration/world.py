@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from agent_core import clock, slots
+from agent_core.archive import stored_zip
 from agent_core.bundle import Index, host_platforms, pack, unpack
 from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
@@ -73,13 +75,14 @@ VARIANTS: dict[str, Variant] = {
     "1.4.0": Variant(),
     "2.0.0-exits-at-once": Variant({"app/main.py": "raise SystemExit(3)\n"}),
     "2.1.0-never-healthy": Variant({"app/check": "exit 1\n"}),
-    "2.2.0-cannot-import": Variant({"lib/updater/service.py": "import there_is_no_such_module\n"}),
+    "2.2.0-cannot-import": Variant({"lib.zip/updater/service.py": "import there_is_no_such_module\n"}),
     "2.3.0-hangs": Variant(
-        {"lib/updater/service.py": "import time\ndef serve(root):\n    time.sleep(3600)\n"}, {"deadman_s": 3}
+        {"lib.zip/updater/service.py": "import time\ndef serve(root):\n    time.sleep(3600)\n"},
+        {"deadman_s": 3},
     ),
-    "2.4.0-agent-exits": Variant({"lib/updater/service.py": "def serve(root):\n    return 3\n"}),
+    "2.4.0-agent-exits": Variant({"lib.zip/updater/service.py": "def serve(root):\n    return 3\n"}),
     "2.5.0-exits-when-good": Variant({"app/main.py": UNTIL_TOLD}),
-    "2.6.0-lies": Variant({"lib/updater/internal.py": LIES}),
+    "2.6.0-lies": Variant({"lib.zip/updater/internal.py": LIES}),
     "2.7.0-says-no": Variant(index={"hooks": SAYS_NO}),
     "2.8.0-hook-fails": Variant(index={"hooks": FAILS_AFTER}),
 }
@@ -119,6 +122,23 @@ max_backoff_s = 1.0
 step_s = 0.1
 """
 """What the agents of the stories are set to; so a backoff is over before a test loses its patience."""
+
+
+LIBRARY = "lib.zip"
+"""Where a bundle keeps the agent itself; a variant names a module in it as if this were a directory."""
+
+
+def member_of(archive: Path, name: str) -> bytes:
+    """One file of an archive."""
+    with zipfile.ZipFile(archive) as opened:
+        return opened.read(name)
+
+
+def _with_member(archive: Path, name: str, content: bytes) -> bytes:
+    """The archive with another content of one module, whose compiled form goes."""
+    with zipfile.ZipFile(archive) as opened:
+        kept = {member: opened.read(member) for member in opened.namelist() if member != f"{name}c"}
+    return stored_zip(kept | {name: content})
 
 
 class Commands(Processes):
@@ -332,9 +352,14 @@ class World:
         index = Index.from_bytes(index_of(self.archive("1.0.0")).read_bytes())
         shutil.copytree(self.tree, tree, copy_function=os.link)
         for path, text in files.items():
-            (tree / path).unlink(missing_ok=True)
-            (tree / path).write_bytes(text if isinstance(text, bytes) else text.encode())
-            for stale in (tree / path).parent.glob(f"__pycache__/{Path(path).stem}.*.pyc"):
+            content = text if isinstance(text, bytes) else text.encode()
+            place = tree / path
+            if path.startswith(f"{LIBRARY}/"):
+                place = tree / LIBRARY
+                content = _with_member(place, path.removeprefix(f"{LIBRARY}/"), content)
+            place.unlink(missing_ok=True)
+            place.write_bytes(content)
+            for stale in place.parent.glob(f"__pycache__/{place.stem}.*.pyc"):
                 stale.unlink()
         packed = pack(tree, self.archive(version))
         fresh = replace(index, version=version, files=packed, **said)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -85,9 +86,9 @@ def test_the_facts_to_sign_are_those_of_the_bundle(built):
 
 def test_a_bundle_holds_agent_libraries_product_and_licences_and_nothing_else(built):
     tops = {file.path.partition("/")[0] for file in built.index.files}
-    assert tops == {"agent.py", "lib", "app", "licenses"}
+    assert tops == {"agent.py", "lib", "lib.zip", "app", "licenses"}
     paths = {file.path for file in built.index.files}
-    assert {"lib/agent_core/slots.py", "lib/updater/stage.py", "app/main.py"} <= paths
+    assert {"lib/cryptography/__init__.py", "lib/psutil/__init__.py", "app/main.py"} <= paths
     assert any(path.startswith("licenses/cryptography/") for path in paths)
     assert not [path for path in paths if path.startswith(("lib/release_server", "lib/flask", "lib/rich"))]
     assert not [
@@ -98,17 +99,30 @@ def test_a_bundle_holds_agent_libraries_product_and_licences_and_nothing_else(bu
 def test_a_bundle_is_a_reasonable_size(built):
     assert built.length < 8_000_000
     assert built.index.unpacked < 28_000_000
-    assert len(built.index.files) < 500
+    assert len(built.index.files) < 250
+
+
+def test_what_is_nothing_but_python_is_one_file_with_sources_and_what_was_compiled_from_them(version_dir):
+    with zipfile.ZipFile(version_dir / "lib.zip") as archive:
+        names = set(archive.namelist())
+    packages = {name.partition("/")[0] for name in names}
+    assert packages >= {"agent_core", "updater", "tuf", "securesystemslib", "click", "watchdog"}
+    assert {name for name in names if name.endswith(".pyc")} == {
+        f"{name}c" for name in names if name.endswith(".py")
+    }
+    assert not [place for place in packages if (version_dir / "lib" / place).exists()]
 
 
 IMPORT_ALL = """
-import importlib, json, pathlib, runpy, sys
+import importlib, json, pathlib, runpy, sys, zipfile
 before = set(sys.modules)  # what the .pth files of the environment load is not the bundle's doing
 runpy.run_path(sys.argv[1] + "/agent.py")
 import updater.without_urllib3
 lib = pathlib.Path(sys.argv[1], "lib")
-for path in sorted(lib.rglob("*.py")):
-    parts = path.relative_to(lib).with_suffix("").parts
+modules = [path.relative_to(lib) for path in lib.rglob("*.py")]
+modules += [pathlib.Path(name) for name in zipfile.ZipFile(f"{lib}.zip").namelist() if name.endswith(".py")]
+for path in sorted(modules):
+    parts = path.with_suffix("").parts
     if parts[-1] != "__main__":
         importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 from cryptography.hazmat.primitives import serialization
@@ -142,7 +156,11 @@ def test_a_bundle_needs_nothing_of_the_host_but_its_python_and_holds_no_module_t
     assert done.returncode == 0, done.stderr
     loaded = {name: path for name, path in json.loads(done.stdout).items() if path}
     assert {"updater.stage", "agent_core.bundle", *NEEDED} <= set(loaded)
-    foreign = {name: path for name, path in loaded.items() if not path.startswith(f"{version_dir}/lib/")}
+    foreign = {
+        name: path
+        for name, path in loaded.items()
+        if not path.startswith((f"{version_dir}/lib/", f"{version_dir}/lib.zip/"))
+    }
     assert not [path for path in foreign.values() if "site-packages" in path or str(REPOSITORY) in path]
 
 
@@ -167,7 +185,10 @@ def test_running_a_version_writes_nothing_into_it(version_dir):
     before = sorted(str(path) for path in version_dir.rglob("*"))
     argv = [sys.executable, str(version_dir / "app" / "main.py")]
     subprocess.run(
-        argv, check=True, capture_output=True, env={"PYTHONPATH": f"{version_dir}/app:{version_dir}/lib"}
+        argv,
+        check=True,
+        capture_output=True,
+        env={"PYTHONPATH": f"{version_dir}/app:{version_dir}/lib.zip:{version_dir}/lib"},
     )
     assert sorted(str(path) for path in version_dir.rglob("*")) == before
 
