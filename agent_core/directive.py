@@ -5,6 +5,7 @@ Agent, server and simulator share this module: the place the server shows is the
 
 from __future__ import annotations
 
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -92,3 +93,11 @@ def progress_for(agent_ids: Iterable[str], salt: str, count: int) -> int:
     if count >= len(places):
         return PROGRESS_FULL
     return places[count - 1] + 1
+
+
+def splay(agent_id: str, directive: Directive) -> timedelta:
+    """How long after first seeing a directive this agent begins: spread evenly, the same on every look."""
+    if not directive.splay_s:
+        return timedelta(0)
+    head = sha256(f"splay:{directive.salt}:{agent_id}".encode()).digest()[:8]
+    return timedelta(seconds=int.from_bytes(head, "big") * directive.splay_s / 2**64)

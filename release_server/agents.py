@@ -1,4 +1,4 @@
-"""Agents as the server knows them: enrolment, reports that prove who sent them, attempts, and `why`."""
+"""Agents as the server knows them: enrolment, reports that prove who sent them, and attempts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import and_, func, literal, or_, select, update
 
-from agent_core.directive import assign, bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import (
     AttemptState,
-    Directive,
-    Phase,
     Reason,
     Report,
     ReportAnswer,
@@ -29,10 +26,8 @@ from release_server.models import (
     Agent,
     AgentEvent,
     Attempt,
-    Bundle,
     Cohort,
     CohortSpec,
-    Release,
     Rollout,
     RolloutCounter,
     RolloutStatus,
@@ -620,203 +615,5 @@ def active(session: Session, agent_id: str) -> Agent:
     return agent
 
 
-# --- why -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Link:
-    """One fact of the explanation: whether it lets the agent update, and what to do when it does not."""
-
-    ok: bool
-    code: str
-    text: str
-    then: str = ""
-
-
-def why(session: Session, now: datetime, agent_id: str) -> dict[str, Any]:
-    """Explain why an agent runs what it runs: `{agent, version, wanted, summary, chain}`.
-
-    `chain` holds `{ok, code, text}`, with `then` where something can be done; the first that is not ok is
-    the answer.
-    """
-    agent = find(session, agent_id)
-    chain, wanted = _chain(session, now, agent)
-    blocked = [link for link in chain if not link.ok]
-    return {
-        "agent": agent.id,
-        "version": agent.version,
-        "wanted": wanted,
-        "summary": _summary(agent, wanted, blocked=bool(blocked)),
-        "chain": [
-            {"ok": link.ok, "code": link.code, "text": link.text} | ({"then": link.then} if link.then else {})
-            for link in chain
-        ],
-    }
-
-
-def _summary(agent: Agent, wanted: str | None, *, blocked: bool) -> str:
-    runs = f"{agent.id} runs {agent.version or 'nothing yet'}"
-    cohort = agent.cohort.name if agent.cohort else None
-    if wanted is None or wanted == agent.version:
-        settled = "it is up to date" if wanted and not blocked else "there is nothing for it to update to"
-        return f"{runs}; {settled}{':' if blocked else '.'}"
-    moving = f"{runs}; its cohort {cohort} is moving to {wanted}."
-    return f"{moving} It is not updating because:" if blocked else f"{moving} It is updating."
-
-
-def _chain(session: Session, now: datetime, agent: Agent) -> tuple[list[Link], str | None]:
-    if agent.retired_at is not None:
-        return [Link(False, "retired", "it is retired: its reports are refused", "enrol the host anew")], None
-    if agent.pending:
-        waits = Link(
-            False,
-            str(Reason.PENDING),
-            "it waits for an operator to accept it",
-            f"release agents accept {agent.id}",
-        )
-        return [_heard(agent, None, now), waits], None
-    if agent.cohort is None:
-        none = Link(
-            False,
-            str(Reason.NO_COHORT),
-            "no cohort matches its labels",
-            f"release agents move {agent.id} --cohort NAME",
-        )
-        return [_heard(agent, None, now), none], None
-    spec, status = cohorts.newest_spec(session, agent.cohort.id), cohorts.status_of(session, agent.cohort.id)
-    chain = [_heard(agent, spec, now), Link(True, "cohort", f"cohort {agent.cohort.name}")]
-    if status.directive is None:
-        return [*chain, Link(False, str(Reason.NO_DIRECTIVE), "its cohort has no directive yet")], None
-    directive = Directive.from_json(status.directive)
-    wanted = directive.release or directive.base
-    if wanted is None:
-        none = Link(False, str(Reason.NO_DIRECTIVE), "its cohort has no release yet", "release rollout start")
-        return [*chain, none], None
-    chain += _why_cohort(session, now, agent, spec, directive)
-    if wanted != agent.version:
-        chain += _why_release(session, agent, wanted, directive)
-    return chain, wanted
-
-
-def _heard(agent: Agent, spec: CohortSpec | None, now: datetime) -> Link:
-    ago = f"{int((now - agent.seen_at).total_seconds())} s ago"
-    if is_silent(agent, spec, now):
-        return Link(False, "silent", f"silent: last reported {ago}", "look whether the host is up")
-    return Link(True, "reported", f"reported {ago}")
-
-
-def _why_cohort(
-    session: Session, now: datetime, agent: Agent, spec: CohortSpec, directive: Directive
-) -> list[Link]:
-    """What the cohort's directive says to this agent."""
-    name = directive.cohort
-    links = []
-    if spec.pin is not None:
-        links.append(
-            Link(True, "pinned", f"cohort {name} is pinned to {spec.pin}: {spec.reason}".rstrip(": "))
-        )
-    if cohorts.is_frozen(spec, now):
-        until = f" until {spec.frozen_until:%Y-%m-%d %H:%M} UTC" if spec.frozen_until else ""
-        then = f"release cohort unfreeze {name}"
-        links.append(
-            Link(False, "frozen", f"cohort {name} is frozen{until}: {spec.reason}".rstrip(": "), then)
-        )
-        return links
-    newest = cohorts.newest_rollout(session, spec.cohort_id)
-    if newest is None or spec.pin is not None:
-        return links
-    return links + _why_rollout(agent, *newest, directive)
-
-
-def _why_rollout(agent: Agent, rollout: Rollout, status: RolloutStatus, directive: Directive) -> list[Link]:
-    name, told = f"r-{rollout.id}", assign(directive, agent.id, agent.version or None)
-    if agent.version == directive.release and status.state != State.PAUSED:
-        return [Link(True, status.state, f"rollout {name} is {status.state.replace('_', ' ')}")]
-    match State(status.state):
-        case State.PAUSED:
-            because = ": ".join(filter(None, (status.reason, status.detail)))
-            then = f"release rollout resume {name}"
-            return [Link(False, "paused", f"rollout {name} is paused ({because})", then)]
-        case State.ABORTED | State.SUPERSEDED:
-            return [Link(False, status.state, f"rollout {name} was {status.state}", "release rollout start")]
-        case State.RUNNING if told.reason is Reason.NOT_YET:
-            place = bucket(agent.id, rollout.salt) / 100
-            text = f"rollout {name} is at {directive.progress / 100:g}%; this agent's place is {place:g}%"
-            return [Link(False, str(Reason.NOT_YET), text, f"release agents move {agent.id} --cohort NAME")]
-        case _:
-            return [Link(True, "in-progress", f"rollout {name} has reached it")]
-
-
-_NO_BLOCK = frozenset(
-    {
-        "",
-        *map(
-            str,
-            (
-                Reason.UPDATE,
-                Reason.FIRST_INSTALL,
-                Reason.GO_BACK,
-                Reason.UP_TO_DATE,
-                Reason.NOT_YET,
-                Reason.SUSPENDED,
-                Reason.OBSERVED,
-            ),
-        ),
-    }
-)
-
-
-def _why_release(session: Session, agent: Agent, wanted: str, directive: Directive) -> list[Link]:
-    """What the release, the host and the agent's own last decision say."""
-    release = session.scalar(
-        select(Release).where(Release.product_id == agent.product_id, Release.version == wanted)
-    )
-    bundles = [] if release is None else _fitting(session, release, agent.platform)
-    links = [_has_bundle(agent, wanted, fits=bool(bundles))]
-    gates = {gate for bundle in bundles for gate in bundle.facts.get("gates") or ()}
-    if gates and agent.gate not in gates:
-        text = f"{wanted} is signed for the gates {', '.join(sorted(gates))}; this agent has {agent.gate!r}"
-        links.append(Link(False, str(Reason.GATE), text))
-    if agent.held:
-        links.append(
-            Link(False, str(Reason.HELD), f"held on the host: {agent.detail}", "agent unhold (there)")
-        )
-    elif agent.phase != Phase.IDLE:
-        links.append(Link(True, agent.phase, f"it is at work: {agent.phase}"))
-    elif agent.reason not in _NO_BLOCK:
-        then = "release rollout retry" if agent.reason == Reason.SKIPPED else ""
-        links.append(Link(False, agent.reason, f"it says {agent.reason}: {agent.detail}".rstrip(": "), then))
-    if attempt := _failed_attempt(session, agent, directive.salt):
-        links.append(
-            Link(
-                False,
-                attempt.state,
-                f"{wanted} {attempt.state.replace('_', ' ')} here: {attempt.reason} {attempt.detail}".strip(),
-            )
-        )
-    return links
-
-
-def _has_bundle(agent: Agent, wanted: str, *, fits: bool) -> Link:
-    if fits:
-        return Link(True, "platform", f"platform {agent.platform} has a bundle")
-    then = f"release build --platform {agent.platform}, then push"
-    return Link(False, str(Reason.NO_BUNDLE), f"{wanted} has no bundle for {agent.platform}", then)
-
-
-def _fitting(session: Session, release: Release, platform: str) -> list[Bundle]:
-    """The bundles a host can run: its own platform, the same without the Python ABI, or any."""
-    query = select(Bundle).where(Bundle.release_id == release.id)
-    return [bundle for bundle in session.scalars(query) if runs_on(bundle.platform, platform)]
-
-
 def runs_on(bundle: str, host: str) -> bool:
     return bundle in ("any", host) or host.startswith(f"{bundle}-")
-
-
-def _failed_attempt(session: Session, agent: Agent, salt: str) -> Attempt | None:
-    query = select(Attempt).join(Rollout, Rollout.id == Attempt.rollout_id)
-    failed = [str(state) for state in (AttemptState.ROLLED_BACK, AttemptState.FAILED)]
-    return session.scalar(
-        query.where(Attempt.agent_id == agent.id, Rollout.salt == salt, Attempt.state.in_(failed))
-    )

@@ -14,6 +14,7 @@ from sqlalchemy import delete, func, select
 from agent_core.wire import PROGRESS_FULL, AttemptState, LeaseAnswer, LeaseRequest, LeaseTerms, Phase
 from release_server import cohorts, membership
 from release_server.models import ActivationLease, Agent, Product
+from release_server.why import Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +95,25 @@ def _members(session: Session, agent: Agent, terms: LeaseTerms) -> int:
     living = (Agent.product_id == agent.product_id, Agent.retired_at.is_(None))
     here = func.coalesce(own, said, "") == domain
     return session.scalar(select(func.count(Agent.id)).where(*living, here)) or 0
+
+
+def room(session: Session, now: datetime, agent: Agent, terms: LeaseTerms) -> Room:
+    """How it stands in the failure domain of an agent; changes nothing."""
+    domain = membership.labels_of(agent).get(terms.scope, "")
+    query = select(ActivationLease).where(
+        ActivationLease.product_id == agent.product_id,
+        ActivationLease.scope == terms.scope,
+        ActivationLease.domain == domain,
+        ActivationLease.until > now,
+    )
+    held = session.scalars(query).all()
+    return Room(
+        domain=f"{terms.scope} {domain or 'without a name'}",
+        taken=len(held),
+        most=most(terms, _members(session, agent, terms)),
+        mine=agent.id in {lease.agent_id for lease in held},
+        until=min((lease.until for lease in held), default=None),
+    )
 
 
 def follow(

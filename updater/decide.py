@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from enum import StrEnum
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from agent_core.directive import Assignment, assign
+from agent_core.directive import Assignment, assign, splay
 from agent_core.late import late_dataclass
 from agent_core.window import is_open, next_opening, zone_of
 from agent_core.wire import Directive, Policy, Reason, ReleaseFacts
@@ -232,11 +231,3 @@ def _why_stay(facts: Facts, assignment: Assignment) -> str:
     if assignment.reason is Reason.DISABLED:
         return f"updates of cohort {directive.cohort} are switched off"
     return f"{directive.cohort} is on {facts.running.version}" if facts.running else ""
-
-
-def splay(agent_id: str, directive: Directive) -> timedelta:
-    """How long after first seeing a directive this agent begins: spread evenly, the same on every look."""
-    if not directive.splay_s:
-        return timedelta(0)
-    head = sha256(f"splay:{directive.salt}:{agent_id}".encode()).digest()[:8]
-    return timedelta(seconds=int.from_bytes(head, "big") * directive.splay_s / 2**64)

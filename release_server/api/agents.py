@@ -21,7 +21,7 @@ from agent_core.wire import (
     Problem,
     Report,
 )
-from release_server import agents, auth, enrolment
+from release_server import agents, auth, enrolment, explain
 from release_server.api import PREFIX, problems, services
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
@@ -176,7 +176,7 @@ def why(path: AgentPath) -> dict[str, Any]:
     """Why an agent runs what it runs."""
     hub = services()
     with hub.sessions.read() as session:
-        return agents.why(session, hub.clock(), path.id)
+        return explain.agent_why(session, hub.clock(), path.id)
 
 
 @blueprint.post("/agents/<id>/move", security=SECURITY)

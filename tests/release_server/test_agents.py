@@ -14,7 +14,7 @@ from sqlalchemy import event, select
 from agent_core.directive import bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
-from release_server import agents, auth, cohorts, enrolment, fleet
+from release_server import agents, auth, cohorts, enrolment, explain, fleet
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
@@ -513,7 +513,7 @@ def test_a_retired_agent_is_not_moved_or_labelled(world):
 
 def why(world, agent_id):
     with world.read() as session:
-        return agents.why(session, world.clock(), agent_id)
+        return explain.agent_why(session, world.clock(), agent_id)
 
 
 def blocks(told):
@@ -544,7 +544,9 @@ def test_why_names_the_progress_and_the_agents_place_in_the_line(world):
     assert texts["reported"] == "reported 42 s ago"
     assert texts["platform"] == "platform linux-x86_64-cp311 has a bundle"
     progress = world.directive().progress / 100
-    assert texts["not-yet"] == f"rollout r-{rollout} is at {progress:g}%; this agent's place is {place:g}%"
+    assert texts["not-yet"].startswith(
+        f"rollout r-{rollout} is at {progress:g}%; this agent's place is {place:g}%. At this pace its turn"
+    )
     assert blocks(told) == ["not-yet"]
     assert "release agents move" in next(link["then"] for link in told["chain"] if not link["ok"])
 

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent_core.errors import ConflictError, NotAllowedError, UsageError
-from release_server import agents, auth, enrolment
+from release_server import agents, auth, enrolment, explain
 from release_server.preview import preview
 from tests.release_server.fleet_world import World
 
@@ -30,7 +30,7 @@ def enroller(world):
 
 def why(world, agent_id):
     with world.read() as session:
-        return agents.why(session, world.clock(), agent_id)["chain"][-1]
+        return explain.agent_why(session, world.clock(), agent_id)["chain"][-1]
 
 
 def test_whom_an_approving_token_enrols_waits_without_a_cohort_and_is_told_so(world, enroller):

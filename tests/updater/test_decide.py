@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_core.directive import splay
 from agent_core.wire import Directive, Mode, Policy, Reason, ReleaseFacts, Window
-from updater.decide import Action, Facts, Hold, Offer, Running, decide, splay
+from updater.decide import Action, Facts, Hold, Offer, Running, decide
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
 

@@ -1,0 +1,162 @@
+"""Collects what the server knows of one agent for `why`, which explains it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, select
+from tuf.api.metadata import Targets
+
+from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason
+from release_server import agents, cohorts, fleet, leases, repository, why
+from release_server.models import Agent, Attempt, Bundle, Release, Rollout
+from release_server.rollout import State
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+    from release_server.models import CohortSpec, RolloutStatus
+
+POLLS_A_STAGE = 2
+"""How many polls an agent needs for a stage, where none has told by doing it."""
+
+
+def agent_why(session: Session, now: datetime, agent_id: str) -> dict[str, Any]:
+    """Explain why an agent runs what it runs, as `why.explain`.
+
+    Raises:
+        NotFoundError: none of that id is enrolled.
+    """
+    return why.explain(collect(session, now, agents.find(session, agent_id)), now)
+
+
+def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
+    """What is known of one agent and of all that speaks to it."""
+    known: dict[str, Any] = {
+        "agent_id": agent.id,
+        "running": agent.version,
+        "seen_at": agent.seen_at,
+        "quiet": agents.USUAL,
+        "platform": agent.platform,
+        "gate": agent.gate,
+        "phase": agent.phase,
+        "held": agent.held,
+        "reason": agent.reason,
+        "detail": agent.detail,
+        "retired": agent.retired_at is not None,
+        "pending": agent.pending,
+    }
+    if agent.cohort is None or agent.pending:
+        return why.Facts(**known)
+    spec, status = cohorts.newest_spec(session, agent.cohort.id), cohorts.status_of(session, agent.cohort.id)
+    directive = Directive.from_json(status.directive) if status.directive is not None else None
+    known |= {
+        "quiet": agents.silent_after(spec.poll_s, spec.report_s),
+        "cohort": agent.cohort.name,
+        "wants": why.Held(spec.pin, cohorts.is_frozen(spec, now), spec.frozen_until, spec.reason),
+        "course": _course(session, spec),
+        "directive": directive,
+        "told_at": status.updated_at,
+        "room": _room(session, now, agent, spec),
+    }
+    return why.Facts(**known, **_releases(session, agent, directive))
+
+
+def _course(session: Session, spec: CohortSpec) -> why.Course | None:
+    newest = cohorts.newest_rollout(session, spec.cohort_id)
+    if newest is None:
+        return None
+    rollout, status = newest
+    members = select(func.count(Agent.id)).where(
+        Agent.cohort_id == spec.cohort_id, Agent.retired_at.is_(None)
+    )
+    return why.Course(
+        name=f"r-{rollout.id}",
+        salt=rollout.salt,
+        state=State(status.state),
+        reason=status.reason,
+        detail=status.detail,
+        stages=fleet.spec_of(fleet.newest_spec(session, rollout.id)).stages,
+        stage=status.stage,
+        soaking_since=status.soaking_since,
+        members=session.scalar(members) or 0,
+        takes=_takes(spec, status),
+    )
+
+
+def _takes(spec: CohortSpec, status: RolloutStatus) -> timedelta:
+    """How long the present stage took until all its agents were healthy, or how long one usually takes."""
+    if status.opened_at is not None and status.soaking_since is not None:
+        return max(timedelta(0), status.soaking_since - status.opened_at)
+    return timedelta(seconds=POLLS_A_STAGE * spec.poll_s)
+
+
+def _releases(session: Session, agent: Agent, directive: Directive | None) -> dict[str, Any]:
+    """What is signed of the versions the agent runs and may be sent to."""
+    if directive is None:
+        return {}
+    named = {directive.release, directive.base} - {None}
+    query = select(Release).where(
+        Release.product_id == agent.product_id, Release.version.in_([*named, agent.version])
+    )
+    found = {release.version: release for release in session.scalars(query)}
+    here = found.get(agent.version)
+    return {
+        "running_seq": here.seq if here else 0,
+        "policy": policy_of(session, agent.product.name),
+        "bundles": {version: _best(found.get(str(version)), agent.platform) for version in named},
+        "failed": _failed(session, agent, directive.salt),
+    }
+
+
+def policy_of(session: Session, product: str) -> Policy:
+    """The floor and what is revoked, by the newest signed targets."""
+    row = repository.newest(session, Targets.type)
+    if row is None:
+        return Policy()
+    found = repository.read(row, Targets).signed.targets.get(f"policy/{product}.json")
+    return Policy.from_json(found.custom) if found is not None and found.custom else Policy()
+
+
+def _best(release: Release | None, platform: str) -> why.Bundle | None:
+    """The bundle that a host would choose: the one that says most of its platform."""
+    if release is None:
+        return None
+    fitting = [bundle for bundle in release.bundles if agents.runs_on(bundle.platform, platform)]
+    if not fitting:
+        return None
+    best = max(fitting, key=_exactness)
+    facts = best.facts
+    return why.Bundle(
+        seq=release.seq,
+        gates=tuple(facts.get("gates") or ()),
+        upgrade_from_seq=int(facts.get("upgrade_from_seq") or 0),
+        min_launcher=int(facts.get("min_launcher") or 1),
+    )
+
+
+def _exactness(bundle: Bundle) -> int:
+    return 0 if bundle.platform == "any" else len(bundle.platform)
+
+
+def _failed(session: Session, agent: Agent, salt: str) -> tuple[str, str, str] | None:
+    query = select(Attempt).join(Rollout, Rollout.id == Attempt.rollout_id)
+    states = [str(state) for state in (AttemptState.ROLLED_BACK, AttemptState.FAILED)]
+    attempt = session.scalar(
+        query.where(
+            Attempt.agent_id == agent.id,
+            Rollout.salt == salt,
+            Attempt.state.in_(states),
+            Attempt.reason != str(Reason.GO_BACK),
+        )
+    )
+    return (attempt.state, attempt.reason, attempt.detail) if attempt else None
+
+
+def _room(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> why.Room | None:
+    if spec.lease is None:
+        return None
+    return leases.room(session, now, agent, LeaseTerms.from_json(spec.lease))
