@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long attacks crash crash-all mutants fuzz api-fuzz audit check format lock clean
+.PHONY: help setup demo test test-long test-postgres attacks crash crash-all mutants fuzz api-fuzz audit check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/update
 
 test-long: $(READY) ## attacks, TUF conformance, and the longest stories
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG)
+
+test-postgres: $(READY) ## the server's tests on a private PostgreSQL, started from the installed programs
+	@RELFLEET_TEST_DATABASE=postgres $(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile \
+		tests/release_server tests/integration/test_rollouts.py tests/integration/test_outages.py)
 
 attacks: $(READY) ## what a thief and a hostile network try, and what is refused (part of make test-long)
 	@$(BIN)/python -m tests.attacks $(ARGS)

@@ -9,16 +9,29 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from agent_core.errors import RelfleetError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from alembic.config import Config as AlembicConfig
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import ExceptionContext
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_S = 10
 """How long a writer waits for another before the call answers 503."""
 WRITES = "relfleet_writes"
+WRITER = 0x72666C74
+"""The key of the advisory lock that a writer holds on PostgreSQL."""
+POSTGRES = {
+    # Whoever waits for longer answers 503. A replica that was stopped in the middle of a transaction, or
+    # whose host is gone, holds the lock no longer than this.
+    "options": f"-c lock_timeout={BUSY_S}s -c idle_in_transaction_session_timeout=30s -c timezone=UTC",
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
 
 
 def make_engine(url: str) -> Engine:
@@ -27,10 +40,23 @@ def make_engine(url: str) -> Engine:
     SQLite runs with WAL, so that readers never wait for the writer, and with `synchronous=FULL`, because an
     answered transition must survive a power cut (design section 3). Writers begin IMMEDIATE: a transaction
     that reads first and writes later would otherwise fail at once, whatever the busy timeout says.
+    PostgreSQL's writers take an advisory lock first, so that there too one writes at a time, in all replicas,
+    and sees all that those before it wrote (docs/decisions/0019); its readers see one snapshot.
     The values of a statement that fails are in no message: they may be secret, and messages are logged.
     """
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, pool_size=16, max_overflow=16, hide_parameters=True)
+        engine = create_engine(
+            url,
+            pool_pre_ping=True,
+            pool_size=16,
+            max_overflow=16,
+            hide_parameters=True,
+            connect_args=POSTGRES,
+            isolation_level="REPEATABLE READ",
+        )
+        event.listen(engine, "begin", _begin_postgres)
+        event.listen(engine, "handle_error", _leave_out_values)
+        return engine
     engine = create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -53,13 +79,33 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+def _begin_postgres(connection: Connection) -> None:
+    # Read committed, for a snapshot of the whole transaction would be taken before the lock is had.
+    if connection.get_execution_options().get(WRITES):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER})")
+
+
+def _leave_out_values(failed: ExceptionContext) -> None:
+    """PostgreSQL's own messages tell the row that failed, below their first line."""
+    for error in (failed.original_exception, failed.sqlalchemy_exception):
+        if error is not None and error.args:
+            error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
+
+
+def for_writing(engine: Engine) -> Engine:
+    """The same engine, whose transactions write: one at a time."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(**{WRITES: True})
+    return engine.execution_options(**{WRITES: True}, isolation_level="READ COMMITTED")
+
+
 class Sessions:
     """Gives out transactions: `read()` sees one consistent state, `write()` commits all or nothing."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._read = sessionmaker(engine, expire_on_commit=False)
-        self._write = sessionmaker(engine.execution_options(**{WRITES: True}), expire_on_commit=False)
+        self._write = sessionmaker(for_writing(engine), expire_on_commit=False)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -93,12 +139,43 @@ def upgrade(url: str, revision: str = "head") -> None:
     """Bring the schema to `revision`; does nothing when it is there already."""
     from alembic import command
 
+    with _migrating(url) as config:
+        command.upgrade(config, revision)
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take the schema back to an older `revision`; what only the newer one knows is lost."""
+    from alembic import command
+
+    with _migrating(url) as config:
+        command.downgrade(config, revision)
+
+
+@contextmanager
+def _migrating(url: str) -> Iterator[AlembicConfig]:
+    """One transaction for all steps: they are there together, or the schema is as it was."""
     engine = make_engine(url)
+    if engine.dialect.name == "sqlite":
+        # A table that others refer to is changed by a copy in its place; references are looked at in the end.
+        event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys=OFF").close())
     try:
-        with engine.execution_options(**{WRITES: True}).begin() as connection:
-            command.upgrade(_alembic(connection), revision)
+        with for_writing(engine).begin() as connection:
+            yield _alembic(connection)
+            _check_references(connection)
     finally:
         engine.dispose()
+
+
+def _check_references(connection: Connection) -> None:
+    if connection.dialect.name != "sqlite":
+        return
+    if dangling := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+        raise RelfleetError(
+            "the schema was left as it was",
+            why=f"a row of {dangling[0][0]} would refer to one of {dangling[0][2]} that is not there",
+            then="restore a backup, or look at that row",
+            reason="schema",
+        )
 
 
 def current_revision(engine: Engine) -> str | None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import ExitStack
 
 import pytest
 
+from tests import postgres
 from tests.integration.world import World
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     home = tmp_path_factory.mktemp("world")
-    world = World(home)
-    try:
-        world.make()
-        yield world
-    finally:
-        world.processes.stop()
-        subprocess.run(["chmod", "-R", "u+w", home], check=False)
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres.cluster().database()) if postgres.WANTED else ""
+        world = World(home, url)
+        try:
+            world.make()
+            yield world
+        finally:
+            world.processes.stop()
+            subprocess.run(["chmod", "-R", "u+w", home], check=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from sqlalchemy.exc import OperationalError
 
 from agent_core import clock, slots
 from agent_core.archive import stored_zip
@@ -26,6 +26,7 @@ from agent_core.bundle import Index, host_platforms, pack, unpack
 from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
 from agent_core.slots import Record
+from release_server.database import Sessions, make_engine
 from release_server.demo.processes import Processes, wait_for
 from release_server.publish import push, sign
 from release_server.publish.client import Client
@@ -185,8 +186,9 @@ class Commands(Processes):
 class World:
     """One server for all tests of a worker; each test has a cohort of its own, told apart by a label."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, database_url: str = "") -> None:
         self.home = home
+        self.database_url = database_url
         self.processes = Commands(home, home / "commands.log")
         self.project = home / "probe"
         self.numbers = itertools.count(1)
@@ -212,6 +214,8 @@ class World:
         """Server, keys, and the first good version published; others are when a test asks for them."""
         # The lease of a jobs process that was killed has to end before the next one works.
         self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.1", "RELFLEET_JOBS_LEASE_S": "3"}
+        if self.database_url:
+            self.processes.environ["RELFLEET_DATABASE_URL"] = self.database_url
         self.processes.run("release-server", "init", "--data", str(self.server_data))
         self.start_server()
         (self.home / "passphrase").write_text("correct horse\n")
@@ -283,13 +287,13 @@ class World:
             worker.resume()
 
     def _can_write(self) -> bool:
-        with closing(sqlite3.connect(self.server_data / "relfleet.db", timeout=0.5)) as database:
+        sessions = Sessions(make_engine(self.database_url or f"sqlite:///{self.server_data / 'relfleet.db'}"))
+        with closing(sessions):
             try:
-                database.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError:
+                with sessions.write() as session:
+                    return session is not None
+            except OperationalError:
                 return False
-            database.rollback()
-        return True
 
     @cached_property
     def client(self) -> Client:

@@ -22,6 +22,7 @@ from release_server.database import Sessions, make_engine, upgrade
 from release_server.signing import desk as desk_of
 from release_server.signing.client import SignerClient
 from release_server.signing.process import Service
+from tests import postgres
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 EMPTY = sha256(b"").hexdigest()
@@ -50,18 +51,43 @@ def template(tmp_path_factory):
 
 
 @pytest.fixture
-def data(tmp_path, template):
+def database_url(tmp_path, template):
+    """A database at the newest schema: PostgreSQL's where `make test-postgres` asks for it, else SQLite's."""
+    if postgres.WANTED:
+        with postgres.cluster().database() as url:
+            yield url
+        return
+    file = tmp_path / "server" / "relfleet.db"
+    file.parent.mkdir(mode=0o700)
+    file.write_bytes((template / "relfleet.db").read_bytes())
+    yield ""
+
+
+@pytest.fixture
+def empty_url(tmp_path):
+    """A database without any schema."""
+    if postgres.WANTED:
+        with postgres.cluster().database(empty=True) as url:
+            yield url
+        return
+    yield f"sqlite:///{tmp_path / 'empty.db'}"
+
+
+@pytest.fixture
+def data(tmp_path, template, database_url):
     """A data directory as `release-server init` makes it."""
     directory = tmp_path / "server"
     for below in ("blobs", "uploads", "trust", "keys", "repository/metadata", "repository/targets"):
         (directory / below).mkdir(parents=True, mode=0o700)
     directory.chmod(0o700)
-    (directory / "relfleet.db").write_bytes((template / "relfleet.db").read_bytes())
     for key in (template / "keys").iterdir():
         (directory / "keys" / key.name).write_bytes(key.read_bytes())
         (directory / "keys" / key.name).chmod(0o600)
     signer.write_public(directory / "trust" / "online.json", signer.public_halves(directory / "keys"))
-    (directory / "server.toml").write_text("[server]\nport = 0\nworkers = 1\n[jobs]\ntick_s = 0.05\n")
+    database = f'[database]\nurl = "{database_url}"\n' if database_url else ""
+    (directory / "server.toml").write_text(
+        f"[server]\nport = 0\nworkers = 1\n[jobs]\ntick_s = 0.05\n{database}"
+    )
     return directory
 
 

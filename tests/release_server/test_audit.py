@@ -157,10 +157,9 @@ def test_a_log_written_anew_from_some_entry_on_does_not_hold_a_head_noted_before
     assert audit_chain.follow(log(), known=noted) == noted
 
 
-def test_entries_of_an_older_schema_are_chained_by_the_upgrade(tmp_path, clock):
-    url = f"sqlite:///{tmp_path / 'old.db'}"
-    upgrade(url, "0002")
-    old = Sessions(make_engine(url))
+def test_entries_of_an_older_schema_are_chained_by_the_upgrade(empty_url, clock):
+    upgrade(empty_url, "0002")
+    old = Sessions(make_engine(empty_url))
     for number in (1, 2, 5):  # a sequence of PostgreSQL leaves gaps
         execute(
             old,
@@ -170,7 +169,7 @@ def test_entries_of_an_older_schema_are_chained_by_the_upgrade(tmp_path, clock):
             at="2026-05-01 12:00:00.123456",
             detail=json.dumps({"ä": number}),
         )
-    upgrade(url)
+    upgrade(empty_url)
     with old.write() as session:
         audit.record(session, clock(), "ada", "cohort.pin", "new")
     with old.read() as session:

@@ -4,6 +4,7 @@ import pytest
 
 from agent_core.errors import NotFoundError, SettingsError
 from release_server.config import TABLE, Config, data_directory, first_file
+from tests.postgres import only_sqlite
 
 
 def write(data, text):
@@ -37,6 +38,7 @@ def test_a_directory_that_was_never_initialised_says_how_to(tmp_path):
     assert "release-server init" in caught.value.then
 
 
+@only_sqlite
 def test_without_a_database_url_sqlite_lies_in_the_data_directory(data):
     assert Config.load(data, environ={}).database_url == f"sqlite:///{data / 'relfleet.db'}"
     url = "postgresql+psycopg://user:secret@host/db"

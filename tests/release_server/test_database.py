@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from release_server.database import MIGRATIONS, current_revision, make_engine, newest_revision, upgrade
 from release_server.models import Base, Product, Release
+from tests.postgres import only_sqlite
 
 NOON = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 
@@ -22,11 +23,10 @@ def test_the_migrations_make_exactly_the_models(sessions):
         assert compare_metadata(context, Base.metadata) == []
 
 
-def test_upgrading_twice_changes_nothing(tmp_path):
-    url = f"sqlite:///{tmp_path / 'new.db'}"
-    upgrade(url)
-    upgrade(url)
-    engine = make_engine(url)
+def test_upgrading_twice_changes_nothing(empty_url):
+    upgrade(empty_url)
+    upgrade(empty_url)
+    engine = make_engine(empty_url)
     assert current_revision(engine) == newest_revision() is not None
     engine.dispose()
 
@@ -37,12 +37,13 @@ def test_the_newest_revision_is_the_one_alembic_knows(sessions):
     assert current_revision(sessions.engine) == newest_revision()
 
 
-def test_a_database_without_schema_has_no_revision(tmp_path):
-    engine = make_engine(f"sqlite:///{tmp_path / 'empty.db'}")
+def test_a_database_without_schema_has_no_revision(empty_url):
+    engine = make_engine(empty_url)
     assert current_revision(engine) is None
     engine.dispose()
 
 
+@only_sqlite
 @pytest.mark.parametrize(
     ("pragma", "value"),
     [("journal_mode", "wal"), ("foreign_keys", 1), ("synchronous", 2), ("busy_timeout", 10_000)],

@@ -35,3 +35,13 @@ def upgrade() -> None:
         batch.add_column(sa.Column("yank_reason", sa.Text(), server_default="", nullable=False))
     with op.batch_alter_table("tuf_metadata") as batch:
         batch.alter_column("version", existing_type=sa.Integer(), type_=sa.BigInteger(), nullable=False)
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("tuf_metadata") as batch:
+        batch.alter_column("version", existing_type=sa.BigInteger(), type_=sa.Integer(), nullable=False)
+    with op.batch_alter_table("releases") as batch:
+        batch.drop_column("yank_reason")
+        batch.drop_column("yanked_by")
+        batch.drop_column("yanked_at")
+    op.drop_table("proposals")

@@ -61,3 +61,10 @@ def _chain(connection: sa.Connection) -> Head:
 def _following(number: int) -> sa.Select[tuple[object, ...]]:
     columns = [AUDIT.c[name] for name in SAID]
     return sa.select(*columns).where(AUDIT.c.id > number).order_by(AUDIT.c.id).limit(1000)
+
+
+def downgrade() -> None:
+    op.drop_table("audit_head")
+    with op.batch_alter_table("audit") as batch:
+        batch.drop_column("hash")
+        batch.drop_column("previous")

@@ -20,3 +20,14 @@ def upgrade() -> None:
         batch.add_column(sa.Column("pending", sa.Boolean(), server_default=sa.false(), nullable=False))
         batch.add_column(sa.Column("token_id", sa.Integer(), nullable=True))
         batch.create_foreign_key("fk_agents_token_id_tokens", "tokens", ["token_id"], ["id"])
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("agents") as batch:
+        batch.drop_constraint("fk_agents_token_id_tokens", type_="foreignkey")
+        batch.drop_column("token_id")
+        batch.drop_column("pending")
+    with op.batch_alter_table("tokens") as batch:
+        batch.drop_column("labels")
+        batch.drop_column("cohort")
+        batch.drop_column("approve")

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from functools import cache
 from io import StringIO
@@ -29,6 +29,7 @@ from release_server.publish.cli import main
 from release_server.signing.client import SignerClient
 from release_server.signing.desk import open_desk
 from release_server.signing.process import Service
+from tests import postgres
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ class _Quiet(WSGIRequestHandler):
 
 @cache
 def _schema() -> bytes:
-    """A database at the newest schema; made once a process."""
+    """A database of SQLite at the newest schema; made once a process."""
     with tempfile.TemporaryDirectory() as place:
         upgrade(f"sqlite:///{place}/relfleet.db")
         return Path(place, "relfleet.db").read_bytes()
@@ -54,14 +55,16 @@ def _schema() -> bytes:
 class House:
     """A server: its web application in a thread, its jobs in another."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, database_url: str) -> None:
         self.data = data
         for below in ("blobs", "uploads", "trust", "keys", "repository/metadata", "repository/targets"):
             (data / below).mkdir(parents=True, mode=0o700)
         signer.make_keys(data / "keys", datetime.now(UTC))
         signer.write_public(data / "trust" / "online.json", signer.public_halves(data / "keys"))
-        (data / "server.toml").write_text("[server]\nport = 0\n[jobs]\ntick_s = 0.05\n")
-        (data / "relfleet.db").write_bytes(_schema())
+        database = f'[database]\nurl = "{database_url}"\n' if database_url else ""
+        (data / "server.toml").write_text(f"[server]\nport = 0\n[jobs]\ntick_s = 0.05\n{database}")
+        if not database_url:
+            (data / "relfleet.db").write_bytes(_schema())
         self.config = Config.load(data, environ={})
         self.app = create_app(self.config)
         self.hub = self.app.extensions["relfleet"]
@@ -126,13 +129,13 @@ class House:
 
 @contextmanager
 def serve(data: Path) -> Iterator[House]:
-    house = House(data)
-    for thread in house.threads:
-        thread.start()
-    try:
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres.cluster().database()) if postgres.WANTED else ""
+        house = House(data, url)
+        stack.callback(house.close)
+        for thread in house.threads:
+            thread.start()
         yield house
-    finally:
-        house.close()
 
 
 class Desk:
