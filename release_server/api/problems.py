@@ -70,11 +70,20 @@ def answer_error(error: errors.RelfleetError) -> Response:
     return answer(Problem(status_of(error), error.what, error.why, error.reason, error.then), headers)
 
 
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where a body or query is of the wrong shape, and why; never its values.
+
+    Of several faults a field that is unknown comes first: it is what makes a misspelt one seem missing.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = min(found, key=lambda fault: fault["type"] != "extra_forbidden")
+    return ".".join(str(step) for step in first["loc"]) or "body", first["msg"]
+
+
 def answer_invalid(error: ValidationError) -> Response:
-    """The response to a body or query of the wrong shape; says where, never echoes values."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"]) or "body"
-    return answer(Problem(422, f"{place} is not acceptable", first["msg"], errors.MalformedError.reason))
+    """The response to a body or query of the wrong shape."""
+    place, why = first_fault(error)
+    return answer(Problem(422, f"{place} is not acceptable", why, errors.MalformedError.reason))
 
 
 def _answer_http(error: HTTPException) -> Response:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from agent_core.errors import MalformedError
 from keys.roles import ROOT, TARGETS
 from release_server import acceptance, repository, signer
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, problems, services
 from release_server.api.people import SECURITY
 from release_server.auth import requires
 
@@ -67,8 +67,8 @@ def put_ceremony() -> tuple[dict[str, Any], int]:
     try:
         said = CeremonyBody.model_validate_json(signed_body(hub))
     except ValidationError as error:
-        why = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
-        raise MalformedError("this is no root with its targets", why=why) from None
+        place, why = problems.first_fault(error)
+        raise MalformedError("this is no root with its targets", why=f"{place}: {why}") from None
     online = signer.read_public(hub.config.trust)
     with hub.sessions.write() as session:
         root, targets = acceptance.accept_ceremony(

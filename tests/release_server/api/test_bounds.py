@@ -96,6 +96,36 @@ def test_an_unknown_query_is_refused_wherever_one_is_taken(app, client, sign_in)
         assert call("GET", f"{path}?unheard-of=1").status_code == 422, path
 
 
+DEVICES = {
+    # A newer agent may say more to an older server: it passes over what it does not know.
+    "POST /enroll",
+    "POST /report",
+    "POST /rotate-key",
+    "POST /lease",
+}
+SIGNED = {
+    # Signed bytes are kept as they are; what is in them is the business of TUF's own reader.
+    "POST /metadata/targets",
+    "POST /proposals",
+    "PUT /trust/root",
+    "PATCH /uploads/" + "0" * 64,
+}
+
+
+def test_an_unknown_field_is_refused_by_its_name_wherever_a_person_sends_a_body(app, sign_in, clock):
+    """A misspelt field that is passed over is a wish that nobody hears, for an approval as for a limit."""
+    call = sign_in("admin")
+    asked = {f"{method} {path}" for method, path in with_body(app)}
+    assert asked >= DEVICES | SIGNED
+    passed_over = []
+    for route in sorted(asked - DEVICES - SIGNED):
+        clock.step(minutes=1)
+        answer = call(*route.split(), json={"unheard_of": 1})
+        if answer.status_code not in (400, 422) or "unheard_of" not in answer.text:
+            passed_over.append(f"{route}: {answer.status_code} {answer.text.strip()}")
+    assert passed_over == []
+
+
 # --- what the document promises --------------------------------------------------------------------------
 
 
