@@ -55,7 +55,7 @@ class NewCohort(Because):
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
-    lease: dict[str, Any] | None = None
+    lease: dict[str, Any] | None = Field(None, max_length=8)
 
 
 class CohortChange(Because):
@@ -66,7 +66,7 @@ class CohortChange(Because):
     splay_s: int = Field(0, ge=0, le=7 * DAY_S)
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
-    lease: dict[str, Any] | None = None
+    lease: dict[str, Any] | None = Field(None, max_length=8)
 
 
 class Pin(Because):
