@@ -14,12 +14,8 @@ from sqlalchemy import event, select, text
 from agent_core.directive import bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
-<<<<<<< HEAD
 from release_server import agents, auth, cohorts, enrolment, explain, fleet
-=======
-from release_server import agents, auth, cohorts, enrolment, fleet
 from release_server.database import make_engine
->>>>>>> 6b86293 (release_server.database: PostgreSQL, with one writer at a time, and migrations that go both ways)
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
