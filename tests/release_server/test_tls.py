@@ -163,6 +163,7 @@ def outcome(person, environ):
 
 def test_a_head_that_does_not_end_is_ended_by_the_server_itself(server, authority):
     with connect(server, authority) as client:
+        client.settimeout(20)  # granian itself would wait for 30 s
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         said = client.recv(65_536)
         assert said == b"" or said.split()[1] == b"408"
