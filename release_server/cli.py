@@ -464,7 +464,8 @@ def _examine_lifetime(lifetime: Lifetime) -> dict[str, str]:
 
     then = RENEWAL.get(lifetime.role, "look at the jobs process: it signs this by itself")
     until = iso(lifetime.expires_at)
-    left = f"{lifetime.left.days} days" if lifetime.left.days > 1 else f"{lifetime.left.seconds // 3600} h"
+    days, hours = lifetime.left.days, int(lifetime.left.total_seconds()) // 3600
+    left = f"{days} days" if days > 1 else f"{hours} h"
     if lifetime.is_expired:
         return _finding(lifetime.role, BAD, f"expired at {until}: agents take nothing new", then)
     if lifetime.is_due:

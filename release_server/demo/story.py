@@ -24,7 +24,7 @@ from agent_core.errors import ConflictError, RelfleetError, UsageError
 from release_server.demo.processes import Processes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from release_server.publish.client import Client
 
@@ -91,6 +91,7 @@ class Story:
         self.url = ""
         self._client: Client | None = None
         self._building: dict[str, Any] = {}
+        self._pushing: dict[str, Any] = {}
 
     def tell(self) -> None:
         """The whole story, top to bottom."""
@@ -165,11 +166,25 @@ class Story:
         words = ("build", "--version", version)
         self._building[version] = self.processes.begin("release", *words, cwd=self.project)
 
+    def _archive(self, version: str) -> Path:
+        return self.project / "dist" / f"{PRODUCT}-{version}-{_platform()}.tar.zst"
+
+    def _begin_push(self, version: str) -> bool:
+        """Publish the next version while something else waits; no agent is told to take it.
+
+        Returns:
+            Whether that has begun; not while it is being built.
+        """
+        if version not in self._pushing and self._building[version].poll() is not None:
+            self.processes.finish(self._building[version])
+            words = ("push", "--quiet", str(self._archive(version)))
+            self._pushing[version] = self.processes.begin("release", *words, cwd=self.project)
+        return version in self._pushing
+
     def _publish(self, version: str) -> Path:
-        self.processes.finish(self._building.pop(version))
-        archive = self.project / "dist" / f"{PRODUCT}-{version}-{_platform()}.tar.zst"
-        self.release("push", "--quiet", str(archive))
-        return archive
+        self.processes.wait_for(f"the bundle of {version}", lambda: self._begin_push(version), within_s=120)
+        self.processes.finish(self._pushing[version])
+        return self._archive(version)
 
     def start_agents(self) -> None:
         since = time.monotonic()
@@ -186,6 +201,7 @@ class Story:
             name, child = running.pop(0)
             self.processes.finish(child)
             self._start(name)
+        self._begin_push("1.1.0")
         enrolled = len(self._agents())
         self._await_all_on("1.0.0", 240)
         count = len(self.names)
@@ -226,7 +242,7 @@ class Story:
         since = time.monotonic()
         rollout = self._begin_rollout("1.1.0")
         self._begin_build("1.2.0")
-        ended = self._await(rollout, {"completed", "paused"})
+        ended = self._await(rollout, {"completed", "paused"}, lambda: self._begin_push("1.2.0"))
         if ended["state"] != "completed":
             raise RelfleetError(
                 "the good rollout did not complete", why=ended["detail"], then=f"read {self.log}"
@@ -295,8 +311,11 @@ class Story:
         number: int = begun["id"]
         return number
 
-    def _await(self, rollout: int, states: set[str]) -> dict[str, Any]:
+    def _await(
+        self, rollout: int, states: set[str], meanwhile: Callable[[], object] = lambda: None
+    ) -> dict[str, Any]:
         def ended() -> dict[str, Any] | None:
+            meanwhile()
             found: dict[str, Any] = self.client.get(f"/rollouts/{rollout}")
             return found if found["state"] in states else None
 

@@ -133,7 +133,7 @@ def read_trust(path: Path) -> bytes:
     except FileNotFoundError:
         raise NotFoundError(
             f"there is no trusted root at {path}",
-            then="release key gen makes one; with a colleague's: --trust FILE, or copy it there",
+            then="bring the fleet's root file there, or name it with --trust; a new fleet: release key gen",
             reason="no-trust",
         ) from None
     ceremony.verify_root(ceremony.parse_root(body))

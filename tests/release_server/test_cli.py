@@ -223,3 +223,13 @@ def test_doctor_warns_before_a_role_expires_and_says_what_to_type(
         finding = _examine_lifetime(lifetime)
         assert finding["state"] == state
         assert bool(finding["then"]) is (state != "ok")
+
+
+def test_doctor_counts_the_hours_of_the_last_two_days_whole(sessions, trusted, accept, clock, online_signer):
+    accept(trusted.targets())
+    with sessions.write() as session:
+        repository.publish(session, online_signer, clock())
+        (root,) = (each for each in repository.lifetimes(session, clock()) if each.role == "root")
+        then = root.expires_at - timedelta(days=1, hours=5)
+        (root,) = (each for each in repository.lifetimes(session, then) if each.role == "root")
+    assert _examine_lifetime(root)["detail"].startswith("expires in 29 h,")
