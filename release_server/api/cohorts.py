@@ -10,7 +10,7 @@ from flask_openapi3.models.tag import Tag
 
 from release_server import cohorts
 from release_server import preview as whom
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, editions, services
 from release_server.api.fleet_schemas import (
     Because,
     CohortChange,
@@ -29,20 +29,35 @@ from release_server.auth import requires
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
 
 blueprint = APIBlueprint(
     "cohorts", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="cohorts")], abp_security=SECURITY
 )
+Answer = tuple[dict[str, Any], int, dict[str, str]]
 ONE = "/cohorts/<product>/<name>"
 
 
-def _change(path: CohortPath, service: Callable[..., Any], **said: Any) -> dict[str, Any]:
+def _change(path: CohortPath, service: Callable[..., Any], **said: Any) -> Answer:
     """Ask one thing of a cohort in one transaction, and show what has come of it."""
     hub = services()
     now = hub.clock()
     with hub.sessions.write() as session:
+        _refuse_stale(session, now, path)
         service(session, now, g.person.name, path.product, path.name, **said)
-        return render_cohort(cohorts.show(session, now, path.product, path.name))
+        return _show(session, now, path.product, path.name)
+
+
+def _refuse_stale(session: Session, now: datetime, path: CohortPath) -> None:
+    view = cohorts.show(session, now, path.product, path.name)
+    editions.refuse_stale(f"cohort {path.name}", editions.of_cohort(view))
+
+
+def _show(session: Session, now: datetime, product: str, name: str, status: int = 200) -> Answer:
+    view = cohorts.show(session, now, product, name)
+    return editions.tagged(render_cohort(view), editions.of_cohort(view), status)
 
 
 @blueprint.get("/cohorts")
@@ -57,27 +72,27 @@ def list_cohorts(query: ProductQuery) -> dict[str, Any]:
 
 @blueprint.post("/cohorts")
 @requires("operator")
-def create_cohort(body: NewCohort) -> tuple[dict[str, Any], int]:
+def create_cohort(body: NewCohort) -> Answer:
     """Make a cohort; agents whose labels match join it."""
     hub = services()
     now = hub.clock()
     with hub.sessions.write() as session:
         cohorts.create(session, now, g.person.name, **body.model_dump())
-        return render_cohort(cohorts.show(session, now, body.product, body.name)), 201
+        return _show(session, now, body.product, body.name, 201)
 
 
 @blueprint.get(ONE)
 @requires("reader")
-def show_cohort(path: CohortPath) -> dict[str, Any]:
+def show_cohort(path: CohortPath) -> Answer:
     """One cohort."""
     hub = services()
     with hub.sessions.read() as session:
-        return render_cohort(cohorts.show(session, hub.clock(), path.product, path.name))
+        return _show(session, hub.clock(), path.product, path.name)
 
 
 @blueprint.patch(ONE)
 @requires("operator")
-def edit_cohort(path: CohortPath, body: CohortChange) -> dict[str, Any]:
+def edit_cohort(path: CohortPath, body: CohortChange) -> Answer:
     """Change what is given, as a new revision."""
     return _change(path, cohorts.edit, **body.model_dump(exclude_unset=True))
 
@@ -88,34 +103,35 @@ def delete_cohort(path: CohortPath) -> tuple[str, int]:
     """Delete a cohort; its agents go where their labels say."""
     hub = services()
     with hub.sessions.write() as session:
+        _refuse_stale(session, hub.clock(), path)
         cohorts.delete(session, hub.clock(), g.person.name, path.product, path.name)
     return "", 204
 
 
 @blueprint.post(f"{ONE}/pin")
 @requires("operator")
-def pin(path: CohortPath, body: Pin) -> dict[str, Any]:
+def pin(path: CohortPath, body: Pin) -> Answer:
     """Keep a cohort on one version."""
     return _change(path, cohorts.pin, version=body.version, reason=body.reason)
 
 
 @blueprint.post(f"{ONE}/unpin")
 @requires("operator")
-def unpin(path: CohortPath, body: Because) -> dict[str, Any]:
+def unpin(path: CohortPath, body: Because) -> Answer:
     """Let a cohort take new releases again."""
     return _change(path, cohorts.unpin, reason=body.reason)
 
 
 @blueprint.post(f"{ONE}/freeze")
 @requires("operator")
-def freeze(path: CohortPath, body: Freeze) -> dict[str, Any]:
+def freeze(path: CohortPath, body: Freeze) -> Answer:
     """Let a cohort take nothing new, until a time or until it is unfrozen."""
     return _change(path, cohorts.freeze, until=moment(body.until, "until"), reason=body.reason)
 
 
 @blueprint.post(f"{ONE}/unfreeze")
 @requires("operator")
-def unfreeze(path: CohortPath, body: Because) -> dict[str, Any]:
+def unfreeze(path: CohortPath, body: Because) -> Answer:
     """End a freeze."""
     return _change(path, cohorts.unfreeze, reason=body.reason)
 

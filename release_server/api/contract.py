@@ -17,6 +17,7 @@ REFUSALS = {
     "403": "not with this role",
     "404": "there is no such thing",
     "409": "it was changed meanwhile, or it exists",
+    "412": "it is another edition by now than `If-Match` says",
     "413": "it is larger than the limit",
     "415": "the body is of another type",
     "422": "it is understood and refused",
@@ -61,6 +62,15 @@ READ_BY_HAND = {
     ("patch", "/uploads/{sha256}"): "application/octet-stream",
 }
 """Routes that read their body themselves: its bytes are what is signed, or there are too many of them."""
+CONDITIONAL = ("/cohorts/{product}/{name}", "/rollouts/{id}")
+"""What has an ETag; whatever changes it takes `If-Match`."""
+IF_MATCH: dict[str, Any] = {
+    "name": "If-Match",
+    "in": "header",
+    "required": False,
+    "description": "the ETag of what was looked at; refused with 412 when it has changed since",
+    "schema": {"type": "string", "maxLength": 256},
+}
 BYTES = frozenset({"/proposals/{id}/blobs/{sha256}"})
 
 
@@ -83,6 +93,8 @@ def _complete(operation: dict[str, Any], route: tuple[str, str]) -> None:
         **(declared or _success(route)),
         **{code: _refusal(why) for code, why in REFUSALS.items()},
     }
+    if route[0] != "get" and route[1].startswith(CONDITIONAL):
+        operation["parameters"] = [*operation.get("parameters", ()), IF_MATCH]
     if route in READ_BY_HAND and "requestBody" not in operation:
         kind = READ_BY_HAND[route]
         schema = {"type": "object"} if kind == "application/json" else {}

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from agent_core import errors
 from agent_core.wire import Problem
+from release_server.api.editions import STALE
 from release_server.limits import RATE_LIMITED
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ RETRY_AFTER_S = 5
 def status_of(error: errors.RelfleetError) -> int:
     if error.reason in NOT_SIGNED_IN:
         return 401
+    if error.reason == STALE:
+        return 412
     if error.reason == RATE_LIMITED:
         return 429
     return next((status for kind, status in STATUS if isinstance(error, kind)), 500)

@@ -9,7 +9,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from release_server import fleet, launch, rehearsal, rollout_view
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, editions, services
 from release_server.api.fleet_schemas import (
     Abort,
     Approve,
@@ -32,15 +32,21 @@ blueprint = APIBlueprint(
     "rollouts", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="rollouts")], abp_security=SECURITY
 )
 
-
-def _render(session: Session, rollout_id: int) -> dict[str, Any]:
-    return render_rollout(rollout_view.show(session, rollout_id), rollout_view.events(session, rollout_id))
+Answer = tuple[dict[str, Any], int, dict[str, str]]
 
 
-def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> dict[str, Any]:
+def _render(session: Session, rollout_id: int, status: int = 200) -> Answer:
+    view = rollout_view.show(session, rollout_id)
+    body = render_rollout(view, rollout_view.events(session, rollout_id))
+    return editions.tagged(body, editions.of_rollout(view), status)
+
+
+def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> Answer:
     """Ask one thing of a rollout in one transaction, and show what has come of it."""
     hub = services()
     with hub.sessions.write() as session:
+        view = rollout_view.show(session, path.id)
+        editions.refuse_stale(f"r-{path.id}", editions.of_rollout(view))
         service(session, hub.clock(), g.person.name, path.id, **said)
         return _render(session, path.id)
 
@@ -56,18 +62,18 @@ def list_rollouts(query: RolloutQuery) -> dict[str, Any]:
 
 @blueprint.post("/rollouts")
 @requires("operator")
-def start_rollout(body: NewRollout) -> tuple[dict[str, Any], int]:
+def start_rollout(body: NewRollout) -> Answer:
     """Send a release through a cohort."""
     hub = services()
     said = body.said() | {"reason": body.reason, "supersede": body.supersede, "draft": body.draft}
     with hub.sessions.write() as session:
         rollout = launch.start_rollout(session, hub.clock(), g.person.name, **said)
-        return _render(session, rollout.id), 201
+        return _render(session, rollout.id, 201)
 
 
 @blueprint.get("/rollouts/<int:id>")
 @requires("reader")
-def show_rollout(path: RolloutPath) -> dict[str, Any]:
+def show_rollout(path: RolloutPath) -> Answer:
     """One rollout with its history."""
     with services().sessions.read() as session:
         return _render(session, path.id)
@@ -75,28 +81,28 @@ def show_rollout(path: RolloutPath) -> dict[str, Any]:
 
 @blueprint.post("/rollouts/<int:id>/pause")
 @requires("operator")
-def pause(path: RolloutPath, body: Because) -> dict[str, Any]:
+def pause(path: RolloutPath, body: Because) -> Answer:
     """Stop a rollout where it is."""
     return _ask(path, fleet.pause, reason=body.reason)
 
 
 @blueprint.post("/rollouts/<int:id>/resume")
 @requires("operator")
-def resume(path: RolloutPath, body: Because) -> dict[str, Any]:
+def resume(path: RolloutPath, body: Because) -> Answer:
     """Let a paused or halted rollout go on."""
     return _ask(path, fleet.resume, reason=body.reason)
 
 
 @blueprint.post("/rollouts/<int:id>/advance")
 @requires("operator")
-def advance(path: RolloutPath, body: Because) -> dict[str, Any]:
+def advance(path: RolloutPath, body: Because) -> Answer:
     """Open the next stage without waiting."""
     return _ask(path, fleet.advance, reason=body.reason)
 
 
 @blueprint.post("/rollouts/<int:id>/abort")
 @requires("operator")
-def abort(path: RolloutPath, body: Abort) -> dict[str, Any]:
+def abort(path: RolloutPath, body: Abort) -> Answer:
     """End a rollout; with `rollback` its agents go back."""
     return _ask(path, fleet.abort, reason=body.reason, rollback=body.rollback)
 
@@ -112,20 +118,20 @@ def rehearse(body: Rehearsal) -> dict[str, Any]:
 
 @blueprint.post("/rollouts/<int:id>/approve")
 @requires("operator")
-def approve(path: RolloutPath, body: Approve) -> dict[str, Any]:
+def approve(path: RolloutPath, body: Approve) -> Answer:
     """Let a rollout begin that waits for a second person."""
     return _ask(path, fleet.approve, reason=body.reason, digest=body.digest)
 
 
 @blueprint.post("/rollouts/<int:id>/undo")
 @requires("operator")
-def undo(path: RolloutPath, body: Because) -> dict[str, Any]:
+def undo(path: RolloutPath, body: Because) -> Answer:
     """Take every agent back to the release before, also after completion."""
     return _ask(path, fleet.undo, reason=body.reason)
 
 
 @blueprint.post("/rollouts/<int:id>/retry")
 @requires("operator")
-def retry(path: RolloutPath, body: Because) -> dict[str, Any]:
+def retry(path: RolloutPath, body: Because) -> Answer:
     """Let agents that failed try once more."""
     return _ask(path, fleet.retry, reason=body.reason)

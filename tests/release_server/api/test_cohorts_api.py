@@ -123,3 +123,23 @@ def test_readers_see_and_only_operators_change(world, call, sign_in):
     ):
         assert reader(method, path, json={}).status_code == 403
     assert sign_in("enroller")("GET", "/cohorts").status_code == 403
+
+
+def test_nobody_overwrites_a_cohort_that_they_have_not_seen(world, call):
+    made = call("POST", "/cohorts", json=NEW)
+    seen = {"If-Match": made.headers["ETag"]}
+    assert call("GET", "/cohorts/demo/eu").headers["ETag"] == seen["If-Match"]
+    changed = call("PATCH", "/cohorts/demo/eu", json={"poll_s": 5}, headers=seen)
+    assert (changed.status_code, changed.headers["ETag"] != seen["If-Match"]) == (200, True)
+    for method, path, body in (
+        ("PATCH", "", {"poll_s": 9}),
+        ("POST", "/pin", {"version": "0.9.0", "reason": "audit"}),
+        ("POST", "/freeze", {"reason": "fair"}),
+        ("DELETE", "", None),
+    ):
+        refused = call(method, f"/cohorts/demo/eu{path}", json=body, headers=seen)
+        assert (refused.status_code, refused.json["reason"]) == (412, "stale")
+    kept = call("GET", "/cohorts/demo/eu").json
+    assert (kept["poll_s"], kept["pin"], kept["frozen"]) == (5, None, False)
+    anyone = {"If-Match": "*"}
+    assert call("PATCH", "/cohorts/demo/eu", json={"poll_s": 9}, headers=anyone).json["poll_s"] == 9

@@ -125,3 +125,17 @@ def test_only_operators_start_and_steer_rollouts(world, call, sign_in, role):
 
 def test_nobody_sees_rollouts_without_a_token(world, client):
     assert client.get("/api/v1/rollouts").status_code == 401
+
+
+def test_nobody_steers_a_rollout_that_they_have_not_seen(world, call):
+    world.enroll_many(2)
+    seen = {"If-Match": call("POST", "/rollouts", json=NEW).headers["ETag"]}
+    assert call("GET", "/rollouts/1").headers["ETag"] == seen["If-Match"]
+    world.finish(world.offered("1.1.0")[0], 1, "rolled_back", "unhealthy")
+    world.tick()  # it halts by itself
+    refused = call("POST", "/rollouts/1/abort", json={"reason": "slow"}, headers=seen)
+    assert (refused.status_code, refused.json["reason"]) == (412, "stale")
+    shown = call("GET", "/rollouts/1")
+    assert (shown.json["state"], shown.headers["ETag"] != seen["If-Match"]) == ("paused", True)
+    again = {"If-Match": shown.headers["ETag"]}
+    assert call("POST", "/rollouts/1/abort", json={"reason": "bad"}, headers=again).json["state"] == "aborted"

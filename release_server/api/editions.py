@@ -1,0 +1,49 @@
+"""ETags of what several people change, and `If-Match`: nobody overwrites what they have not seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import request
+
+from agent_core.errors import ConflictError
+
+if TYPE_CHECKING:
+    from release_server import cohorts, rollout_view
+
+STALE = "stale"
+"""The reason that the API answers with 412."""
+
+
+def of_cohort(view: cohorts.View) -> str:
+    """Grows with everything that people ask of a cohort."""
+    return str(view.spec.revision)
+
+
+def of_rollout(view: rollout_view.View) -> str:
+    """Changes with everything that people ask of a rollout, and with every step that it takes."""
+    return f"{view.spec.revision}.{view.status.edition}"
+
+
+def refuse_stale(what: str, edition: str) -> None:
+    """Refuse a request that was meant for another edition; one without `If-Match` is meant for any.
+
+    Call it in the transaction that changes. Of two that pass at once only one stores the next revision.
+
+    Raises:
+        ConflictError: `stale`.
+    """
+    if "If-Match" in request.headers and not request.if_match.contains(edition):
+        raise ConflictError(
+            f"{what} was changed meanwhile",
+            why=f"its edition is {edition} by now, not the one that was looked at",
+            then="look at it and ask again",
+            reason=STALE,
+        )
+
+
+def tagged(
+    body: dict[str, Any], edition: str, status: int = 200
+) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """An answer with its ETag."""
+    return body, status, {"ETag": f'"{edition}"'}
