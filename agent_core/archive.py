@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import marshal
-import pkgutil
 import zipfile
 from importlib.util import MAGIC_NUMBER, source_hash
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from importlib.abc import ResourceLoader
 
 _PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py", "self_test.py")
 _MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
@@ -45,10 +46,8 @@ def stored_zip(members: Mapping[str, bytes]) -> bytes:
 
 def _source(part: str) -> bytes:
     """A module of this package as it was written, out of a directory or an archive."""
-    source = pkgutil.get_data(__package__, part)
-    if source is None:  # no importer that relfleet is ever loaded by
-        raise FileNotFoundError(part)
-    return source
+    loader = cast("ResourceLoader", __spec__.loader)
+    return loader.get_data(str(Path(__file__).with_name(part)))
 
 
 def _compiled(source: bytes, name: str) -> bytes:

@@ -49,20 +49,19 @@ def test_a_watcher_sees_every_operation_in_its_order(tmp_path):
     watch = Watch()
     with disk.watched_by(watch):
         write_durable(tmp_path / "note", b"words")
-    assert watch.names == [
-        "unlink",
-        "open",
-        "write",
-        "fchmod",
-        "fsync",
-        "close",
-        "rename",
-        *SYNC_OF_A_DIRECTORY,
-    ]
+    assert watch.names == [*NEW_FILE, "write", "fchmod", "fsync", "rename", "close", *SYNC_OF_A_DIRECTORY]
     assert (tmp_path / "note").read_bytes() == b"words"
+
+
+def test_a_watcher_sees_what_went_wrong(tmp_path):
+    watch = Watch()
+    with disk.watched_by(watch):
+        disk.remove(tmp_path / "nothing")
+    assert watch.names == ["unlink"]
     assert isinstance(watch.seen[0][1], FileNotFoundError)
 
 
+NEW_FILE = ["open", "flock", "fstat"]
 SYNC_OF_A_DIRECTORY = ["open", "fsync", "close"]
 
 
@@ -70,7 +69,7 @@ def test_news_is_replaced_in_one_step_without_waiting_for_the_disk(tmp_path):
     watch = Watch()
     with disk.watched_by(watch):
         write_news(tmp_path / "note", b"words")
-    assert watch.names == ["unlink", "open", "write", "fchmod", "close", "rename"]
+    assert watch.names == [*NEW_FILE, "write", "fchmod", "rename", "close"]
 
 
 def test_an_operation_that_a_watcher_refuses_does_not_happen(tmp_path):

@@ -74,6 +74,8 @@ def test_a_version_that_failed_here_is_not_installed_again(stories, world, bad):
     host = stories[bad].host
     host.await_skip(bad)
     host.await_good("1.0.0")
+    world.await_rollout(stories[bad].rollout, "paused")
+    host.await_reason("suspended")  # so that what is heard next is the answer to the pin
     world.pin(host.cohort, bad)
     host.await_reason("skipped")
     before = host.record
