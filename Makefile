@@ -24,7 +24,7 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 
 # Long stories with many real processes, and suites with a command of their own; `make test-long` runs them.
 LONG := tests/attacks tests/conformance $(addprefix tests/integration/test_,ceremonies.py demo.py release_files.py) \
-	tests/release_server/test_nginx.py
+	$(addprefix tests/release_server/test_,nginx.py tls.py)
 
 test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(LONG:%=--ignore=%))
