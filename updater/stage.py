@@ -42,6 +42,8 @@ RESERVE = 32 * 2**20
 """Bytes left free on the disk after a bundle is unpacked: an updater does not take a host's last block."""
 
 PREFLIGHT_S = 60.0
+PREFLIGHT_TRIES = 3
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 MOST_OUTPUT = 64 * 1024
 
 
@@ -247,11 +249,15 @@ def _disk_errors(what: str) -> Iterator[None]:
 
 @late_dataclass(frozen=True)
 class Preflight:
-    """What the new version said of itself before it was trusted with anything; a refusal is a value."""
+    """What the new version said of itself before it was trusted with anything; a refusal is a value.
+
+    `killed` when somebody else ended it, so that it says nothing of the version.
+    """
 
     ok: bool
     reason: Reason | None = None
     detail: str = ""
+    killed: bool = False
 
 
 def interpreter(directory: Path) -> str:
@@ -263,12 +269,23 @@ def interpreter(directory: Path) -> str:
 def preflight(layout: Layout, name: str, facts: ReleaseFacts, *, limit_s: float = PREFLIGHT_S) -> Preflight:
     """Let the staged version import itself and read today's state in a process of its own.
 
+    One that is killed, as the kernel does for want of memory, is tried again: only a version that never comes
+    through is refused, for a refusal is remembered.
+
     Args:
         layout: of this host.
         name: the directory under `versions/`; the version runs where it will stay.
         facts: the signed ones; a program that reports another version would be updated for ever.
         limit_s: seconds after which it counts as hanging; all its processes are killed then.
     """
+    for _ in range(PREFLIGHT_TRIES):
+        verdict = _try(layout, name, facts, limit_s)
+        if not verdict.killed:
+            break
+    return verdict
+
+
+def _try(layout: Layout, name: str, facts: ReleaseFacts, limit_s: float) -> Preflight:
     directory = layout.versions / name
     argv = [interpreter(directory), "-I", "-S", "-B", str(directory / "agent.py")]
     environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_PREFLIGHT}
@@ -289,7 +306,8 @@ def preflight(layout: Layout, name: str, facts: ReleaseFacts, *, limit_s: float 
         return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it was not done after {limit_s:g} s")
     if process.returncode != 0:
         told = "; ".join(_lines(complained or said)[-3:])
-        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"exit {process.returncode}: {told}")
+        detail, killed = f"exit {process.returncode}: {told}", process.returncode in KILLED
+        return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=detail, killed=killed)
     return _judge("".join(_lines(said)[-1:]), facts)
 
 

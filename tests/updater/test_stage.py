@@ -426,6 +426,30 @@ def test_a_preflight_that_fails_says_how(layout, tmp_path, program, detail):
     assert detail in found.detail
 
 
+def killed_until(times, file):
+    """A program that is killed as if for want of memory, so many times."""
+    return f"""
+import os, pathlib, signal
+file = pathlib.Path({str(file)!r})
+tried = len(file.read_text()) if file.exists() else 0
+file.write_text("x" * (tried + 1))
+if tried < {times}:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_preflight_that_somebody_killed_is_tried_again(layout, tmp_path):
+    program = killed_until(stage.PREFLIGHT_TRIES - 1, tmp_path / "tried") + PREFLIGHT
+    assert preflight(layout, tmp_path, program) == stage.Preflight(ok=True)
+
+
+def test_a_preflight_that_is_always_killed_is_a_refusal(layout, tmp_path):
+    found = preflight(layout, tmp_path, killed_until(99, tmp_path / "tried") + PREFLIGHT)
+    assert (found.ok, found.reason) == (False, Reason.PREFLIGHT)
+    assert "exit -9" in found.detail
+    assert len((tmp_path / "tried").read_text()) == stage.PREFLIGHT_TRIES
+
+
 def test_a_version_without_an_agent_is_a_refusal(layout, tmp_path, downloaded):
     found = stage.preflight(layout, "9.9.9-aaaaaaaaaaaa", downloaded.facts)
     assert (found.ok, found.reason) == (False, Reason.PREFLIGHT)
