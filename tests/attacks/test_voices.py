@@ -19,7 +19,15 @@ from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
 from release_server import auth
 from tests.http_origin import Origin, Status
-from tests.release_server.conftest import app, clock, config, data, sessions, template  # noqa: F401 - fixtures
+from tests.release_server.conftest import (  # noqa: F401 - fixtures
+    app,
+    clock,
+    config,
+    data,
+    database_url,
+    sessions,
+    template,
+)
 from tests.release_server.fleet_world import World
 from tests.repository_simulator import RepositorySimulator
 from updater import install, report
