@@ -23,7 +23,8 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 	@$(BIN)/relfleet demo $(ARGS)
 
 # Long stories with many real processes, and suites with a command of their own; `make test-long` runs them.
-LONG := tests/attacks tests/conformance $(addprefix tests/integration/test_,ceremonies.py demo.py release_files.py) \
+LONG := tests/attacks tests/conformance $(addprefix tests/integration/test_,ceremonies.py demo.py kills.py outages.py \
+	release_files.py rollouts.py) \
 	$(addprefix tests/release_server/test_,nginx.py tls.py)
 
 test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/updater -k resume']
