@@ -23,6 +23,7 @@ from sqlalchemy.exc import OperationalError
 from agent_core import clock, slots
 from agent_core.archive import stored_zip
 from agent_core.bundle import Index, host_platforms, pack, unpack
+from agent_core.errors import UnreachableError
 from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
 from agent_core.slots import Record
@@ -586,7 +587,10 @@ class Host:
         """Wait until the server's view of this agent has these values."""
 
         def seen() -> dict[str, Any] | None:
-            found = self.seen_by_server()
+            try:
+                found = self.seen_by_server()
+            except UnreachableError:  # 503 while another writes: it says to try again
+                return None
             return found if all(found[key] == value for key, value in wanted.items()) else None
 
         found: dict[str, Any] = until(f"the server to see {self.name} as {wanted}", seen)
