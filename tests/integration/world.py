@@ -23,7 +23,6 @@ from sqlalchemy.exc import OperationalError
 from agent_core import clock, slots
 from agent_core.archive import stored_zip
 from agent_core.bundle import Index, host_platforms, pack, unpack
-from agent_core.errors import UnreachableError
 from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
 from agent_core.slots import Record
@@ -276,6 +275,8 @@ class World:
 
         def is_stopped_between_transactions() -> bool:
             worker.suspend()
+            # A signal is only sent: until it is taken, a system call may still get the database's lock.
+            until("the jobs process to stand still", lambda: worker.status() == psutil.STATUS_STOPPED)
             if self._can_write():
                 return True
             worker.resume()
@@ -587,10 +588,7 @@ class Host:
         """Wait until the server's view of this agent has these values."""
 
         def seen() -> dict[str, Any] | None:
-            try:
-                found = self.seen_by_server()
-            except UnreachableError:  # 503 while another writes: it says to try again
-                return None
+            found = self.seen_by_server()
             return found if all(found[key] == value for key, value in wanted.items()) else None
 
         found: dict[str, Any] = until(f"the server to see {self.name} as {wanted}", seen)
