@@ -18,10 +18,10 @@ from release_server.publish.commands.operate import (
     client,
     confirm_reach,
     entries,
-    given,
     product,
     reason_option,
 )
+from release_server.publish.words import given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

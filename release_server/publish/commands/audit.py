@@ -12,7 +12,14 @@ from agent_core import clock, console
 from agent_core.errors import MalformedError, UnreachableError
 from release_server import audit_chain
 from release_server.audit_chain import Head
-from release_server.publish.commands.operate import PAST, SECONDS, Words, client, entries, given
+from release_server.publish.commands.operate import (
+    PAST,
+    SECONDS,
+    Words,
+    client,
+    entries,
+)
+from release_server.publish.words import given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

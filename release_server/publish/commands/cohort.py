@@ -10,18 +10,16 @@ import click
 from agent_core import clock, console
 from release_server.publish import render
 from release_server.publish.commands.operate import (
-    ALWAYS,
     LEASE,
     MOMENT,
-    NONE,
     SECONDS,
     WINDOW,
     client,
     confirm_reach,
-    given,
     product,
     reason_option,
 )
+from release_server.publish.words import ALWAYS, NONE, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,14 +17,12 @@ from release_server.publish.commands.operate import (
     ROLLOUT,
     SECONDS,
     STEPS,
-    Amount,
-    Step,
     client,
     confirm_reach,
-    given,
     product,
     reason_option,
 )
+from release_server.publish.words import Amount, Step, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

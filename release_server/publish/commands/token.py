@@ -11,7 +11,8 @@ import click
 from agent_core import clock, console
 from agent_core.errors import ConflictError
 from release_server.publish import profile, render
-from release_server.publish.commands.operate import LABELS, SECONDS, client, given
+from release_server.publish.commands.operate import LABELS, SECONDS, client
+from release_server.publish.words import given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -29,11 +29,11 @@ from agent_core import clock
 from agent_core.errors import Exit
 from release_server import audit_chain
 from release_server.audit_chain import Head
+from release_server.publish import words
 from release_server.publish.cli import main
 from release_server.publish.commands import agents as agents_commands
-from release_server.publish.commands import operate
 from release_server.publish.commands import rollout as rollout_commands
-from release_server.publish.commands.operate import Amount
+from release_server.publish.words import Amount
 
 if TYPE_CHECKING:
     import pydantic
@@ -909,7 +909,7 @@ def test_words_that_are_off_are_told_and_nothing_is_asked_of_the_server(
     ],
 )
 def test_amounts(text: str, amount: Amount) -> None:
-    assert operate.amount(text) == amount
+    assert words.amount(text) == amount
 
 
 @pytest.mark.parametrize(
@@ -923,7 +923,7 @@ def test_amounts(text: str, amount: Amount) -> None:
     ],
 )
 def test_days(text: str, days: list[str]) -> None:
-    assert operate.days(text) == days
+    assert words.days(text) == days
 
 
 @pytest.mark.parametrize(
@@ -940,11 +940,11 @@ def test_days(text: str, days: list[str]) -> None:
 )
 def test_a_window_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not|not acceptable"):
-        operate.window(text)
+        words.window(text)
 
 
 def test_since_counts_back_from_now() -> None:
-    assert 7_199 <= (clock.now() - clock.parse_iso(operate.past_moment("2h"))).total_seconds() <= 7_202
+    assert 7_199 <= (clock.now() - clock.parse_iso(words.past_moment("2h"))).total_seconds() <= 7_202
 
 
 # --- what is printed -------------------------------------------------------------------------------------
@@ -1168,8 +1168,8 @@ def test_on_a_terminal_a_watch_draws_and_exits_by_health(fleet: Fleet) -> None:
     fleet.on("GET", "/rollouts/31", rollout_of(), HALTED)
     code, shown = on_terminal(["rollout", "status", "r-31", "--watch", "--every", "0s"], b"")
     assert code == Exit.HALTED
-    for words in ("━", "1 agent", "2/20 healthy", "max-failed"):
-        assert words in shown
+    for said in ("━", "1 agent", "2/20 healthy", "max-failed"):
+        assert said in shown
 
 
 # --- the audit log ---------------------------------------------------------------------------------------

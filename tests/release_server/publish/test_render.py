@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from agent_core.console import duration_s
-from release_server.publish import render
-from release_server.publish.commands import operate
+from release_server.publish import render, words
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
@@ -176,7 +175,7 @@ def test_an_agent_shows_the_operators_labels_over_its_own_and_its_history() -> N
         ],
     }
     shown = render.agent_view(agent, NOW)
-    for words in (
+    for said in (
         "region=eu,tier=db",
         "eu-web (moved here)",
         "held, held on the host",
@@ -184,7 +183,7 @@ def test_an_agent_shows_the_operators_labels_over_its_own_and_its_history() -> N
         "42 s ago",
         "rolled_back",
     ):
-        assert words in shown
+        assert said in shown
     assert "retired" not in shown
     assert "retired" in render.agent_view(agent | {"retired_at": "2026-01-31T11:00:00Z"}, NOW)
     assert "web-17" in render.agent_table([agent], NOW)
@@ -210,7 +209,7 @@ def test_what_holds_a_cohort(cohort: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("text", ["always", "fri,sat 22:00-04:00 Europe/Berlin"])
 def test_a_window_is_shown_as_the_option_takes_it(text: str) -> None:
-    said = operate.window(text)
+    said = words.window(text)
     shown = render.cohort_view({"name": "eu-web", "window": said if isinstance(said, dict) else None})
     assert f"window    {text}\n" in shown
 
@@ -311,7 +310,7 @@ def test_on_a_terminal_a_watch_draws_a_bar_for_each_stage_and_the_counters() -> 
     with render.RolloutView(terminal) as view:
         view.show(rollout(), "the server does not answer")
     shown = screen.getvalue()
-    for words in (
+    for said in (
         "r-31",
         "1.4.2 → 1.5.0",
         "━",
@@ -321,7 +320,7 @@ def test_on_a_terminal_a_watch_draws_a_bar_for_each_stage_and_the_counters() -> 
         "1 rolled back",
         "not answer",
     ):
-        assert words in shown
+        assert said in shown
 
 
 @pytest.mark.parametrize("state", ["completed", "aborted", "paused", "running", "superseded"])
