@@ -78,6 +78,7 @@ def _register(app: OpenAPI) -> None:
         audit,
         cohorts,
         people,
+        plans,
         proposals,
         releases,
         rollouts,
@@ -86,7 +87,7 @@ def _register(app: OpenAPI) -> None:
         uploads,
     )
 
-    parts = (people, trust, uploads, releases, proposals, tokens, audit, agents, cohorts, rollouts)
+    parts = (people, trust, uploads, releases, proposals, tokens, audit, agents, cohorts, plans, rollouts)
     for module in parts:
         app.register_api(module.blueprint)
     app.register_blueprint(dashboard.blueprint)

@@ -34,12 +34,22 @@ def refuse_stale(what: str, edition: str) -> None:
         ConflictError: `stale`.
     """
     if "If-Match" in request.headers and not request.if_match.contains(edition):
-        raise ConflictError(
-            f"{what} was changed meanwhile",
-            why=f"its edition is {edition} by now, not the one that was looked at",
-            then="look at it and ask again",
-            reason=STALE,
-        )
+        raise _stale(what, edition)
+
+
+def refuse_other(what: str, edition: str, seen: str) -> None:
+    """The same for what a body says to have seen, where one request is about several things."""
+    if seen != edition:
+        raise _stale(what, edition)
+
+
+def _stale(what: str, edition: str) -> ConflictError:
+    return ConflictError(
+        f"{what} was changed meanwhile",
+        why=f"its edition is {edition} by now, not the one that was looked at",
+        then="look at it and ask again",
+        reason=STALE,
+    )
 
 
 def tagged(

@@ -44,20 +44,6 @@ class Because(Shape):
 # --- cohorts ---------------------------------------------------------------------------------------------
 
 
-class NewCohort(Because):
-    product: str = Field(pattern=NAME_FORM)
-    name: str = Field(pattern=NAME_FORM)
-    match: str = Field("", max_length=4000)
-    priority: int = Field(0, ge=-(10**6), le=10**6)
-    release: str | None = Field(None, pattern=VERSION_FORM)
-    poll_s: int = Field(60, ge=1, le=DAY_S)
-    report_s: int = Field(300, ge=1, le=DAY_S)
-    splay_s: int = Field(0, ge=0, le=7 * DAY_S)
-    window: dict[str, Any] | None = Field(None, max_length=8)
-    approval: bool = False
-    lease: dict[str, Any] | None = Field(None, max_length=8)
-
-
 class CohortChange(Because):
     match: str = Field("", max_length=4000)
     priority: int = Field(0, ge=-(10**6), le=10**6)
@@ -67,6 +53,12 @@ class CohortChange(Because):
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
     lease: dict[str, Any] | None = Field(None, max_length=8)
+
+
+class NewCohort(CohortChange):
+    product: str = Field(pattern=NAME_FORM)
+    name: str = Field(pattern=NAME_FORM)
+    release: str | None = Field(None, pattern=VERSION_FORM)
 
 
 class Pin(Because):

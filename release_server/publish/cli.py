@@ -33,6 +33,8 @@ COMMANDS = {
     "cohort": (f"{HERE}.cohort:cohort", "Name sets of agents and say what holds them."),
     "rollout": (f"{HERE}.rollout:rollout", "Take a release through a cohort, step by step."),
     "agents": (f"{HERE}.agents:agents", "See what agents run, and why."),
+    "diff": (f"{HERE}.fleet:diff", "Say what a fleet file would change."),
+    "apply": (f"{HERE}.fleet:apply", "Make cohorts, pins and freezes as a fleet file says."),
     "token": (f"{HERE}.token:token", "Make, list and revoke tokens."),
     "audit": (f"{HERE}.audit:audit", "Who did what, and when."),
     "completion": ("agent_core.console:completion", "Print a completion script for a shell."),

@@ -65,6 +65,22 @@ def test_a_revocation_says_who_runs_the_version_and_what_to_type(ada):
     assert ada.json("policy", "show")["revoked"] == []
 
 
+def test_a_fleet_file_says_what_release_keys_have_to_sign_and_signs_nothing(ada, tmp_path):
+    file = tmp_path / "fleet.toml"
+    file.write_text('[policy]\nfloor = "1.1.0"\nrevoked = ["1.0.0"]\n')
+    wanted = ["release policy set --floor 1.1.0", "release policy revoke 1.0.0"]
+    assert ada.json("diff", "-f", file)["policy"] == wanted
+    assert ada("diff", "-f", file, "--detailed-exitcode")[0] == 10
+    code, _, said = ada("apply", "-f", file, "--yes")
+    assert (code, wanted[0] in said) == (Exit.UNREACHABLE, True)
+    assert ada.json("policy", "show")["floor"] is None
+    assert ada("policy", "set", "--floor", "1.1.0", "--yes")[0] == Exit.DONE
+    assert ada("policy", "revoke", "1.0.0", "--yes")[0] == Exit.DONE
+    assert ada("apply", "-f", file)[0] == Exit.DONE
+    file.write_text("[policy]\n")
+    assert ada.json("diff", "-f", file)["policy"] == ["release policy revoke --undo 1.0.0"]
+
+
 def test_a_policy_names_only_published_versions(ada):
     for words in (("set", "--floor", "9.9"), ("revoke", "9.9")):
         assert ada("policy", *words, "--yes")[0] == Exit.NOT_FOUND
