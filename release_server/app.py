@@ -12,6 +12,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from agent_core import clock as wall
 from release_server.api import PREFIX, Services, contract, problems
+from release_server.auth import COOKIE
 from release_server.blobs import Blobs
 from release_server.config import COUNTERS_VARIABLE, Config, data_directory
 from release_server.database import Sessions, make_engine
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
     from flask import Flask
 
-BEARER: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    from release_server.signin.provider import Provider
+
+SECURITY_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "session": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+}
 
 
 class Documented(OpenAPI):
@@ -36,7 +42,8 @@ class Documented(OpenAPI):
 
 
 def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> Flask:
-    """Make the application of one data directory. It holds no key and opens nothing before a request.
+    """Make the application of one data directory. It holds no key, and opens nothing before a request
+    but the secret that the sign-in provider knows it by.
 
     Args:
         config: the settings.
@@ -48,7 +55,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
     app = Documented(
         "release_server",
         info=Info(title="relfleet", version=version()),
-        security_schemes=BEARER,
+        security_schemes=SECURITY_SCHEMES,
         doc_prefix=PREFIX,
         doc_url="/openapi.json",
         validation_error_callback=problems.answer_invalid,
@@ -60,6 +67,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
         sessions=Sessions(make_engine(config.database_url)),
         blobs=Blobs(config.blobs, config.uploads),
         clock=clock,
+        provider=_provider(config),
     )
     problems.install(app)
     _register(app)
@@ -69,6 +77,14 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
         near = config.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=near, x_proto=near, x_host=near)  # type: ignore[method-assign]
     return app
+
+
+def _provider(config: Config) -> Provider | None:
+    if config.oidc is None:
+        return None
+    from release_server.signin.provider import Provider  # its libraries are loaded where it is used alone
+
+    return Provider(config.oidc)
 
 
 def _register(app: OpenAPI) -> None:
@@ -82,15 +98,31 @@ def _register(app: OpenAPI) -> None:
         proposals,
         releases,
         rollouts,
+        sessions,
         tokens,
         trust,
         uploads,
     )
+    from release_server.dashboard import signin
 
-    parts = (people, trust, uploads, releases, proposals, tokens, audit, agents, cohorts, plans, rollouts)
+    parts = (
+        people,
+        trust,
+        uploads,
+        releases,
+        proposals,
+        tokens,
+        sessions,
+        audit,
+        agents,
+        cohorts,
+        plans,
+        rollouts,
+    )
     for module in parts:
         app.register_api(module.blueprint)
     app.register_blueprint(dashboard.blueprint)
+    app.register_blueprint(signin.blueprint)
 
 
 def wsgi() -> Flask:

@@ -1,4 +1,4 @@
-"""Who speaks to the API: bearer tokens, kept as hashes, each with one role."""
+"""Who speaks to the API: bearer tokens, kept as hashes, each with one role, and the page's sessions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from agent_core.errors import NotAllowedError, NotFoundError, UsageError
 from release_server import audit
 from release_server.api import services
 from release_server.models import Token
+from release_server.signin import sessions
+from release_server.signin.settings import origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +28,18 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+    from release_server.api import Services
+    from release_server.signin.settings import Oidc
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 PREFIX = "rft_"
 """Lets scanners find a token that was committed by mistake."""
 TOUCH_EVERY = timedelta(minutes=1)
+COOKIE = "__Host-relfleet"
+"""Of the page's session. The prefix has browsers refuse it from other hosts, paths and plain HTTP."""
+READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Role(StrEnum):
@@ -47,10 +55,11 @@ MAY_READ = frozenset({Role.READER, Role.RELEASER, Role.OPERATOR})
 
 @dataclass(frozen=True)
 class Person:
-    """Who a token speaks for.
+    """Who a token or a session speaks for.
 
     Attributes:
         token_id: the token's row; enrolments use one up, deeds are audited under `name`.
+        session_id: the row of the session, where there is no token.
         product: the only product the token is good for, or None for all.
         touch_due: the note of its last use is older than a minute.
     """
@@ -58,6 +67,7 @@ class Person:
     name: str
     role: Role
     token_id: int = 0
+    session_id: int = 0
     product: str | None = None
     touch_due: bool = False
 
@@ -177,8 +187,21 @@ def check_token(session: Session, text: str, now: datetime) -> Person:
     )
 
 
+def check_session(session: Session, secret: str, oidc: Oidc | None, now: datetime) -> Person:
+    """Say whom a session speaks for, which is a person as one with a token is.
+
+    Raises:
+        NotAllowedError: a reason `session-…`.
+    """
+    row, rule = sessions.check(session, secret, oidc, now)
+    return Person(row.name, Role(rule.role), session_id=row.id, touch_due=sessions.is_touch_due(row, now))
+
+
 def touch(session: Session, person: Person, now: datetime) -> None:
-    """Note that a token was used; callers do so at most once a minute, see `Person.touch_due`."""
+    """Note that a token or session was used; callers do so at most once a minute, see `Person.touch_due`."""
+    if person.session_id:
+        sessions.touch(session, person.session_id, now)
+        return
     session.execute(update(Token).where(Token.id == person.token_id).values(used_at=now))
 
 
@@ -217,6 +240,30 @@ def bearer() -> str:
     return text.strip()
 
 
+def cookie() -> str:
+    """The secret of the page's session that this request carries; empty for none."""
+    return request.cookies.get(COOKIE, "")
+
+
+def check_origin(oidc: Oidc) -> None:
+    """Refuse a change that a browser sends with its cookie, but not from this server's own page.
+
+    Browsers say where a request that is no GET comes from, and no page can say it otherwise. One that says
+    nothing is refused too.
+
+    Raises:
+        NotAllowedError: `cross-site`.
+    """
+    if request.method in READS or request.headers.get("Origin") == origin_of(oidc.site):
+        return
+    raise NotAllowedError(
+        "another page asked for this",
+        why="the request carries a session, and its Origin is not this server's",
+        then=f"use the page at {oidc.site}, or a token",
+        reason="cross-site",
+    )
+
+
 def requires(*roles: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a view answer only those whose token has one of these roles, and put them into `g.person`.
 
@@ -236,15 +283,31 @@ def requires(*roles: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def whoever(hub: Services, now: datetime) -> Person:
+    """Who sent this request, by its token, or where it has none by its session.
+
+    Raises:
+        NotAllowedError: nobody who is known, or `cross-site`.
+    """
+    oidc, secret = hub.config.oidc, cookie()
+    by_session = bool(secret) and "Authorization" not in request.headers
+    with hub.limits.counting_strangers(request.remote_addr, now), hub.sessions.read() as session:
+        if not by_session:
+            return check_token(session, bearer(), now)
+        person = check_session(session, secret, oidc, now)
+    if oidc is not None:
+        check_origin(oidc)
+    return person
+
+
 def _admit(roles: Sequence[str]) -> Person:
     hub = services()
     now = hub.clock()
-    with hub.limits.counting_strangers(request.remote_addr, now), hub.sessions.read() as session:
-        person = check_token(session, bearer(), now)
+    person = whoever(hub, now)
     if not person.may(*roles):
         raise NotAllowedError(
             f"{person.name} may not do this",
-            why=f"it needs the role {' or '.join(roles)}, the token has {person.role}",
+            why=f"it needs the role {' or '.join(roles)}, and yours is {person.role}",
             reason="scope",
         )
     if person.touch_due:

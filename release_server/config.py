@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_core.errors import NotFoundError, SettingsError
 from agent_core.settings import Setting, Settings, Table
+from release_server.signin import settings as signin
+from release_server.signin.settings import Oidc
 from release_server.tls import Pair
 
 if TYPE_CHECKING:
@@ -112,6 +115,7 @@ TABLE = Table(
             high=2**30,
         ),
         Setting("limits.upload", int, 4 * 2**30, "largest bundle", "bytes", low=1024, high=2**40),
+        *signin.TABLE,
     ]
 )
 
@@ -162,6 +166,7 @@ class Config:
             raise SettingsError(
                 "metrics.networks cannot be used", why=str(error), then="write `127.0.0.1` or `10.1.0.0/16`"
             ) from error
+        _ = config.oidc
         if bool(config.settings["server.tls_cert"]) != bool(config.settings["server.tls_key"]):
             raise SettingsError(
                 "server.tls_cert and server.tls_key go together",
@@ -274,6 +279,11 @@ class Config:
     @property
     def metrics_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
         return tuple(ip_network(text) for text in self.settings["metrics.networks"])
+
+    @cached_property
+    def oidc(self) -> Oidc | None:
+        """With whom people sign in at the page; None: they use tokens."""
+        return Oidc.of(self.settings, self.data, self.url)
 
     @property
     def head_timeout_s(self) -> float:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RATE_LIMITED = "rate-limited"
 """The reason that the API answers with 429."""
-STRANGERS = frozenset({"not-signed-in", "token-unknown"})
+STRANGERS = frozenset({"not-signed-in", "token-unknown", "session-unknown"})
 """Refusals of callers who are nobody yet: these alone are counted by address."""
 MOST = 10_000
 """Callers remembered by each limit; the ones that asked longest ago are forgotten first."""
@@ -54,13 +54,28 @@ class Limit:
         """
         at = now.timestamp()
         with self._lock:
-            left, before = self._left.pop(caller, (float(self.burst), at))
-            left = min(self.burst, left + max(0.0, at - before) * self.rate_s)
+            left = self._now(caller, at)
+            self._left.pop(caller, None)
             self._left[caller] = (left - 1 if left >= 1 else left, at)
             while len(self._left) > MOST:
                 self._left.popitem(last=False)
         if left < 1:
             raise _too_many((1 - left) / self.rate_s)
+
+    def look(self, caller: str, now: datetime) -> None:
+        """Refuse as `take` would, and count nothing.
+
+        Raises:
+            UnreachableError: `rate-limited`.
+        """
+        with self._lock:
+            left = self._now(caller, now.timestamp())
+        if left < 1:
+            raise _too_many((1 - left) / self.rate_s)
+
+    def _now(self, caller: str, at: float) -> float:
+        left, before = self._left.get(caller, (float(self.burst), at))
+        return min(self.burst, left + max(0.0, at - before) * self.rate_s)
 
 
 class SharedLimit:
@@ -122,12 +137,14 @@ class Limits:
     Attributes:
         enrolments: by enrolment token; five hundred hosts that are imaged at once are let in within a minute.
         hosts: by the public key that is enrolled; a host that tries in a loop waits, its neighbours do not.
+        signins: by whom the provider names; a person who is turned away in a loop keeps no colleague out.
         tokens: by the person who makes, lists or revokes tokens.
         strangers: by address; counts only requests without a token that is known here.
     """
 
     enrolments: SharedLimit = field(default_factory=lambda: SharedLimit("enrolment", 5.0, 300))
     hosts: SharedLimit = field(default_factory=lambda: SharedLimit("host", 0.1, 10))
+    signins: SharedLimit = field(default_factory=lambda: SharedLimit("signin", 0.1, 10))
     tokens: SharedLimit = field(default_factory=lambda: SharedLimit("token", 0.5, 60))
     strangers: Limit = field(default_factory=lambda: Limit(1.0, 60))
 
@@ -145,6 +162,20 @@ class Limits:
         with sessions.write() as session:
             for limit, caller in asked:
                 limit.take(session, caller, now)
+
+    @contextmanager
+    def counting_guesses(self, address: str | None, now: datetime) -> Iterator[None]:
+        """Count each refusal inside by address, and let nobody inside who has had too many.
+
+        Raises:
+            UnreachableError: `rate-limited`.
+        """
+        self.strangers.look(address or "", now)
+        try:
+            yield
+        except NotAllowedError:
+            self.strangers.take(address or "", now)
+            raise
 
     @contextmanager
     def counting_strangers(self, address: str | None, now: datetime) -> Iterator[None]:

@@ -351,6 +351,30 @@ class Token(Base):
     revoked_at: Mapped[datetime | None]
 
 
+class PersonSession(Base):
+    """A person signed in at the page with the provider; only the hash of the cookie is kept.
+
+    `rule` is the line of `oidc.roles` that let the person in: the session is worth what that line says now.
+    `attempt` is the hash of what the sign-in was held together by, so that one makes one session.
+    """
+
+    __tablename__ = "person_sessions"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+    """Rows go, and whoever ends session 7 must not end a later one that was given its number."""
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    issuer: Mapped[str] = mapped_column(String(512))
+    subject: Mapped[str] = mapped_column(String(255))
+    rule: Mapped[str] = mapped_column(String(512))
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    attempt: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    used_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+    ended_at: Mapped[datetime | None]
+    ended_by: Mapped[str] = mapped_column(String(128), default="", server_default="")
+
+
 class RateLimit(Base):
     """When one caller may again ask as if it had never asked, in seconds since 1970; see `limits`."""
 

@@ -274,6 +274,8 @@ class Server:
         """
         if self.config.tls:
             self.config.tls.check()
+        if self.config.oidc:
+            self.config.oidc.check_files()
         with reserve(self.config.host, self.config.port) as held:
             port = int(held.getsockname()[1])
             for number in (signal.SIGTERM, signal.SIGINT):

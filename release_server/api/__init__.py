@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from release_server.blobs import Blobs
     from release_server.config import Config
     from release_server.database import Sessions
+    from release_server.signin.provider import Provider
 
 PREFIX = "/api/v1"
 
 
 @dataclass(frozen=True)
 class Services:
-    """What every view may use; made once an application."""
+    """What every view may use; made once an application.
+
+    Attributes:
+        provider: with whom people sign in at the page; None for tokens only.
+    """
 
     config: Config
     sessions: Sessions
     blobs: Blobs
     clock: Callable[[], datetime]
     limits: Limits = field(default_factory=Limits)
+    provider: Provider | None = None
 
 
 def services() -> Services:

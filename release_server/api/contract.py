@@ -48,6 +48,7 @@ OTHER_SUCCESS = {
     ("put", "/trust/ceremony"): "202",
     ("patch", "/uploads/{sha256}"): "204",
     ("delete", "/tokens/{id}"): "204",
+    ("delete", "/sessions/{id}"): "204",
     ("delete", "/cohorts/{product}/{name}"): "204",
 }
 """Routes whose success is not 200 and that do not declare it themselves."""

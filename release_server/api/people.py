@@ -11,7 +11,7 @@ from flask_openapi3.models.tag import Tag
 from release_server.api import PREFIX
 from release_server.auth import requires
 
-SECURITY: list[dict[str, list[str]]] = [{"bearer": []}]
+SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"session": []}]
 
 blueprint = APIBlueprint("people", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="people")])
 
@@ -19,7 +19,7 @@ blueprint = APIBlueprint("people", __name__, url_prefix=PREFIX, abp_tags=[Tag(na
 @blueprint.get("/whoami", security=SECURITY)
 @requires("reader", "enroller")
 def whoami() -> dict[str, Any]:
-    """Whom the token speaks for."""
+    """Whom the token or session speaks for."""
     return {"name": g.person.name, "role": str(g.person.role)}
 
 

@@ -40,6 +40,11 @@ NOT_SIGNED_IN = frozenset(
         "token-revoked",
         "token-expired",
         "token-used-up",
+        "session-unknown",
+        "session-ended",
+        "session-expired",
+        "session-idle",
+        "session-unmapped",
     }
 )
 """Reasons that another token, or signing in, would cure: 401 instead of 403."""

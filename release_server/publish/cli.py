@@ -36,6 +36,7 @@ COMMANDS = {
     "diff": (f"{HERE}.fleet:diff", "Say what a fleet file would change."),
     "apply": (f"{HERE}.fleet:apply", "Make cohorts, pins and freezes as a fleet file says."),
     "token": (f"{HERE}.token:token", "Make, list and revoke tokens."),
+    "session": (f"{HERE}.session:session", "See who is signed in at the page, and end it."),
     "audit": (f"{HERE}.audit:audit", "Who did what, and when."),
     "completion": ("agent_core.console:completion", "Print a completion script for a shell."),
 }

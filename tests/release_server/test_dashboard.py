@@ -139,8 +139,8 @@ def test_the_page_refers_to_its_own_files_only(elements, client):
         if name in attributes
     ]
     own = [place for place in wanted if not place.startswith("data:image/")]
-    assert own == ["/dashboard/page.css", "/dashboard/page.js"]
-    assert all(client.get(place).status_code == 200 for place in own)
+    assert own == ["/dashboard/page.css", "/dashboard/page.js", "/signin"]
+    assert all(client.get(place).status_code == 200 for place in own if place != "/signin")
     assert "@import" not in STYLE
     assert "url(" not in STYLE
 
@@ -152,7 +152,7 @@ def test_the_script_never_turns_text_into_markup_or_code(word):
 
 def test_the_script_asks_paths_that_the_api_has_and_only_reads(app):
     paths = re.findall(r"""["'`](/api/v1/[^"'`?]+)""", SCRIPT)
-    assert len(set(paths)) == 7
+    assert len(set(paths)) == 8
     routes = app.url_map.bind("localhost")
     for path in paths:
         concrete = re.sub(r"\$\{[^}]*\}", "web-1", path)
@@ -161,7 +161,8 @@ def test_the_script_asks_paths_that_the_api_has_and_only_reads(app):
         except HTTPException as error:
             pytest.fail(f"{path}: {error}")
         assert str(rule).startswith("/api/v1/")
-    assert "method:" not in SCRIPT
+    assert re.findall(r"fetch\([^,]*, \{ method: .*?\}", SCRIPT) == ['fetch("/signout", { method: "POST" }']
+    assert SCRIPT.count("method:") == 1
 
 
 def test_the_api_takes_the_queries_of_the_lists(sign_in):
@@ -208,7 +209,7 @@ if shutil.which("node"):  # the rest of this file needs no JavaScript engine
 
 def test_without_a_token_the_page_loads_and_the_api_refuses(client):
     assert client.get("/").status_code == 200
-    for query in re.findall(r'"(/api/v1/[^"]+)"', SCRIPT):
+    for query in set(re.findall(r'"(/api/v1/[^"]+)"', SCRIPT)) - {"/api/v1/signin"}:
         assert client.get(query).status_code == 401
 
 

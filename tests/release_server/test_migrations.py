@@ -46,7 +46,7 @@ def value_of(column, number):
             return b"\x00\xff"
         case sa.JSON():
             return {"ä": [number, None]}
-    return f"{column.name}-{number}"[: column.type.length]
+    return f"{column.name}-{number:02}"[: column.type.length]
 
 
 def fill(engine, number):

@@ -1,4 +1,5 @@
-// The page operators look at: asks the API every few seconds and shows what it says. It changes nothing.
+// The page operators look at: asks the API every few seconds and shows what it says. It changes nothing
+// but who is signed in at it.
 // Whatever the server says becomes text or an attribute of a known name, never markup.
 
 const EVERY_MS = 5000;
@@ -23,7 +24,7 @@ const URGENCY = ["pending", "failed", "silent", "late", "held", "ok", "gone", "r
 const WORKING = ["offered", "downloading", "staged", "trial"];
 const FAILED = ["failed", "rolled_back", "silent"];
 
-const page = { lists: null, agent: null, now: Date.now(), timer: 0, turn: 0 };
+const page = { open: false, lists: null, agent: null, now: Date.now(), timer: 0, turn: 0 };
 const at = (id) => document.getElementById(id);
 
 // --- small things ------------------------------------------------------------------------------------
@@ -310,20 +311,21 @@ async function showAgent(id) {
 // --- asking ------------------------------------------------------------------------------------------
 
 class Unanswered extends Error {
-  constructor(text, status = 0, retryAfter = 0) {
+  constructor(text, status = 0, retryAfter = 0, reason = "") {
     super(text);
-    Object.assign(this, { status, retryMs: 1000 * (Number(retryAfter) || 0) });
+    Object.assign(this, { status, reason, retryMs: 1000 * (Number(retryAfter) || 0) });
   }
 }
 
 async function refusal(answer) {
   const problem = await answer.json().catch(() => ({}));
   const text = [problem.title, problem.detail].filter(Boolean).join(": ") || `the server answered ${answer.status}`;
-  return new Unanswered(text, answer.status, answer.headers.get("Retry-After"));
+  return new Unanswered(text, answer.status, answer.headers.get("Retry-After"), problem.reason);
 }
 
+// Who signed in with the provider has no token: the browser sends a cookie by itself, which no script can read.
 async function ask(path) {
-  const headers = { Authorization: `Bearer ${tokenNow()}` };
+  const headers = tokenNow() ? { Authorization: `Bearer ${tokenNow()}` } : {};
   const away = () => { throw new Unanswered("the server does not answer; what is shown may be old"); };
   const signal = AbortSignal.timeout(PATIENCE_MS);
   const answer = await fetch(path, { headers, signal, cache: "no-store" }).catch(away);
@@ -356,7 +358,7 @@ async function askAll() {
 // One turn at a time: what an earlier one still learns after a sign-in or sign-out is dropped.
 async function refresh() {
   clearTimeout(page.timer);
-  if (!tokenNow() || document.hidden) return;
+  if (!page.open || document.hidden) return;
   const turn = ++page.turn;
   let pause = EVERY_MS;
   try {
@@ -395,24 +397,47 @@ function takeToken() {
 function signOut(text) {
   sessionStorage.removeItem(KEY);
   clearTimeout(page.timer);
-  Object.assign(page, { lists: null, agent: null, turn: page.turn + 1 });
+  Object.assign(page, { open: false, lists: null, agent: null, turn: page.turn + 1 });
   at("agent").close();
   for (const id of ["fleet", "who"]) at(id).hidden = true;
   for (const id of ["summary", "rollouts", "cohorts", "agents", "audit"]) at(id).replaceChildren();
   at("signin").hidden = false;
   at("token").focus();
   say(text, "");
+  offerProvider();
+}
+
+async function offerProvider() {
+  const { provider } = await ask("/api/v1/signin").catch(() => ({ provider: null }));
+  at("provider").hidden = !provider;
+  if (provider) setText("provider-name", new URL(provider).host);
+}
+
+function open() {
+  page.open = true;
+  at("who").hidden = false;
+  refresh();
 }
 
 async function start() {
   const token = tokenNow();
-  if (!token) return signOut("");
   at("signin").hidden = true;
-  at("who").hidden = false;
   say("Asking the server …", "");
-  refresh();
-  const person = await ask("/api/v1/whoami").catch(() => null);
-  if (token === tokenNow()) at("name").textContent = person ? `${person.name} (${person.role})` : "";
+  if (token) open();
+  const person = await ask("/api/v1/whoami").catch((error) => error);
+  if (token !== tokenNow()) return;
+  const known = !(person instanceof Error);
+  at("name").textContent = known ? `${person.name} (${person.role})` : "";
+  if (token) return;
+  if (known) open();
+  else signOut(person.reason === "not-signed-in" ? "" : person.message);
+}
+
+async function leave() {
+  if (tokenNow()) return signOut("Signed out.");
+  const answer = await fetch("/signout", { method: "POST" }).catch(() => ({ ok: false, status: 0 }));
+  if (answer.ok || answer.status === 401) signOut("Signed out.");
+  else say("Still signed in: the server did not take the sign-out", "bad");
 }
 
 function signIn(event) {
@@ -437,7 +462,7 @@ function useFilter(event) {
 }
 
 at("signin").addEventListener("submit", signIn);
-at("signout").addEventListener("click", () => signOut("Signed out."));
+at("signout").addEventListener("click", leave);
 at("agents").addEventListener("click", openAgent);
 at("summary").addEventListener("click", useFilter);
 at("filter").addEventListener("input", () => page.lists && show());

@@ -17,6 +17,7 @@ OPEN = {
     "GET /api/v1/openapi.json",
     "GET /api/v1/static/x",  # the library's own, and empty
     "GET /api/v1/health",
+    "GET /api/v1/signin",  # whether there is a provider, which /signin says to anybody
     "POST /api/v1/enroll",  # an enrolment token is its scope, checked by the service
     "POST /api/v1/report",  # an agent's key or session
     "POST /api/v1/rotate-key",  # an agent's key
