@@ -16,7 +16,7 @@ from agent_core.errors import DiskError, MalformedError
 from agent_core.late import late_dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BALLAST_LENGTH = 4 << 20
 PRIVATE_MODE = 0o700
@@ -202,18 +202,24 @@ def write_launcher(layout: Layout) -> Path:
     return layout.launcher_file
 
 
-def write_durable(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) -> None:
+def write_durable(
+    path: str | os.PathLike[str],
+    content: bytes,
+    mode: int = 0o644,
+    earn: Callable[[Path], None] | None = None,
+) -> None:
     """Replace a file in one step: after a power cut it has the old bytes or the new, never some of each.
 
     Args:
         path: the file; its directory exists.
         content: all of its bytes.
         mode: its permissions, whatever the umask.
+        earn: told where the new bytes lie, whole and durable, before they take the name; may raise instead.
 
     Raises:
         DiskError: it was not replaced; the old file still stands.
     """
-    _replace(Path(path), content, mode, durable=True)
+    _replace(Path(path), content, mode, durable=True, earn=earn)
 
 
 def write_news(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) -> None:
@@ -225,13 +231,17 @@ def write_news(path: str | os.PathLike[str], content: bytes, mode: int = 0o644) 
     _replace(Path(path), content, mode, durable=False)
 
 
-def _replace(path: Path, content: bytes, mode: int, *, durable: bool) -> None:
+def _replace(
+    path: Path, content: bytes, mode: int, *, durable: bool, earn: Callable[[Path], None] | None = None
+) -> None:
     with _as_disk_error(path):
         with _fresh_beside(path) as (fresh, handle):
             disk.write_all(handle, content)
             disk.fchmod(handle, mode)
             if durable:
                 disk.fsync(handle)
+            if earn:
+                earn(fresh)
             disk.rename(fresh, path)
         if durable:
             disk.fsync_dir(path.parent)

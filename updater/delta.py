@@ -84,7 +84,8 @@ def take(layout: Layout, way: Way, release: Release, index_bytes: bytes, reserve
         tries.note(delta, MOST_TRIES)
         base = (way.base, way.index)
         stage(layout, part, index_bytes, release.facts, delta.sha256, reserve=reserve, base=base)
-        tries.note(delta, 0)
+        with suppress(RelfleetError, OSError):  # the version stands; a note is no reason to fetch it again
+            tries.note(delta, 0)
     except UnreachableError as error:
         return _told(delta, error)
     except Exception as error:  # noqa: BLE001 - whatever it is, the full bundle is there

@@ -87,22 +87,23 @@ def go_back(layout: Layout) -> Change:
     before, after = number_of(layout.launcher_file), number_of(layout.launcher_previous)
     if after is None:
         raise RelfleetError(f"{layout.launcher_previous} is no launcher", reason="self-test")
-    _put(layout, kept, _content(layout.launcher_file))
-    return Change(before, after, changed=True)
+    old = _content(layout.launcher_file)
+    # Wanted first, then the other: the agent can bring that one anew, and this one nobody can.
+    write_durable(layout.launcher_file, kept, MODE, lambda beside: prove(layout, beside))
+    if old is not None:
+        write_durable(layout.launcher_previous, old, MODE)
+    return Change(before, after, changed=kept != old)
 
 
 def _put(layout: Layout, fresh: bytes, old: bytes | None) -> None:
     """Write beside, prove, keep the old one, rename: `launcher.pyz` is always one of the two, whole."""
-    beside = layout.launcher_file.with_name("launcher.new.pyz")
-    try:
-        write_durable(beside, fresh, MODE)
+
+    def earn(beside: Path) -> None:
         prove(layout, beside)
         if old is not None:
             write_durable(layout.launcher_previous, old, MODE)
-        disk.rename(beside, layout.launcher_file)
-        disk.fsync_dir(beside.parent)
-    finally:
-        disk.remove(beside)
+
+    write_durable(layout.launcher_file, fresh, MODE, earn)
 
 
 def _content(file: Path) -> bytes | None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from agent_core import delta as deltas
+from agent_core.archive import stored_zip
 from agent_core.bundle import INDEX_NAME, Index, pack
 from agent_core.slots import digest_of
 from agent_core.wire import ReleaseFacts
 from tests.crash.journal import Directory, File, Tree
-from updater.catalog import Release
+from updater.catalog import Delta, Release
 from updater.transport import Answer, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PRODUCT = "shop"
 BOOTS = 3
@@ -42,15 +44,28 @@ class Bundle:
         return digest_of(self.name)
 
 
+def _files(version: str) -> dict[str, str]:
+    common = f"# {sha256(PRODUCT.encode()).hexdigest()}\n"
+    return {
+        "agent.py": f"VERSION = {version!r}\n",
+        "app/main.py": f"{common}# {version}\n" * 3,
+        "app/empty": "",
+    }
+
+
+def _laid(tree: Path, files: dict[str, str]) -> Path:
+    for path, content in files.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text(content)
+    return tree
+
+
 @cache
 def bundle(version: str) -> Bundle:
     """The release `version`: three files in two directories."""
-    files = {"agent.py": f"VERSION = {version!r}\n", "app/main.py": f"# {version}\n" * 3, "app/empty": ""}
+    files = _files(version)
     with tempfile.TemporaryDirectory() as place:
-        tree = Path(place) / "tree"
-        for path, content in files.items():
-            (tree / path).parent.mkdir(parents=True, exist_ok=True)
-            (tree / path).write_text(content)
+        tree = _laid(Path(place) / "tree", files)
         packed = pack(tree, Path(place) / "archive")
         archive = (Path(place) / "archive").read_bytes()
     index = Index(
@@ -81,20 +96,60 @@ def bundle(version: str) -> Bundle:
     return Bundle(archive, index, index_bytes, release, f"{version}-{facts.index_sha256[:12]}", stands)
 
 
+class Offer(NamedTuple):
+    """A delta as it is published, and the digest of the index that it leads from."""
+
+    delta: Delta
+    base: str
+    content: bytes
+
+
+@cache
+def offer(before: str, version: str, *, spoilt: bool = False) -> Offer:
+    """The delta between two releases; a spoilt one is signed and whole, and makes other bytes than the index lists."""
+    base, goal = bundle(before), bundle(version)
+    files = _files(version)
+    if spoilt:
+        files["app/main.py"] = files["app/main.py"].replace("#", "!")
+    with tempfile.TemporaryDirectory() as place:
+        tree, out = _laid(Path(place) / "tree", files), Path(place) / "delta"
+        made = replace(goal.index, files=pack(tree, Path(place) / "archive"))
+        deltas.make(_laid(Path(place) / "base", _files(before)), base.index, tree, made, out)
+        content = out.read_bytes()
+    path = f"deltas/{PRODUCT}/{before}/{version}/any"
+    signed = Delta(before, path, sha256(content).hexdigest(), len(content))
+    return Offer(signed, base.release.facts.index_sha256, content)
+
+
+def launcher_file(number: int) -> bytes:
+    """What passes for a launcher that can do so much."""
+    return stored_zip({"agent_core/launcher.py": f"LAUNCHER = {number}\n".encode()})
+
+
 class Origin:
     """The server's files without the network, which is not what this tier is about; it honours Range.
 
     Args:
         bundles: what is published.
         ranges: whether it answers 206, or sends the whole file again.
+        offer: a delta that is published too.
+        began: told when its download begins.
     """
 
     PIECES = 3
 
-    def __init__(self, *bundles: Bundle, ranges: bool = True) -> None:
-        self.ranges = ranges
+    def __init__(
+        self,
+        *bundles: Bundle,
+        ranges: bool = True,
+        offer: Offer | None = None,
+        began: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.ranges, self._began = ranges, began
+        self._delta = offer.delta.url if offer else ""
         self.files = {each.release.archive_url: each.archive for each in bundles}
         self.files |= {each.release.index_url: each.index_bytes for each in bundles}
+        self.files |= {offer.delta.url: offer.content} if offer else {}
 
     def get(self, path: str, *, max_length: int) -> Answer:
         return Answer(200, {}, self.files[path][:max_length])
@@ -103,6 +158,8 @@ class Origin:
     def open(
         self, path: str, headers: dict[str, str] | None = None, *, deadline_s: float | None = None
     ) -> Iterator[Stream]:
+        if path == self._delta:
+            self._began()
         content = self.files[path]
         etag = f'"{sha256(content).hexdigest()}"'
         asked = re.fullmatch(r"bytes=(\d+)-", (headers or {}).get("Range", ""))

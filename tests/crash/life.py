@@ -11,29 +11,32 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from agent_core import disk, launcher, slots
+from agent_core.delta import apply
 from agent_core.errors import RelfleetError
 from agent_core.layout import Layout, clear_left_overs
 from agent_core.settings import AGENT, AgentSettings
-from tests.crash.bundles import BOOTS, FLOOR, Bundle, Origin, bundle
-from tests.crash.journal import Journal, Link, Tree
+from tests.crash.bundles import BOOTS, Bundle, Origin
+from tests.crash.journal import Journal, Link
+from tests.crash.script import NEW_LAUNCHER, A, B, BrokenPromise, C, Ledger, P, Script
 from tests.crash.watch import UMASK, Fault, Watch, harvest
-from updater import poll
+from updater import delta, poll
 from updater.decide import Action
+from updater.delta import take
 from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from agent_core.slots import Record
+    from updater.catalog import Delta, Release
 
 AT = "2026-01-01T00:00:00Z"
 DEADMAN_S = 60
@@ -41,11 +44,6 @@ ROUNDS_MOST = 60
 REFUNDS_MOST = 2
 BLOCK = 512
 """Of `st_blocks`, whatever the file system."""
-P, A, B, C = (bundle(version) for version in ("0.9.0", "1.0.0", "1.1.0", "0.8.0"))
-
-
-class BrokenPromise(Exception):
-    """A promise that does not hold; the words say which."""
 
 
 class Became(BaseException):
@@ -54,61 +52,6 @@ class Became(BaseException):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
-
-
-class Ledger(NamedTuple):
-    """What this host has promised so far, whatever happens to its power.
-
-    Attributes:
-        goods: what the record may call good.
-        tries: the candidate that may be started, or nothing.
-        starts: how often it was, since it was armed.
-        refunds: boots it was given back.
-        skipped: bundles that are never to be started again.
-        floor: the highest that was remembered.
-        asked: the operator's command was carried out.
-    """
-
-    goods: frozenset[str] = frozenset()
-    tries: str = ""
-    starts: int = 0
-    refunds: int = 0
-    skipped: frozenset[str] = frozenset()
-    floor: int = 0
-    asked: bool = False
-
-
-INSTALLED = Ledger(goods=frozenset({A.name}), floor=FLOOR)
-
-
-@dataclass(frozen=True)
-class Script:
-    """One story: how the disk is at first, what is published, and how the versions do.
-
-    Attributes:
-        name: of the story.
-        tree: the disk at first.
-        goal: the version that the server wants.
-        good: what the record has to call good in the end.
-        trial: what the candidate does with its trial; it is told the host.
-        operator: what the operator types once, while a good version runs.
-        whole: versions that have to be whole whenever something is started.
-        skipped: bundles that have to be skipped in the end.
-        floor: of the policy.
-    """
-
-    name: str
-    tree: Tree
-    goal: Bundle
-    good: Bundle
-    trial: Callable[[Host], None] | None = None
-    operator: Callable[[Host], None] | None = None
-    preflight: bool = True
-    whole: tuple[Bundle, ...] = (A,)
-    skipped: frozenset[str] = frozenset()
-    floor: int = FLOOR
-    ranges: bool = True
-    ledger: Ledger = INSTALLED
 
 
 class Host:
@@ -133,7 +76,7 @@ class Host:
         self.root, self.script, self.ledger = root, script, ledger
         self.layout = Layout(root)  # type: ignore[arg-type]
         self.device = Device(self.layout, SETTINGS, None)  # type: ignore[arg-type]
-        self.origin = Origin(P, A, B, ranges=script.ranges)
+        self.origin = Origin(P, A, B, ranges=script.ranges, offer=script.offer, began=self._begin_delta)
         tell = (lambda journal: step(journal, self.ledger)) if step else None
         self.watch = Watch(root, harvest(root) if step else {}, tell, fault)
         self.troubles: list[Exception] = []
@@ -184,7 +127,7 @@ class Host:
         self.layout.make()
         if slots.recover(self.root) is not None:
             return True
-        self._promise(goods=frozenset({self.script.good.name}))
+        self.promise(goods=frozenset({self.script.good.name}))
         slots.install_first(self.root, self.fetch(self.script.good))
         return True
 
@@ -203,7 +146,7 @@ class Host:
             raise OSError("the supervisor starts the launcher again")
         raise BrokenPromise(f"the launcher found nothing to start (exit {code})")
 
-    def _record(self) -> Record:
+    def record(self) -> Record:
         """What the record says, for this story's own eyes."""
         with disk.watched_by(None):
             record = slots.read(self.root)
@@ -214,11 +157,11 @@ class Host:
         """A good version at work: operator, update, clean-up; true when nothing is left to do."""
         if self.script.operator and not self.ledger.asked:
             self.script.operator(self)
-            self._promise(asked=True)
+            self.promise(asked=True)
             return False
         if self.script.floor > self.ledger.floor:
             slots.raise_floor(self.root, self.script.floor)
-            self._promise(floor=self.script.floor)
+            self.promise(floor=self.script.floor)
         goal = self.script.goal
         if record.good != goal.name and not slots.skips(record, goal.digest):
             self._upgrade(goal)
@@ -232,51 +175,49 @@ class Host:
         name = self.fetch(goal)
         if not self.script.preflight:
             slots.refuse(self.root, name, "preflight")
-            self._promise(skipped=self.ledger.skipped | {goal.digest})
+            self.promise(skipped=self.ledger.skipped | {goal.digest})
             return
         outcome = Outcome(
             Action.INSTALL, "newer", "", AT, verified=True, candidate=name, boots=BOOTS, deadman_s=DEADMAN_S
         )
         self.device.remember_outcome(outcome)
-        self._promise(tries=name, starts=0, refunds=0)
+        self.promise(tries=name, starts=0, refunds=0)
         slots.begin_trial(self.root, name, BOOTS, DEADMAN_S, floor=self.script.floor)
 
     def fetch(self, goal: Bundle) -> str:
         """The poll's own download and staging."""
-        catalog = SimpleNamespace(delta=lambda *_: None)
+        catalog = SimpleNamespace(delta=self._delta)
         check = poll._Check(self.device, catalog, self.origin, None, None)  # type: ignore[arg-type]
-        name, _ = check._stage(goal.release)
+        with (
+            patch("updater.delta.take", self._take_delta),
+            patch("agent_core.delta.apply", self._apply_delta),
+        ):
+            name, _ = check._stage(goal.release)
         return name
 
-    # --- what a candidate, or an operator, may do -----------------------------------------------------
+    def _delta(self, _release: Release, base: str) -> Delta | None:
+        """What the catalog would find that leads from the version with this index."""
+        offer = self.script.offer
+        return offer.delta if offer and base == offer.base else None
 
-    def commit(self) -> None:
-        record = self._record()
-        self._promise(goods=self.ledger.goods | {record.candidate})
-        slots.commit(self.root, record.candidate)
-        self._promise(goods=frozenset({record.candidate}), tries="")
+    def _take_delta(self, *words: Any) -> str:
+        why = take(*words)
+        if not why:
+            self.promise(begun=0, applied=0)  # it served; should its version give way to others, it may again
+        return why
 
-    def roll_back(self) -> None:
-        record = self._record()
-        slots.roll_back(self.root, "unhealthy")
-        self._promise(skipped=self.ledger.skipped | {slots.digest_of(record.candidate)}, tries="")
+    def _begin_delta(self) -> None:
+        self.promise(begun=self.ledger.begun + 1)
+        if self.ledger.begun > delta.MOST_TRIES:
+            raise BrokenPromise(f"the delta was begun {self.ledger.begun} times")
 
-    def crash(self) -> None:
-        """It ends at once; its boot stays counted."""
+    def _apply_delta(self, *words: Any) -> str:
+        self.promise(applied=self.ledger.applied + 1)
+        if self.ledger.applied > 1:
+            raise BrokenPromise(f"the delta was applied {self.ledger.applied} times")
+        return apply(*words)
 
-    def stop_cleanly(self) -> None:
-        self._promise(refunds=self.ledger.refunds + 1)
-        slots.refund(self.root)
-
-    def go_back(self) -> None:
-        record = self._record()
-        if record.phase == slots.IDLE:
-            self._promise(goods=self.ledger.goods | {record.previous})
-        after = slots.go_back(self.root)
-        skipped = self.ledger.skipped | {slots.digest_of(after.tried)}
-        self._promise(goods=frozenset({after.good}), skipped=skipped, tries="", asked=True)
-
-    def _promise(self, **what: object) -> None:
+    def promise(self, **what: object) -> None:
         self.ledger = self.ledger._replace(**what)
         if self.watch.step:
             self.watch.step(self.watch.journal)
@@ -284,14 +225,15 @@ class Host:
     # --- promises -------------------------------------------------------------------------------------
 
     def _check_what_the_cut_left(self) -> None:
-        """Before anything is recovered: both links are there, and show only what the record has said."""
+        """Before anything is recovered: the links and notes show what the record has said, and a launcher stands."""
         if not self.script.ledger.goods:
             return
+        self._check_launcher()
         links = {slots.link(self.root, name) for name in (slots.CURRENT, slots.PREVIOUS)}
         if "" in links:
             raise BrokenPromise("a link is gone")
         record = slots.read(self.root)
-        if record is not None and not links <= slots.kept(record) | {record.tried}:
+        if record is not None and not links <= slots.kept(record) | {record.tried} | self.ledger.left:
             raise BrokenPromise(f"the links show {sorted(links)}, which the record does not say")
         for note in Path(self.root, "state").glob("*.json"):
             try:
@@ -307,9 +249,11 @@ class Host:
                 when no file can be opened at all, the links are all that the launcher has to go by.
         """
         ledger = self.ledger
+        self._check_launcher()
         if stumbled and (self.watch.is_blind or not self.watch.stays_bad):
             self._check_whole(name)
-            last_resort = ledger.goods | {slots.link(self.root, slots.PREVIOUS)}
+            shown = (slots.CURRENT, slots.PREVIOUS) if self.watch.is_blind else (slots.PREVIOUS,)
+            last_resort = ledger.goods | {slots.link(self.root, name) for name in shown}
             if slots.digest_of(name) in ledger.skipped - {slots.digest_of(each) for each in last_resort}:
                 raise BrokenPromise(f"{name} was started, which is skipped")
             if name not in last_resort | {ledger.tries}:
@@ -325,11 +269,22 @@ class Host:
         for version in {name, *(each.name for each in self.script.whole)}:
             self._check_whole(version)
         if on_trial and name not in ledger.goods:
-            self._promise(starts=ledger.starts + 1)
+            self.promise(starts=ledger.starts + 1)
             most = BOOTS + min(ledger.refunds, REFUNDS_MOST) + min(LIFE.number, slots.REBOOTS_MOST)
             if self.ledger.starts > most:
                 raise BrokenPromise(f"{name} was started {self.ledger.starts} times, {most} were allowed")
         self._check_record()
+
+    def _check_launcher(self) -> None:
+        """There is always one that proved itself, and what may be wanted back is not lost."""
+        found = [
+            file.read_bytes() if file.exists() else b""
+            for file in (self.layout.launcher_file, self.layout.launcher_previous)
+        ]
+        if found[0] not in self.ledger.launchers:
+            raise BrokenPromise("launcher.pyz is none that proved itself")
+        if self.script.kept_launcher not in found:
+            raise BrokenPromise("the launcher before is lost")
 
     def _check_whole(self, name: str) -> None:
         wanted = BY_NAME[name].tree
@@ -349,7 +304,8 @@ class Host:
         skipped = frozenset(entry[0] for entry in record.skip)
         if missing := self.ledger.skipped - skipped:
             raise BrokenPromise(f"{sorted(missing)} are not skipped any more")
-        self.ledger = self.ledger._replace(skipped=skipped, floor=record.floor)
+        left = frozenset() if slots.links_follow(self.root, record) else self.ledger.left
+        self.ledger = self.ledger._replace(skipped=skipped, floor=record.floor, left=left)
 
     def _check_rest(self) -> None:
         record = slots.read(self.root)
@@ -364,6 +320,8 @@ class Host:
         if self.watch.changed != changed:
             raise BrokenPromise("recovering once more changed the disk")
         self._check_nothing_left(record)
+        if self.layout.launcher_file.read_bytes() != self.script.launcher:
+            raise BrokenPromise("in the end launcher.pyz is another one")
         for kept in (self.layout.slots, self.layout.ballast):
             if kept.exists() and (found := kept.stat()).st_blocks * BLOCK < found.st_size:
                 raise BrokenPromise(f"in the end the room of {kept.name} is not taken")
@@ -401,7 +359,8 @@ def fast_motion() -> Iterator[None]:
             patch.object(os, "execve", become),
             patch("updater.stage.secrets.token_hex", lambda _length: f"{LIFE.number}-{next(LIFE.names)}"),
             patch("agent_core.layout._chance", lambda: f"{LIFE.number}-{next(LIFE.names)}"),
-            patch("agent_core.archive.launcher_archive", lambda: b"a launcher"),
+            patch("agent_core.archive.launcher_archive", lambda: NEW_LAUNCHER),
+            patch("updater.launchers.launcher_archive", lambda: NEW_LAUNCHER),
             patch("agent_core.layout.BALLAST_LENGTH", 4096),
             patch("agent_core.launcher.say", lambda _message: None),
             patch("agent_core.slots.REFUNDS_MOST", REFUNDS_MOST),

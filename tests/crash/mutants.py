@@ -145,6 +145,30 @@ MUTANTS = (
         "facts of versions that are gone stay", "updater/poll.py",
         "    device.forget_facts()\n", "", "agent goes back",
     ),
+    Mutant(
+        "a launcher takes the name before it proved itself", "updater/launchers.py",
+        "MODE, earn)", "MODE)\n    earn(layout.launcher_file)", "launcher that proves nothing",
+    ),
+    Mutant(
+        "the launcher before is not kept", "updater/launchers.py",
+        "        if old is not None:\n            write", "        if False:\n            write",
+        "upgrade of the launcher",
+    ),
+    Mutant(
+        "the launcher before is written over first", "updater/launchers.py",
+        "    write_durable(layout.launcher_file, kept,",
+        '    write_durable(layout.launcher_previous, old or b"", MODE)\n'
+        "    write_durable(layout.launcher_file, kept,",
+        "launcher brought back",
+    ),
+    Mutant(
+        "a delta is not counted before it is fetched", "updater/delta.py",
+        "        tries.note(delta, tries.of(delta) + 1)\n", "", "last try of a delta",
+    ),
+    Mutant(
+        "a delta is not counted before it is applied", "updater/delta.py",
+        "        tries.note(delta, MOST_TRIES)\n        base", "        base", "upgrade by a delta",
+    ),
 )  # fmt: skip
 
 

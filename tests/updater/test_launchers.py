@@ -161,6 +161,25 @@ def test_a_cut_at_any_step_leaves_one_of_the_two_launchers_whole(host, monkeypat
     assert host.layout.launcher_file.read_bytes() == fresh
 
 
+def test_a_cut_at_any_step_of_the_way_back_never_loses_the_launcher_that_is_wanted(host, monkeypatch):
+    old, fresh = variant(NUMBER, b"LAUNCHER = 1\n"), launcher_archive()
+    monkeypatch.setattr(launchers, "prove", lambda *_: None)
+    files = (host.layout.launcher_file, host.layout.launcher_previous)
+    for steps in range(200):
+        for file, content in zip(files, (fresh, old), strict=True):
+            file.write_bytes(content)
+        try:
+            with disk.watched_by(Power(steps)):
+                launchers.go_back(host.layout)
+        except Power.CutError:
+            assert old in [file.read_bytes() for file in files]
+            assert files[0].read_bytes() in (old, fresh)
+        else:
+            break
+    assert steps > 10
+    assert [file.read_bytes() for file in files] == [old, fresh]
+
+
 def test_the_self_test_starts_nothing_and_takes_no_lock(host):
     argv = [sys.executable, "-I", "-S", "-B", str(host.layout.launcher_file), "--root", str(host.root)]
     lock = os.open(host.layout.lock, os.O_RDWR)
