@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIERS ?= $(foreach tier,model kill seam,$(if $(wildcard tests/crash/$(tier).py),$(tier)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-postgres attacks crash crash-all mutants fuzz api-fuzz audit check format lock clean
+.PHONY: help setup demo test test-long test-postgres chaos attacks crash crash-all mutants fuzz api-fuzz audit check format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-long: $(READY) ## attacks, TUF conformance, and the longest stories
 test-postgres: $(READY) ## the server's tests on a private PostgreSQL, started from the installed programs
 	@RELFLEET_TEST_DATABASE=postgres $(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile \
 		tests/release_server tests/integration/test_rollouts.py tests/integration/test_outages.py)
+
+chaos: $(READY) ## replicas and their PostgreSQL killed under 300 simulated agents: make chaos [ARGS='--kills 50']
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 attacks: $(READY) ## what a thief and a hostile network try, and what is refused (part of make test-long)
 	@$(BIN)/python -m tests.attacks $(ARGS)

@@ -32,7 +32,7 @@ from release_server.models import (
     RolloutCounter,
     RolloutStatus,
 )
-from release_server.rollout import State
+from release_server.rollout import StageState, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -472,7 +472,10 @@ def _view(agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: 
 
 
 def _newest_rollout_of(cohort_id: ColumnElement[Any]) -> ColumnElement[int]:
-    return select(func.max(Rollout.id)).where(Rollout.cohort_id == cohort_id).scalar_subquery()
+    """The newest that has begun: a draft says nothing yet of how an agent is."""
+    begun = select(func.max(Rollout.id)).join(RolloutStatus, RolloutStatus.rollout_id == Rollout.id)
+    begun = begun.where(RolloutStatus.stage_state != str(StageState.PENDING))
+    return begun.where(Rollout.cohort_id == cohort_id).scalar_subquery()
 
 
 def _is_failed() -> ColumnElement[bool]:

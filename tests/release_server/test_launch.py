@@ -51,6 +51,17 @@ def test_a_draft_offers_nothing_until_it_is_submitted(world):
     assert world.events(rollout) == ["submitted", "started"]
 
 
+def test_an_agent_that_failed_is_failed_until_a_newer_rollout_has_begun(world):
+    host = next(iter(world.hosts.values()))
+    world.finish(host, world.start("1.1.0", ALL), "rolled_back")
+    world.tick(seconds=1)
+    assert world.agent(host.id).state == "failed"
+    draft = world.start("1.2.0", ALL, draft=True, supersede=True)
+    assert world.agent(host.id).state == "failed", "a draft says nothing of how an agent is"
+    world.call(fleet.resume, draft)
+    assert world.agent(host.id).state != "failed"
+
+
 def test_a_draft_leaves_the_rollout_before_alone_until_it_begins(world):
     first = world.start("1.1.0", Stage(count=1), ALL)
     world.call(fleet.pause, first)

@@ -1,0 +1,1 @@
+"""Two replicas of the server on one PostgreSQL, killed at any moment while a fleet is rolled out."""
