@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -10,9 +9,9 @@ from sqlalchemy import func, or_, select, update
 
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import NAME, LeaseTerms, Window
-from release_server import audit, releases
-from release_server.directives import CohortFacts, RolloutFacts, directive_for
-from release_server.membership import is_newest, resettle
+from release_server import audit, freezes, releases
+from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
+from release_server.membership import resettle
 from release_server.models import (
     Agent,
     Cohort,
@@ -27,9 +26,12 @@ from release_server.queries import parse
 from release_server.rollout import FINISHED, StageState, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     from sqlalchemy.orm import Session
+
+    from release_server.freezes import Freeze
 
 # --- finding ---------------------------------------------------------------------------------------------
 
@@ -74,53 +76,13 @@ def status_of(session: Session, cohort_id: int) -> CohortStatus:
     return session.get_one(CohortStatus, cohort_id, populate_existing=True)
 
 
+def freeze_of(spec: CohortSpec, now: datetime) -> Freeze | None:
+    """What freezes a cohort now: a person, or the calendar; and until when all of it does."""
+    return freezes.standing(spec.calendar, now, by_hand=spec.frozen, until=spec.frozen_until)
+
+
 def is_frozen(spec: CohortSpec, now: datetime) -> bool:
-    return spec.frozen and (spec.frozen_until is None or now < spec.frozen_until)
-
-
-@dataclass(frozen=True)
-class View:
-    """A cohort as people see it."""
-
-    cohort: Cohort
-    spec: CohortSpec
-    status: CohortStatus
-    agents: int
-    frozen: bool
-
-
-def list_cohorts(session: Session, now: datetime, product: str | None = None) -> list[View]:
-    """All cohorts, or those of one product, by name."""
-    query = _views()
-    if product is not None:
-        query = query.where(Cohort.product_id == releases.find_product(session, product).id)
-    return [_view(row, now) for row in session.execute(query.order_by(Cohort.product_id, Cohort.name))]
-
-
-def show(session: Session, now: datetime, product: str, name: str) -> View:
-    cohort = find(session, product, name)
-    return _view(session.execute(_views().where(Cohort.id == cohort.id)).one(), now)
-
-
-def _views() -> Any:
-    agents = (
-        select(func.count(Agent.id))
-        .where(Agent.cohort_id == Cohort.id, Agent.retired_at.is_(None))
-        .correlate(Cohort)
-        .scalar_subquery()
-    )
-    return (
-        select(Cohort, CohortSpec, CohortStatus, agents)
-        .join(CohortSpec, CohortSpec.cohort_id == Cohort.id)
-        .join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
-        .where(Cohort.deleted_at.is_(None), is_newest())
-        .execution_options(populate_existing=True)
-    )
-
-
-def _view(row: Any, now: datetime) -> View:
-    cohort, spec, status, agents = row
-    return View(cohort, spec, status, agents, is_frozen(spec, now))
+    return freeze_of(spec, now) is not None
 
 
 # --- what people ask -------------------------------------------------------------------------------------
@@ -142,6 +104,7 @@ def create(
     window: dict[str, Any] | None = None,
     approval: bool = False,
     lease: dict[str, Any] | None = None,
+    calendar: dict[str, str] | None = None,
     reason: str = "",
 ) -> Cohort:
     """Make a cohort; agents whose labels match move into it.
@@ -152,7 +115,7 @@ def create(
 
     Raises:
         ConflictError: the name is taken.
-        UsageError: name, match or window cannot be used.
+        UsageError: name, match, window or calendar cannot be used.
     """
     owner = releases.find_product(session, product)
     if not NAME.fullmatch(name):
@@ -173,6 +136,7 @@ def create(
         retry_epoch=0,
         approval=approval,
         lease=_checked_lease(lease),
+        calendar=_checked_calendar(calendar),
     )
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
@@ -199,7 +163,7 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
     return cohort
 
 
-EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval", "lease")
+EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval", "lease", "calendar")
 
 
 def edit(
@@ -208,16 +172,14 @@ def edit(
     """Write a new revision with some of `EDITABLE` changed.
 
     Raises:
-        UsageError: the match or the window cannot be used.
+        UsageError: match, window or calendar cannot be used.
     """
     cohort = find(session, product, name)
-    if "match" in changes:
-        changes["match"] = _checked_match(changes["match"])
-    if "window" in changes:
-        changes["window"] = _checked_window(changes["window"])
-    if "lease" in changes:
-        changes["lease"] = _checked_lease(changes["lease"])
-    wanted = {key: value for key, value in changes.items() if key in EDITABLE}
+    wanted = {
+        key: CHECKS[key](value) if key in CHECKS else value
+        for key, value in changes.items()
+        if key in EDITABLE
+    }
     _change(session, now, actor, cohort, reason=reason, **wanted)
     if {"match", "priority"} & wanted.keys():
         resettle(session, cohort.product_id)
@@ -331,6 +293,25 @@ def _checked_lease(lease: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if lease is None else LeaseTerms.from_json(lease, "lease").to_json()
 
 
+def _checked_calendar(calendar: dict[str, str] | None) -> dict[str, str]:
+    try:
+        return freezes.check(calendar or {})
+    except ValueError as error:
+        raise UsageError(
+            "the calendar cannot be used",
+            why=str(error),
+            then="for example: year-end=12-20..01-04 Europe/Berlin",
+            reason="bad-calendar",
+        ) from None
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "match": _checked_match,
+    "window": _checked_window,
+    "lease": _checked_lease,
+    "calendar": _checked_calendar,
+}
+"""How each of `EDITABLE` that can be wrong is looked at before it is written."""
 COPIED = (
     "match",
     "priority",
@@ -344,6 +325,7 @@ COPIED = (
     "retry_epoch",
     "approval",
     "lease",
+    "calendar",
 )
 
 
@@ -433,11 +415,19 @@ def refresh_directive(session: Session, now: datetime, cohort: Cohort, base: str
     changed = made != status.directive
     if changed:
         made["revision"] = status.directive_revision + 1
-    due_at = spec.frozen_until if facts.frozen else None
+    due_at = _changes_at(spec, now)
     if not changed and (settled, due_at) == (status.base, status.due_at):
         return False
     _store(session, now, cohort, status, base=settled, made=made, due_at=due_at)
     return changed
+
+
+def _changes_at(spec: CohortSpec, now: datetime) -> datetime | None:
+    """When a freeze ends, or begins by the calendar; one by the calendar without end is looked at daily."""
+    freeze = freeze_of(spec, now)
+    if freeze is None:
+        return freezes.next_beginning(spec.calendar, now)
+    return freeze.until or (now + freezes.DAY if spec.calendar else None)
 
 
 def _store(
@@ -470,7 +460,7 @@ def _store(
 
 
 def refresh_due(session: Session, now: datetime) -> bool:
-    """Make directives anew whose freeze has ended by itself; says whether any changed."""
+    """Make directives anew whose freeze has ended or begun by itself; says whether any changed."""
     due = select(Cohort).join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
     ended = session.scalars(due.where(CohortStatus.due_at <= now, Cohort.deleted_at.is_(None))).all()
     changed = [cohort.id for cohort in ended if refresh_directive(session, now, cohort)]
@@ -488,6 +478,13 @@ def _facts(
         pin_is_older=spec.pin is not None and _is_older(session, cohort, spec.pin, also_agents=True),
         base_is_older=base is not None and _is_older(session, cohort, base),
         frozen=is_frozen(spec, now),
+        pace=pace_of(spec),
+    )
+
+
+def pace_of(spec: CohortSpec) -> Pace:
+    """When and how fast its agents act, by one revision of what people want of a cohort."""
+    return Pace(
         window=None if spec.window is None else Window.from_json(spec.window, "window"),
         lease=None if spec.lease is None else LeaseTerms.from_json(spec.lease, "lease"),
         splay_s=spec.splay_s,

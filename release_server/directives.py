@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """When and how fast a cohort's agents act; a directive says each of these under the same name."""
+
+    window: Window | None = None
+    lease: LeaseTerms | None = None
+    splay_s: int = 0
+    poll_s: int = 60
+    report_s: int = 300
+    retry_epoch: int = 0
+
+
+@dataclass(frozen=True)
 class CohortFacts:
     """What a directive needs of a cohort.
 
@@ -28,12 +40,7 @@ class CohortFacts:
     pin_is_older: bool = False
     base_is_older: bool = False
     frozen: bool = False
-    window: Window | None = None
-    lease: LeaseTerms | None = None
-    splay_s: int = 0
-    poll_s: int = 60
-    report_s: int = 300
-    retry_epoch: int = 0
+    pace: Pace = Pace()
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,7 @@ def directive_for(cohort: CohortFacts, rollout: RolloutFacts | None, revision: i
         revision=revision,
         rollback=word.rollback,
         mode=Mode.SUSPENDED if cohort.frozen else word.mode,
-        window=cohort.window,
-        lease=cohort.lease,
-        splay_s=cohort.splay_s,
-        poll_s=cohort.poll_s,
-        report_s=cohort.report_s,
-        retry_epoch=cohort.retry_epoch,
+        **vars(cohort.pace),
     )
 
 

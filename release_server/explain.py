@@ -56,7 +56,7 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
     known |= {
         "quiet": agents.silent_after(spec.poll_s, spec.report_s),
         "cohort": agent.cohort.name,
-        "wants": why.Held(spec.pin, cohorts.is_frozen(spec, now), spec.frozen_until, spec.reason),
+        "wants": why.Held(spec.pin, cohorts.freeze_of(spec, now), spec.reason),
         "course": _course(session, spec),
         "directive": directive,
         "told_at": status.updated_at,

@@ -221,11 +221,13 @@ def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, b
             then=f"release cohort unpin {cohort.name}",
             reason="pinned",
         )
-    if cohorts.is_frozen(spec, now):
+    freeze = cohorts.freeze_of(spec, now)
+    if freeze is not None:
+        unfreeze = f"release cohort unfreeze {cohort.name}"
         raise ConflictError(
             f"cohort {cohort.name} is frozen",
-            why=spec.reason,
-            then=f"release cohort unfreeze {cohort.name}",
+            why=f"by its calendar: {freeze.by}" if freeze.by else spec.reason,
+            then=f"release cohort edit {cohort.name} --calendar none" if freeze.by else unfreeze,
             reason="frozen",
         )
     if base == version:

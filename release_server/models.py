@@ -128,6 +128,7 @@ class CohortSpec(Base):
     report_s: Mapped[int] = mapped_column(default=300)
     retry_epoch: Mapped[int] = mapped_column(default=0)
     lease: Mapped[dict[str, Any] | None]
+    calendar: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     approval: Mapped[bool] = mapped_column(default=False, server_default=false())
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(Text, default="")

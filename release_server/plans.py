@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from release_server import cohorts
+from release_server import cohort_view, cohorts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ class Step:
 
 def carry_out(
     session: Session, now: datetime, actor: str, product: str, steps: Sequence[Step]
-) -> list[cohorts.View]:
+) -> list[cohort_view.View]:
     """Do every step in its order; whatever is raised ends the transaction, and nothing was done.
 
     Returns:
@@ -48,4 +48,4 @@ def carry_out(
         VERBS[step.verb](session, now, actor, product=product, name=step.cohort, **step.said)
     gone = {step.cohort for step in steps if step.verb == "delete"}
     left = dict.fromkeys(step.cohort for step in steps if step.cohort not in gone)
-    return [cohorts.show(session, now, product, name) for name in left]
+    return [cohort_view.show(session, now, product, name) for name in left]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from agent_core.wire import Directive
+    from release_server.freezes import Freeze
     from release_server.stages import Stage
 
 UNREMARKABLE = frozenset(
@@ -82,8 +83,7 @@ class Held:
     """What people want of the agent's cohort; `reason` is theirs, for the pin or the freeze."""
 
     pin: str | None = None
-    frozen: bool = False
-    until: datetime | None = None
+    freeze: Freeze | None = None
     reason: str = ""
 
 
@@ -269,11 +269,8 @@ def _word(facts: Facts, told: Assignment, now: datetime) -> Iterator[Link]:
 def _suspended(facts: Facts, *, ok: bool) -> Link:
     """Who stopped the cohort; `ok`: a host that has nothing at all still gets what the cohort is on."""
     says, course = Reason.SUSPENDED, facts.course
-    if facts.wants.frozen:
-        until = f" until {facts.wants.until:%Y-%m-%d %H:%M} UTC" if facts.wants.until else ""
-        text = f"cohort {facts.cohort} is frozen{until}: {facts.wants.reason}".rstrip(": ")
-        then = f"release cohort unfreeze {facts.cohort}"
-        return Link(ok, "frozen", text, "" if ok else then, facts.wants.until, says)
+    if facts.wants.freeze is not None:
+        return _frozen(facts, facts.wants.freeze, ok=ok)
     if course is not None and course.state is State.PAUSED:
         because = ": ".join(filter(None, (course.reason, course.detail)))
         text = f"rollout {course.name} is paused ({because})"
@@ -283,6 +280,17 @@ def _suspended(facts: Facts, *, ok: bool) -> Link:
         text = f"rollout {course.name} was {course.state}"
         return Link(ok, str(course.state), text, "" if ok else "release rollout start", says=says)
     return Link(ok, str(says), f"cohort {facts.cohort} takes nothing new for now", says=says)
+
+
+def _frozen(facts: Facts, freeze: Freeze, *, ok: bool) -> Link:
+    until = f" until {freeze.until:%Y-%m-%d %H:%M} UTC" if freeze.until else ""
+    because = f"by the calendar ({freeze.by})" if freeze.by else facts.wants.reason
+    text = f"cohort {facts.cohort} is frozen{until}: {because}".rstrip(": ")
+    then = f"release cohort unfreeze {facts.cohort}"
+    if freeze.by:
+        then = f"release cohort edit {facts.cohort} --calendar none"
+    seen = {"by": freeze.by} if freeze.by else {}
+    return Link(ok, "frozen", text, "" if ok else then, freeze.until, Reason.SUSPENDED, seen)
 
 
 def _not_yet(facts: Facts, now: datetime) -> Link:

@@ -8,7 +8,7 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from release_server import cohorts
+from release_server import cohort_view, cohorts
 from release_server import preview as whom
 from release_server.api import PREFIX, editions, services
 from release_server.api.fleet_schemas import (
@@ -51,12 +51,12 @@ def _change(path: CohortPath, service: Callable[..., Any], **said: Any) -> Answe
 
 
 def _refuse_stale(session: Session, now: datetime, path: CohortPath) -> None:
-    view = cohorts.show(session, now, path.product, path.name)
+    view = cohort_view.show(session, now, path.product, path.name)
     editions.refuse_stale(f"cohort {path.name}", editions.of_cohort(view))
 
 
 def _show(session: Session, now: datetime, product: str, name: str, status: int = 200) -> Answer:
-    view = cohorts.show(session, now, product, name)
+    view = cohort_view.show(session, now, product, name)
     return editions.tagged(render_cohort(view), editions.of_cohort(view), status)
 
 
@@ -66,7 +66,7 @@ def list_cohorts(query: ProductQuery) -> dict[str, Any]:
     """Cohorts with what people want of them and what is so."""
     hub = services()
     with hub.sessions.read() as session:
-        found = cohorts.list_cohorts(session, hub.clock(), query.product)
+        found = cohort_view.list_cohorts(session, hub.clock(), query.product)
         return {"items": [render_cohort(view) for view in found]}
 
 

@@ -9,13 +9,13 @@ from flask import request
 from agent_core.errors import ConflictError
 
 if TYPE_CHECKING:
-    from release_server import cohorts, rollout_view
+    from release_server import cohort_view, rollout_view
 
 STALE = "stale"
 """The reason that the API answers with 412."""
 
 
-def of_cohort(view: cohorts.View) -> str:
+def of_cohort(view: cohort_view.View) -> str:
     """Grows with everything that people ask of a cohort."""
     return str(view.spec.revision)
 

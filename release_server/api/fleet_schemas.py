@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
-from release_server import fleet, membership
+from release_server import fleet, freezes, membership
 from release_server.sequential import FALSE_HALT_BP
 from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
 from release_server.terms import WATCH_S, Terms
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
-    from release_server import agents, cohorts, preview, rollout_view
+    from release_server import agents, cohort_view, preview, rollout_view
     from release_server.models import AgentEvent, RolloutEvent
 
 NAME_FORM = f"^{NAME.pattern}$"
@@ -53,6 +53,7 @@ class CohortChange(Because):
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
     lease: dict[str, Any] | None = Field(None, max_length=8)
+    calendar: dict[Label, Label] = Field(default_factory=dict, max_length=freezes.MOST_ENTRIES)
 
 
 class NewCohort(CohortChange):
@@ -98,7 +99,7 @@ def moment(text: str | None, key: str) -> datetime | None:
         raise MalformedError(f"{key} is not a time", why="it must look like 2026-01-31T12:00:00Z") from None
 
 
-def render_cohort(view: cohorts.View) -> dict[str, Any]:
+def render_cohort(view: cohort_view.View) -> dict[str, Any]:
     """A cohort: its newest spec and what is so of it."""
     cohort, spec, status = view.cohort, view.spec, view.status
     return {
@@ -108,8 +109,11 @@ def render_cohort(view: cohorts.View) -> dict[str, Any]:
         "match": spec.match,
         "priority": spec.priority,
         "pin": spec.pin,
-        "frozen": view.frozen,
-        "frozen_until": _iso(spec.frozen_until if view.frozen else None),
+        "frozen": view.freeze is not None,
+        "frozen_until": _iso(view.freeze.until if view.freeze else None),
+        "frozen_by": view.freeze.by if view.freeze else "",
+        "freeze": {"until": _iso(spec.frozen_until)} if view.by_hand else None,
+        "calendar": spec.calendar,
         "window": spec.window,
         "splay_s": spec.splay_s,
         "poll_s": spec.poll_s,

@@ -9,7 +9,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import Field
 
-from release_server import cohorts, plans
+from release_server import cohort_view, plans
 from release_server.api import PREFIX, editions, services
 from release_server.api.fleet_schemas import (
     NAME_FORM,
@@ -99,7 +99,7 @@ def _step(said: Any) -> plans.Step:
 
 
 def _refuse_stale(session: Session, now: datetime, plan: Plan) -> None:
-    there = {view.cohort.name: view for view in cohorts.list_cohorts(session, now, plan.product)}
+    there = {view.cohort.name: view for view in cohort_view.list_cohorts(session, now, plan.product)}
     for name, revision in plan.seen.items():
         edition = editions.of_cohort(there[name]) if name in there else "0"
         editions.refuse_other(f"cohort {name}", edition, str(revision))

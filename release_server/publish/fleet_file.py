@@ -14,7 +14,6 @@ what somebody stopped by hand in the night is not set going by the next commit.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from agent_core import console
 from agent_core.clock import iso
 from agent_core.errors import SettingsError, UsageError
 from agent_core.wire import NAME, VERSION
-from release_server import queries
+from release_server import freezes, queries
 from release_server.publish import words
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "report_s": 300,
     "splay_s": 0,
     "approval": False,
+    "calendar": {},
 }
 """What a cohort is when its table says nothing."""
 
@@ -167,10 +167,18 @@ def _moment(value: Any) -> str:
     return words.moment(value)
 
 
-def _versions(value: Any) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError("it must be a list of versions")
-    return tuple(map(_version, value))
+        raise TypeError("it must be a list")
+    return tuple(map(_text, value))
+
+
+def _versions(value: Any) -> tuple[str, ...]:
+    return tuple(map(_version, _texts(value)))
+
+
+def _entry(name: str) -> Callable[[Any], dict[str, str]]:
+    return lambda value: freezes.check({name: _text(value)})
 
 
 SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -203,10 +211,13 @@ class _Reader:
     def __init__(self, text: str, name: str) -> None:
         self.name = name
         self.lines = _places(text)
+        self.calendars: dict[str, str] = {}
 
     def fleet(self, document: Mapping[str, Any]) -> FleetFile:
-        self._check_keys((), document, ("product", "cohorts", "policy"))
+        self._check_keys((), document, ("product", "cohorts", "calendars", "policy"))
         product = self._value((), document, "product", _text)
+        for name in self._table((), document, "calendars"):
+            self.calendars |= self._value(("calendars",), document["calendars"], name, _entry(name))
         tables = self._table((), document, "cohorts")
         cohorts = {name: self._cohort(name, table) for name, table in tables.items()}
         policy = None
@@ -222,14 +233,24 @@ class _Reader:
             raise self._refusal(path, "it is not a table", f"write [cohorts.{name}]")
         if not NAME.fullmatch(name):
             raise self._refusal(path, f"a cohort's name has the form {NAME.pattern}")
-        self._check_keys(path, table, (*SETTINGS, *STANDING))
-        said = {to: self._value(path, table, key, how) for key, (to, how) in SETTINGS.items() if key in table}
+        self._check_keys(path, table, (*SETTINGS, "calendar", *STANDING))
+        readers = SETTINGS | {"calendar": ("calendar", self._calendar)}
+        said = {to: self._value(path, table, key, how) for key, (to, how) in readers.items() if key in table}
         standing = {key: self._value(path, table, key, STANDING[key]) for key in STANDING if key in table}
         if "frozen_until" in standing and standing.setdefault("frozen", True) is False:
             raise self._refusal((*path, "frozen_until"), "the cohort is not frozen", "say frozen = true")
         if standing.get("reason", "") == "" and (standing.get("pin") or standing.get("frozen")):
             raise self._refusal(path, "a pin or a freeze needs a reason", 'say reason = "…"')
         return Wanted(name, DEFAULTS | said, **standing, line=self.lines.get(path, 0))
+
+    def _calendar(self, value: Any) -> dict[str, str]:
+        """A cohort's own entries, or those of `[calendars]` that it names."""
+        if isinstance(value, dict):
+            return freezes.check({name: _text(entry) for name, entry in value.items()})
+        names = _texts(value)
+        if unknown := [name for name in names if name not in self.calendars]:
+            raise ValueError(f"[calendars] has no {unknown[0]}")
+        return {name: self.calendars[name] for name in names}
 
     def _table(self, path: tuple[str, ...], document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         table = document.get(key, {})
@@ -290,64 +311,3 @@ def _only_path(said: Any) -> tuple[str, ...]:
         ((key, said),) = said.items()
         path.append(key)
     return tuple(path)
-
-
-# --- writing ---------------------------------------------------------------------------------------------
-
-
-def write(product: str, cohorts: Sequence[Mapping[str, Any]]) -> str:
-    """What is so, as the API tells it, in the form of a fleet file; read again it changes nothing."""
-    return (
-        "\n".join([f"product = {_quoted(product)}", *(line for each in cohorts for line in _lines(each))])
-        + "\n"
-    )
-
-
-def _lines(cohort: Mapping[str, Any]) -> list[str]:
-    lines = ["", f"[cohorts.{_key(cohort['name'])}]"]
-    for key, (name, _) in SETTINGS.items():
-        value = cohort.get(name, DEFAULTS[name])
-        if key == "match" or value != DEFAULTS[name]:
-            lines.append(f"{key} = {shown(name, value)}")
-    if cohort.get("pin"):
-        lines.append(f"pin = {_quoted(cohort['pin'])}")
-    if cohort.get("frozen"):
-        until = cohort.get("frozen_until")
-        lines.append(f"frozen_until = {until}" if until else "frozen = true")
-    if cohort.get("pin") or cohort.get("frozen"):
-        lines.append(f"reason = {_quoted(cohort.get('reason') or 'as it was found')}")
-    return lines
-
-
-def shown(name: str, value: Any) -> str:
-    """A setting as the file has it, by the API's name for it."""
-    match name, value:
-        case _, bool():
-            return "true" if value else "false"
-        case "window", None:
-            return '"always"'
-        case "lease", None:
-            return '"none"'
-        case "window", _:
-            return _quoted(f"{','.join(value['days'])} {value['from']}-{value['to']} {value['zone']}")
-        case "lease", _:
-            return _quoted(f"{value['scope']}={_most(value)}")
-        case _, int() if name.endswith("_s"):
-            return _quoted(f"{value}s")
-        case _, int():
-            return str(value)
-        case _:
-            return _quoted(str(value))
-
-
-def _most(lease: Mapping[str, Any]) -> str:
-    share = lease.get("share_bp")
-    return f"{share / 100:g}%" if share is not None else str(lease.get("limit"))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _quoted(name)

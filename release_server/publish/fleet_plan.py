@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from release_server.publish import fleet_file
+from release_server.publish import fleet_file, fleet_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +122,8 @@ def _standing(wanted: Wanted, there: Mapping[str, Any], now: str, why: Mapping[s
     until = wanted.frozen_until
     over = until is not None and until <= now
     asked = None if wanted.frozen is None else wanted.frozen and not over
-    before = _freeze(bool(there.get("frozen")), there.get("frozen_until"))
+    held = fleet_text.freeze_by_hand(there)
+    before = _freeze(held is not None, (held or {}).get("until"))
     after = _freeze(bool(asked), until)
     if asked is not None and before != after:
         said = {**({"until": until} if until else {}), **why} if asked else dict(why)
@@ -140,7 +141,7 @@ def _kept(wanted: Wanted, there: Mapping[str, Any] | None) -> Iterator[str]:
     because = f": {there['reason']}" if there.get("reason") else ""
     if there.get("pin") and wanted.pin is None:
         yield f"{wanted.name} stays pinned to {there['pin']}{because}; in the file: pin = false"
-    if there.get("frozen") and wanted.frozen is None:
+    if fleet_text.freeze_by_hand(there) is not None and wanted.frozen is None:
         yield f"{wanted.name} stays frozen{because}; in the file: frozen = false"
 
 
@@ -154,7 +155,7 @@ def _key(name: str) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    return fleet_file.shown(name, value).strip('"')
+    return fleet_text.shown(name, value).strip('"')
 
 
 def _agents(there: Mapping[str, Any]) -> int:

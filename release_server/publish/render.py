@@ -186,8 +186,9 @@ def side_by_side(texts: Iterable[str], width: int) -> list[str]:
 def standing(cohort: Mapping[str, Any]) -> str:
     """What holds a cohort, if anything: `pinned to 1.4.2`, `frozen until …`, or `follows`."""
     if cohort.get("frozen"):
-        until = cohort.get("frozen_until")
-        return f"frozen until {until}" if until else "frozen"
+        until = f" until {cohort['frozen_until']}" if cohort.get("frozen_until") else ""
+        by = f" ({cohort['frozen_by']})" if cohort.get("frozen_by") else ""
+        return f"frozen{until}{by}"
     return f"pinned to {cohort['pin']}" if cohort.get("pin") else "follows"
 
 
@@ -215,6 +216,11 @@ def window(said: Mapping[str, Any] | None) -> str:
     return f"{','.join(said['days'])} {said['from']}-{said['to']} {said['zone']}"
 
 
+def calendar(said: Mapping[str, str] | None) -> str:
+    """What freezes a cohort by the calendar, as `--calendar` takes it."""
+    return "; ".join(f"{name}={entry}" for name, entry in (said or {}).items()) or "none"
+
+
 def cohort_view(cohort: Mapping[str, Any]) -> str:
     return console.facts(
         [
@@ -227,6 +233,7 @@ def cohort_view(cohort: Mapping[str, Any]) -> str:
             ("standing", standing(cohort)),
             ("why", cohort.get("reason") or "-"),
             ("window", window(cohort.get("window"))),
+            ("calendar", calendar(cohort.get("calendar"))),
             ("polls", f"every {duration(cohort.get('poll_s') or 0)}"),
             ("reports", f"every {duration(cohort.get('report_s') or 0)}"),
             ("splay", duration(cohort.get("splay_s") or 0)),

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, console
 from agent_core.errors import MalformedError
-from agent_core.wire import DAYS, LABEL_KEY, PROGRESS_FULL, Window
+from agent_core.wire import LABEL_KEY, PROGRESS_FULL, Window
+from release_server import freezes
+from release_server.freezes import days
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,6 +200,16 @@ def lease(text: str) -> dict[str, Any] | str:
     return {"scope": scope.strip(), **given(limit=size.count, share_bp=size.share_bp)}
 
 
+def calendar_entry(text: str) -> tuple[str, str] | str:
+    """Read `year-end=12-20..01-04 Europe/Berlin`, or `none`; forms as of `freezes`."""
+    if text.strip() == NONE:
+        return NONE
+    name, equals, entry = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not NAME=WHEN ZONE such as 'year-end=12-20..01-04 Europe/Berlin'")
+    return next(iter(freezes.check({name.strip(): entry}).items()))
+
+
 def _check_zone(zone: str) -> None:
     from zoneinfo import ZoneInfo
 
@@ -205,15 +217,3 @@ def _check_zone(zone: str) -> None:
         ZoneInfo(zone)
     except (KeyError, OSError, ValueError):
         raise ValueError(f"{zone!r} is not a time zone this host knows, such as Europe/Berlin") from None
-
-
-def days(text: str) -> list[str]:
-    """Read `mon,wed` or `sat-mon`; a range may pass the end of the week."""
-    found: list[str] = []
-    for part in text.lower().split(","):
-        first, _, last = part.partition("-")
-        if first not in DAYS or (last or first) not in DAYS:
-            raise ValueError(f"{part!r} is not a day or a range of days such as mon-fri")
-        place, end = DAYS.index(first), DAYS.index(last or first)
-        found += [DAYS[(place + step) % 7] for step in range((end - place) % 7 + 1)]
-    return list(dict.fromkeys(found))

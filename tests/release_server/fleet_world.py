@@ -13,7 +13,7 @@ from sqlalchemy import event, select
 from agent_core.clock import iso
 from agent_core.directive import assign
 from agent_core.wire import AttemptState, Directive, EnrollRequest, Phase, Report, Transition, signed_text
-from release_server import agents, auth, cohorts, enrolment, fleet, launch, rollout_view
+from release_server import agents, auth, cohort_view, cohorts, enrolment, fleet, launch, rollout_view
 from release_server.models import Attempt, Bundle, CohortStatus, Product, Release, Rollout
 from release_server.stages import Stage
 
@@ -211,7 +211,7 @@ class World:
 
     def view(self, name="all"):
         with self.read() as session:
-            return cohorts.show(session, self.clock(), "demo", name)
+            return cohort_view.show(session, self.clock(), "demo", name)
 
     def directive(self, name="all"):
         return Directive.from_json(self.view(name).status.directive)

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from agent_core.errors import ConflictError, MalformedError, NotFoundError, UsageError
 from agent_core.wire import Mode
-from release_server import agents, cohorts
+from release_server import agents, cohort_view, cohorts
 from release_server.models import AuditEntry, CohortSpec
 from release_server.preview import preview
 from tests.release_server.fleet_world import World
@@ -140,7 +140,7 @@ def test_a_cohort_that_cannot_be_made_leaves_nothing_behind(world, said, error):
     with pytest.raises(error):
         world.call(cohorts.create, **{"product": "demo", "name": "all"} | said)
     with world.read() as session:
-        assert cohorts.list_cohorts(session, world.clock()) == []
+        assert cohort_view.list_cohorts(session, world.clock()) == []
 
 
 def test_every_change_is_a_revision_with_its_author_and_reason(world):
@@ -213,11 +213,11 @@ def test_a_freeze_ends_by_itself(world):
     world.cohort("all")
     world.call(cohorts.freeze, "demo", "all", until=world.clock() + timedelta(hours=1))
     assert world.directive().mode is Mode.SUSPENDED
-    assert world.view().frozen
+    assert world.view().freeze
     assert not world.tick(minutes=59)
     assert world.tick(minutes=1)
     assert world.directive().mode is Mode.ENABLED
-    assert not world.view().frozen
+    assert not world.view().freeze
     assert not world.tick(minutes=1)
 
 
@@ -259,7 +259,7 @@ def test_cohorts_are_listed_by_name_with_their_agents(world):
     world.enroll("x")
     world.call(agents.retire, world.enroll("y").id)
     with world.read() as session:
-        found = cohorts.list_cohorts(session, world.clock(), "demo")
+        found = cohort_view.list_cohorts(session, world.clock(), "demo")
         with pytest.raises(NotFoundError):
-            cohorts.list_cohorts(session, world.clock(), "none")
+            cohort_view.list_cohorts(session, world.clock(), "none")
     assert [(view.cohort.name, view.agents) for view in found] == [("a", 0), ("b", 1)]

@@ -10,7 +10,7 @@ import pytest
 from agent_core.directive import assign
 from agent_core.errors import MalformedError, UsageError
 from agent_core.wire import AttemptState, Mode, Reason
-from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.rollout import Counters, Spec, StageState, State, Status, Wanted, Why, reconcile
 from release_server.stages import Stage, check_stages, failed_limit, wanted_count
 
@@ -449,7 +449,7 @@ def test_stages_that_cannot_be_meant_are_refused(stages):
 
 # --- the directive ---------------------------------------------------------------------------------------
 
-COHORT = CohortFacts("demo", "all", base="1.0.0", poll_s=7, report_s=8, splay_s=9, retry_epoch=3)
+COHORT = CohortFacts("demo", "all", base="1.0.0", pace=Pace(poll_s=7, report_s=8, splay_s=9, retry_epoch=3))
 
 
 def facts(state, **changes):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from agent_core.directive import bucket
 from agent_core.wire import PROGRESS_FULL, Directive, Mode, Policy, Reason, ReleaseFacts, Window
 from release_server import why
-from release_server.directives import CohortFacts, RolloutFacts, directive_for
+from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
+from release_server.freezes import Freeze
 from release_server.rollout import State
 from release_server.stages import Stage
 from updater import decide as device
@@ -51,8 +52,7 @@ def situations(draw):
         pin_is_older=draw(st.booleans()),
         base_is_older=draw(st.booleans()),
         frozen=frozen,
-        window=draw(st.sampled_from(WINDOWS)),
-        splay_s=draw(st.sampled_from([0, 3_600])),
+        pace=Pace(window=draw(st.sampled_from(WINDOWS)), splay_s=draw(st.sampled_from([0, 3_600]))),
     )
     state = draw(st.sampled_from([None, *State, *[State.RUNNING] * 8]))
     rollout = state and RolloutFacts(
@@ -77,7 +77,7 @@ def situations(draw):
         phase=draw(st.sampled_from(["idle", "idle", "idle", "trial"])),
         held=draw(st.sampled_from([False, False, False, False, True])),
         cohort="all",
-        wants=why.Held(pin, frozen),
+        wants=why.Held(pin, Freeze("", None) if frozen else None),
         course=why.Course("r-1", "salt", state, stages=(Stage(share_bp=10_000),), members=3)
         if state
         else None,

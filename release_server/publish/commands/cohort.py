@@ -8,8 +8,9 @@ from urllib.parse import quote
 import click
 
 from agent_core import clock, console
-from release_server.publish import render
+from release_server.publish import fleet_text, render
 from release_server.publish.commands.operate import (
+    ENTRY,
     LEASE,
     MOMENT,
     SECONDS,
@@ -60,6 +61,12 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How many of one label's value may change version at once: site=2, rack=10%, none.",
         ),
         click.option(
+            "--calendar",
+            type=ENTRY,
+            multiple=True,
+            help="Frozen then: 'year-end=12-20..01-04 Europe/Berlin', 'weekend=sat,sun UTC'; none.",
+        ),
+        click.option(
             "--approval/--no-approval", default=None, help="Each rollout here needs a second person."
         ),
         click.option("--report", "report_s", type=SECONDS, help="How often agents report."),
@@ -93,7 +100,7 @@ def show(name: str) -> None:
 @spec_options
 def create(name: str, match: str, release: str | None, **spec: Any) -> None:
     """Make a cohort. Agents whose labels match join with their next report."""
-    spec = {key: value for key, value in spec.items() if value not in (ALWAYS, NONE)}
+    spec = {key: value for key, value in with_calendar(spec).items() if value not in (ALWAYS, NONE)}
     body = given(product=product(), name=name, match=match, release=release, **spec)
     show_cohort(client().post("/cohorts", body), f"cohort {name} made")
 
@@ -105,19 +112,25 @@ def create(name: str, match: str, release: str | None, **spec: Any) -> None:
 @spec_options
 def edit(name: str, **spec: Any) -> None:
     """Change what is given; everything else stays. Each change is kept as a revision of its own."""
-    body = given(**spec)
+    body = given(**with_calendar(spec))
     if body.get("window") == ALWAYS:
         body["window"] = None
     if body.get("lease") == NONE:
         body["lease"] = None
     if not body.keys() - {"reason"}:
         raise click.UsageError(
-            "nothing to change: give --match, --priority, --window, --poll, --report, --splay, --lease"
-            " or --approval"
+            "nothing to change: give --match, --priority, --window, --poll, --report, --splay, --lease,"
+            " --calendar or --approval"
         )
     if "match" in body:
         confirm_match(name, body["match"])
     show_cohort(client().patch(path_of(name), body), f"cohort {name} changed")
+
+
+def with_calendar(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with their entries of a calendar as one; `none` empties it, nothing said leaves it."""
+    entries = [entry for entry in spec["calendar"] if entry != NONE]
+    return {**spec, "calendar": dict(entries) if spec["calendar"] else None}
 
 
 def confirm_match(name: str, match: str) -> None:
@@ -170,27 +183,42 @@ def freeze(name: str | None, until: str | None, reason: str, *, every: bool) -> 
     if (name is None) is not every:
         raise click.UsageError("say either NAME or --all")
     ends = f" until {until} ({render.ago(until, clock.now())})" if until else ""
-    found = client().items("/cohorts", product=product()) if name is None else [{"name": name}]
-    open_ones = [each for each in found if not each.get("frozen")] if every else found
-    if every:
-        reached = sum(render.reach(each) for each in open_ones)
-        confirm_reach(f"Freezing {len(open_ones)} cohorts reaches {{}}.", reached)
-    body = given(until=until, reason=reason)
-    answers = [client().post(path_of(each["name"], "freeze"), body) for each in open_ones]
-    for each in open_ones:
-        console.say(f"cohort {each['name']} frozen{ends}")
+    names = [name] if name else _named(lambda each: not _frozen_by_hand(each), "Freezing")
+    _each(names, "freeze", given(until=until, reason=reason), f"frozen{ends}", every=every)
+
+
+@cohort.command("unfreeze", short_help="Let a frozen cohort move again.")
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Every cohort of the product that is frozen by hand.")
+@reason_option()
+def unfreeze(name: str | None, reason: str | None, *, every: bool) -> None:
+    """Let a frozen cohort move again. What its calendar says goes on: see `edit --calendar`."""
+    if (name is None) is not every:
+        raise click.UsageError("say either NAME or --all")
+    names = [name] if name else _named(_frozen_by_hand, "Unfreezing")
+    _each(names, "unfreeze", given(reason=reason), "unfrozen", every=every)
+
+
+def _frozen_by_hand(each: Mapping[str, Any]) -> bool:
+    return fleet_text.freeze_by_hand(each) is not None
+
+
+def _named(is_meant: Callable[[Mapping[str, Any]], bool], doing: str) -> list[str]:
+    """The product's cohorts that are meant, once somebody has agreed to reach them all."""
+    found = [each for each in client().items("/cohorts", product=product()) if is_meant(each)]
+    confirm_reach(f"{doing} {len(found)} cohorts reaches {{}}.", sum(render.reach(each) for each in found))
+    return [each["name"] for each in found]
+
+
+def _each(names: list[str], verb: str, body: dict[str, Any], done: str, *, every: bool) -> None:
+    """Ask the same of each cohort, and print what has come of it."""
+    answers = [client().post(path_of(name, verb), body) for name in names]
+    for name in names:
+        console.say(f"cohort {name} {done}")
     console.emit(
         answers if every else answers[0],
         lambda: render.cohort_table(answers) if every else render.cohort_view(answers[0]),
     )
-
-
-@cohort.command("unfreeze", short_help="Let a frozen cohort move again.")
-@click.argument("name")
-@reason_option()
-def unfreeze(name: str, reason: str | None) -> None:
-    """Let a frozen cohort move again."""
-    show_cohort(client().post(path_of(name, "unfreeze"), given(reason=reason)), f"cohort {name} unfrozen")
 
 
 @cohort.command("preview", short_help="Show whom a match would reach.")

@@ -10,7 +10,7 @@ import click
 
 from agent_core import clock, console
 from agent_core.errors import Exit, UnreachableError, UsageError
-from release_server.publish import fleet_file, fleet_plan, profile, render
+from release_server.publish import fleet_file, fleet_plan, fleet_text, profile, render
 from release_server.publish.commands.operate import client, confirm_reach, entries
 from release_server.publish.profile import trust_option
 
@@ -53,7 +53,7 @@ def diff(path: Path, trust: Path | None, *, prune: bool, detailed_exitcode: bool
     """
     if present:
         name = profile.current().need_product()
-        click.echo(fleet_file.write(name, client().items("/cohorts", product=name)), nl=False)
+        click.echo(fleet_text.write(name, client().items("/cohorts", product=name)), nl=False)
         return Exit.DONE
     wanted = _read(path)
     found = _plan(wanted, prune=prune)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_core.errors import Exit, SettingsError
-from release_server import cohorts
-from release_server.publish import fleet_file, fleet_plan
+from release_server import cohort_view, cohorts
+from release_server.publish import fleet_file, fleet_plan, fleet_text
 from release_server.publish.commands import fleet as fleet_commands
 from tests.release_server.fleet_world import World
 from tests.release_server.operator_desk import desk
@@ -83,6 +83,12 @@ def write(text: str) -> None:
             "f.toml:3: cohorts.a.frozen_until",
             "not frozen",
             id="an end of nothing",
+        ),
+        pytest.param(
+            "[calendars]\nx = 'sat'\n", "f.toml:2: calendars.x", "sat,sun ZONE", id="an entry without a zone"
+        ),
+        pytest.param(
+            "[cohorts.a]\ncalendar = ['x']\n", "f.toml:2: cohorts.a.calendar", "no x", id="no entry"
         ),
         pytest.param("[cohorts.A]\n", "f.toml:1: cohorts.A", "form", id="a name that is none"),
         pytest.param("[cohorts]\na = 1\n", "f.toml:2: cohorts.a", "not a table", id="a cohort that is none"),
@@ -165,6 +171,22 @@ def test_a_plan_holds_what_differs_and_nothing_else(text, present, steps):
     assert found.seen == ({"a": 7} if steps else {})
 
 
+def test_cohorts_name_calendars_that_they_share_or_have_their_own():
+    text = (
+        '[calendars]\nweekends = "sat,sun  UTC"\n'
+        '[cohorts.a]\ncalendar = ["weekends"]\n[cohorts.b]\ncalendar = { x = "12-24 UTC" }\n'
+    )
+    steps = [step.to_json() for step in planned(text, cohort_of("a"), cohort_of("b")).steps]
+    assert [step["calendar"] for step in steps] == [{"weekends": "sat,sun UTC"}, {"x": "12-24 UTC"}]
+
+
+def test_a_cohort_that_only_the_calendar_freezes_is_not_frozen_to_the_file():
+    by_calendar = cohort_of(frozen=True, freeze=None, calendar={"x": "12-24 UTC"})
+    text = "[cohorts.a]\nfrozen = false\ncalendar = { x = '12-24 UTC' }\n"
+    assert planned(text, by_calendar) == planned(text, cohort_of(calendar={"x": "12-24 UTC"}))
+    assert planned(text, by_calendar).steps == ()
+
+
 def test_what_the_file_does_not_name_is_left_alone_unless_pruned():
     there = [cohort_of("a"), cohort_of("old")]
     found = planned("[cohorts.a]\n", *there)
@@ -187,8 +209,8 @@ PRESENT = st.fixed_dictionaries(
         "splay_s": st.integers(0, 90_000),
         "approval": st.booleans(),
         "pin": st.sampled_from([None, "1.0.0"]),
-        "frozen": st.booleans(),
-        "frozen_until": st.sampled_from([None, "2027-01-01T00:00:00Z"]),
+        "freeze": st.sampled_from([None, {"until": None}, {"until": "2027-01-01T00:00:00Z"}]),
+        "calendar": st.sampled_from([{}, {"year-end": "12-20..01-04 UTC", "a.b": "sat,sun UTC"}]),
         "reason": st.text(max_size=20),
     }
 )
@@ -198,7 +220,7 @@ PRESENT = st.fixed_dictionaries(
 @given(st.dictionaries(NAMES, PRESENT, max_size=4))
 def test_what_is_so_written_down_and_read_again_changes_nothing(there):
     present = [{"name": name, "revision": 1, **values} for name, values in there.items()]
-    text = fleet_file.write("demo", present)
+    text = fleet_text.write("demo", present)
     found = planned(text, *present)
     assert (found.steps, found.left, found.kept) == ((), (), ())
 
@@ -264,7 +286,7 @@ def test_of_a_plan_that_is_refused_nothing_is_done(at_desk, world):
     assert (code, "no release 9.9.9" in err) == (Exit.NOT_FOUND, True)
     assert world.view("main").spec.revision == 1
     with world.read() as session:
-        assert [view.cohort.name for view in cohorts.list_cohorts(session, world.clock())] == ["main"]
+        assert [view.cohort.name for view in cohort_view.list_cohorts(session, world.clock())] == ["main"]
 
 
 def test_a_cohort_that_was_changed_meanwhile_is_a_conflict_and_nothing_is_done(world, app, token):
