@@ -162,6 +162,7 @@ class Provider:
     """The provider; what tests change is public.
 
     Attributes:
+        tls: certificate and key, or None for HTTP.
         person: who signs in at it.
         key: what it signs with.
         shown: the keys in its JWKS.
@@ -172,11 +173,14 @@ class Provider:
 
     redirect_uri: str = ""
     clock: object = clock.now
+    tls: object = None
 
     def __post_init__(self):
         self.begin_anew()
-        self._server = make_server("127.0.0.1", 0, self._app(), threaded=True, request_handler=Quiet)
-        self.issuer = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = make_server(
+            "127.0.0.1", 0, self._app(), threaded=True, request_handler=Quiet, ssl_context=self.tls
+        )
+        self.issuer = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from agent_core.errors import NotAllowedError, NotFoundError, RelfleetError, UnreachableError, UsageError
 from release_server import audit, auth
 from release_server.api import problems, services
+from release_server.limits import RATE_LIMITED
 from release_server.signin import sessions
 from release_server.signin.flow import Attempt
 from release_server.signin.rules import admit
@@ -142,7 +143,8 @@ def _admitted(hub: Services, oidc: Oidc, claims: Mapping[str, Any], now: datetim
 @blueprint.errorhandler(RelfleetError)
 def _say(error: RelfleetError) -> Response:
     """A refusal, as a page: people see it, and no script is there to read a problem document."""
-    log.warning("a sign-in was refused", extra={"reason": error.reason, "why": error.why})
+    if error.reason != RATE_LIMITED:  # whoever guesses writes no more lines than he may guess
+        log.warning("a sign-in was refused: %s (%s)", error.why, error.reason)
     oidc = services().config.oidc
     page = PAGE.format(
         what=error.what,

@@ -16,6 +16,7 @@ from release_server.app import create_app
 from release_server.models import AuditEntry, PersonSession
 from release_server.signin import fetch
 from tests import openid_provider
+from tests.certificates import Authority
 from tests.openid_provider import (
     Provider,
     by_secret,
@@ -30,6 +31,7 @@ from tests.openid_provider import (
 from tests.release_server.api.test_edges import OPEN, routes
 from tests.release_server.conftest import Clock
 from tests.release_server.fleet_world import World
+from tests.release_server.operator_desk import desk
 from tests.release_server.signin_world import SITE, Browser, a_database, configured, query_of
 
 ATTEMPT = "__Host-relfleet-attempt"
@@ -196,25 +198,18 @@ def test_the_secret_goes_in_the_body_where_the_provider_wants_it_there(browser, 
         (signed_with(rsa("unknown"), "RS256"), "signin-key"),
         (changed(nonce="other"), "signin-nonce"),
         (changed(nonce=None), "signin-nonce"),
-        (
-            changed(aud="other"),
-            "signin-audience",
-        ),
-        (
-            changed(aud=["relfleet", "other"]),
-            "signin-audience",
-        ),
-        (
-            changed(azp="other"),
-            "signin-audience",
-        ),
-        (
-            changed(iss="https://evil.example"),
-            "signin-issuer",
-        ),
+        (changed(aud="other"), "signin-audience"),
+        (changed(aud=["relfleet", "other"]), "signin-audience"),
+        (changed(aud=["relfleet", "other"], azp="relfleet"), "signin-audience"),
+        (changed(aud="other", azp="relfleet"), "signin-audience"),
+        (changed(azp="other"), "signin-audience"),
+        (changed(iss="https://evil.example"), "signin-issuer"),
         (changed(exp=1), "signin-expired"),
         (changed(iat=1), "signin-expired"),
         (changed(sub=""), "signin-token"),
+        (changed(sub="u\0"), "signin-token"),
+        (changed(sub=["u-1"]), "signin-token"),
+        (signed_with(ec("rsa-1"), "ES256"), "signin-token"),
         (lambda _: "no.token.at-all", "signin-token"),
     ],
     ids=[
@@ -226,11 +221,16 @@ def test_the_secret_goes_in_the_body_where_the_provider_wants_it_there(browser, 
         "no nonce",
         "for another client",
         "for others too",
+        "for others too, given to us",
+        "for another, given to us",
         "given to another",
         "by another issuer",
         "expired",
         "of long ago",
         "of nobody",
+        "of a name that no database holds",
+        "of many",
+        "another algorithm than the key's",
         "garbage",
     ],
 )
@@ -403,6 +403,24 @@ def test_an_admin_lists_sessions_and_ends_one_at_once(browser, sign_in, deeds, c
     assert admin("DELETE", f"/sessions/{number}").status_code == 404
 
 
+def test_the_commands_show_who_is_in_and_end_it(browser, app, token, tmp_path, monkeypatch, capsys):
+    browser.sign_in()
+    with desk(app, token, tmp_path, monkeypatch, capsys, role="admin") as admin:
+        code, shown, _ = admin.run("session", "list")
+        assert (code, "ada@example.org" in shown, "operator: groups=fleet-operators" in shown) == (
+            0,
+            True,
+            True,
+        )
+        number = str(admin.json("session", "list")[-1]["id"])
+        assert admin.run("session", "end", number)[0] == 2, "it asks, and nobody is there"
+        assert browser.who().status_code == 200
+        assert admin.run("session", "end", number, "--yes")[0] == 0
+        assert browser.who().json["reason"] == "session-ended"
+        assert "ended by admin" in admin.run("session", "list")[1]
+        assert admin.run("session", "end", "999999", "--yes")[0] == 7
+
+
 def test_nothing_in_the_database_is_a_session(browser, sessions):
     browser.sign_in()
     secret = browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value
@@ -512,6 +530,17 @@ def test_a_provider_that_is_down_stops_nobody_with_a_token(make_app, token):
     assert_tokens_work(browser, token)
 
 
+def test_a_provider_whose_certificate_nobody_vouches_for_is_not_asked(make_app, tmp_path):
+    ours, others = Authority(tmp_path, "ours"), Authority(tmp_path, "others")
+    provider = Provider(tls=tuple(map(str, ours.issue("provider"))))
+    for settings in ({}, {"ca_file": str(others.file)}):
+        browser = Browser(make_app(provider.issuer, **settings))
+        assert_unavailable(browser.ask("GET", "/signin"), "SSLError")
+    assert provider.asked == []
+    assert Browser(make_app(provider.issuer, ca_file=str(ours.file))).ask("GET", "/signin").status_code == 303
+    provider.close()
+
+
 @pytest.mark.parametrize(
     ("path", "answer", "why"),
     [
@@ -595,6 +624,7 @@ def test_no_secret_of_a_sign_in_is_logged(browser, provider, caplog):
     secret = browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value
     provider.spoil = by_secret
     assert browser.come_back(browser.go()).status_code == 403
+    assert "cannot be used (UnsupportedAlgorithmError) (signin-token)" in caplog.text
     ours = "\n".join(
         record.getMessage() for record in caplog.records if record.name != "urllib3.connectionpool"
     )

@@ -1,4 +1,4 @@
-"""A person signs in to the real server: its processes, TLS, a real provider, and a browser's cookies."""
+"""A person signs in to the real server: its processes, a real provider, TLS at both, a browser's cookies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.release_server.test_serve import Running
 
 
 @pytest.fixture(scope="module")
-def provider():
-    made = Provider()
-    yield made
-    made.close()
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
+def provider(authority):
+    made = Provider(tls=tuple(map(str, authority.issue("provider"))))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def server(tmp_path_factory, provider, authority):
     assert main(["init", "--data", str(data), "--port", "0", "-q"]) == 0
     write_secret(data)
     with (data / "server.toml").open("a") as settings:
-        settings.write(f'tls_cert = "{certificate}"\ntls_key = "{key}"\n{settings_of(provider.issuer)}')
+        settings.write(f'tls_cert = "{certificate}"\ntls_key = "{key}"\n')
+        settings.write(settings_of(provider.issuer, ca_file=str(authority.file)))
     running = Running(data, directory / "log")
     provider.redirect_uri = f"{running.url}/signin/callback"
     yield running
