@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import agent_core.late_signers  # noqa: F401 - before tuf
 import updater.without_urllib3  # noqa: F401 - before tuf
 
 # isort: split

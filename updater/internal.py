@@ -36,11 +36,13 @@ def run(root: Path) -> int:
 
 def preflight(root: Path) -> int:
     """Show, before anything is switched, that this version imports itself and reads what it will find."""
-    from tuf.api.metadata import Metadata
-
     import updater.catalog
     import updater.download
     import updater.service  # noqa: F401 - that they import is what is tried
+
+    # isort: split
+    from tuf.api.metadata import Metadata
+
     from agent_core import slots
     from agent_core.bundle import INDEX_NAME, Index
 
