@@ -47,23 +47,30 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def tree_rss(pid: int) -> int | None:
     """Resident bytes of a process and its descendants; None when it is gone."""
-    processes = tree(pid)
-    held = 0
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            held += process.memory_info().rss
-    return held if processes else None
+    return _rss(tree(pid)) or None
 
 
 def tree_cpu_s(pid: int) -> float | None:
     """Processor seconds used so far by a process and its descendants, those that ended included."""
     processes = tree(pid)
+    return _cpu_s(processes) if processes else None
+
+
+def _rss(processes: list[psutil.Process]) -> int:
+    held = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            held += process.memory_info().rss
+    return held
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
     used_s = 0.0
     for process in processes:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             used_s += times.user + times.system + times.children_user + times.children_system
-    return used_s if processes else None
+    return used_s
 
 
 class Figures:
@@ -87,29 +94,24 @@ class Figures:
             started_s: when the workload started, boot clock.
         """
         figures: dict[str, float] = {"restarts": restarts}
-        figures |= self._of("agent_", psutil.Process(), now_s, with_children=False)
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process()
+            times = own.cpu_times()
+            figures |= self._of("agent_", own, now_s, own.memory_info().rss, times.user + times.system)
+        # One look for all of it: finding a tree reads every process of the host.
         processes = tree(workload_pid) if workload_pid is not None else []
-        if processes:
-            figures |= self._of("", processes[0], now_s, with_children=True)
+        if rss := _rss(processes):
+            figures |= self._of("", processes[0], now_s, rss, _cpu_s(processes))
             figures["processes"] = len(processes)
             if started_s is not None:
                 figures["uptime_s"] = round(max(0.0, now_s - started_s), 1)
         return figures
 
     def _of(
-        self, prefix: str, process: psutil.Process, now_s: float, *, with_children: bool
+        self, prefix: str, process: psutil.Process, now_s: float, rss: int, used_s: float
     ) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        figures: dict[str, float] = {f"{prefix}rss": rss} | self._cpu(prefix, process.pid, now_s, used_s)
         with contextlib.suppress(psutil.Error):
-            if with_children:
-                rss, used_s = tree_rss(process.pid), tree_cpu_s(process.pid)
-            else:
-                times = process.cpu_times()
-                rss, used_s = process.memory_info().rss, times.user + times.system
-            if rss is not None:
-                figures[f"{prefix}rss"] = rss
-            if used_s is not None:
-                figures |= self._cpu(prefix, process.pid, now_s, used_s)
             figures[f"{prefix}fds"] = process.num_fds()
         return figures
 
