@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import unicodedata
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
@@ -186,9 +187,17 @@ class Index:
     def from_bytes(cls, raw: bytes) -> Self:
         """Read the bytes of an index, whose digest the caller has compared with the signed one.
 
+        The same bytes give the same object while it is remembered: one update reads two indexes, of what is
+        here and of what is to come, six times.
+
         Raises:
             TrustError: `bad-index`, with the path of the key that does not fit.
         """
+        return cls._read(raw)
+
+    @classmethod
+    @lru_cache(maxsize=2)
+    def _read(cls, raw: bytes) -> Self:
         if len(raw) > MAX_INDEX:
             raise _refused("the index is too long", f"over {MAX_INDEX} bytes", reason=Reason.BAD_INDEX)
         try:

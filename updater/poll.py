@@ -407,15 +407,16 @@ class _Check:
         name = version_name(release.facts)
         part = layout.download / f"{release.sha256}.part"
         index = believe(index_bytes, release.facts)
-        if not is_complete(layout.version_dir(name), index_bytes) and not self._by_delta(
-            release, index_bytes
-        ):
+        is_here = is_complete(layout.version_dir(name), index_bytes)
+        by_delta = not is_here and self._by_delta(release, index_bytes)
+        if not is_here and not by_delta:
             # Before the download: what could never be unpacked is not worth an hour of somebody's line.
             check_room(layout, index, reserve, part, release.length)
             left_s = max(1.0, until_s - clock.boot_s())  # of which a delta may have taken some
             self._download(release.archive_url, release.sha256, release.length, part, left_s)
         self.device.keep_facts(name, release.facts)
-        stage(layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
+        if not by_delta:
+            stage(layout, part, index_bytes, release.facts, release.sha256, reserve=reserve)
         disk.remove(part)
         return name, index
 

@@ -709,3 +709,9 @@ def test_a_changed_archive_never_gives_other_content_and_never_writes_outside(tm
 )
 def test_no_json_whatever_escapes_the_index_s_own_error(document):
     assert outcome(Index.from_bytes, json.dumps(document).encode()) == "bad-index"
+
+
+def test_an_index_that_is_read_again_is_not_parsed_again():
+    raw = Index("p", "1.0", "any", ("bin/x",), ()).to_bytes()
+    assert Index.from_bytes(raw) is Index.from_bytes(bytes(bytearray(raw)))
+    assert Index.from_bytes(raw.replace(b'"1.0"', b'"1.1"')).version == "1.1"
