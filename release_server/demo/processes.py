@@ -124,14 +124,14 @@ class Processes:
             if child.poll() is not None:
                 self._again[name]()
 
-    def wait_for(self, what: str, found: Callable[[], Any], *, within_s: float) -> Any:
+    def wait_for(self, what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.5) -> Any:
         """As the function of that name, with everything kept alive meanwhile."""
 
         def look() -> Any:
             self.revive()
             return found()
 
-        return wait_for(what, look, within_s=within_s)
+        return wait_for(what, look, within_s=within_s, every_s=every_s)
 
     def stop(self) -> None:
         """End everything: TERM, then KILL for what does not listen."""

@@ -86,6 +86,7 @@ class Story:
         self.began = time.monotonic()
         self._mark = _make_anew(home)
         self.log = home / "demo.log"
+        self.token = home / "enroll.token"
         self.processes = Processes(home, self.log)
         self.project = home / "product"
         self.url = ""
@@ -142,6 +143,7 @@ class Story:
         reader = self.client.post("/tokens", {"name": "demo-page", "role": "reader", "expires_s": 86_400})
         self.line("server", f"{self.url}   data in {self.shown}")
         self.line("", f"sign-in link: {self.url}/#token={reader['token']}")
+        self._begin_build("1.1.0")
 
     def make_keys(self) -> None:
         passphrase = self.home / "passphrase"
@@ -156,10 +158,13 @@ class Story:
         self.line("keys", "root + release key made, threshold 1: fine for a demo, see `release key gen`")
 
     def first_release(self) -> None:
+        words = ("--role", "enroller", "--expires", "1d", "--name", "demo", "--out", str(self.token))
+        token = self.processes.begin("release", "token", "create", *words, cwd=self.project)
         self._publish("1.0.0")
+        self._begin_push("1.1.0")  # before there is an agent to look at it
         every = ("--poll", "2s", "--report", "10s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
-        self._begin_build("1.1.0")
+        self.processes.finish(token)
 
     def _begin_build(self, version: str) -> None:
         """Build the next version while something else waits."""
@@ -188,19 +193,22 @@ class Story:
 
     def start_agents(self) -> None:
         since = time.monotonic()
-        token = self.home / "enroll.token"
-        self.release(
-            "token", "create", "--role", "enroller", "--expires", "1d", "--name", "demo", "--out", str(token)
-        )
         waiting = list(self.names)
-        running: list[tuple[str, Any]] = []
+        running: dict[str, Any] = {}
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
                 name = waiting.pop(0)
-                running.append((name, self._enroll(name, token)))
-            name, child = running.pop(0)
-            self.processes.finish(child)
-            self._start(name)
+                running[name] = self._enroll(name)
+            self._begin_push("1.1.0")
+            ended = self.processes.wait_for(
+                "an enrolment",
+                lambda: [name for name, child in running.items() if child.poll() is not None],
+                within_s=180,
+                every_s=0.05,
+            )
+            for name in ended:
+                self.processes.finish(running.pop(name))
+                self._start(name)
         self._begin_push("1.1.0")
         enrolled = len(self._agents())
         self._await_all_on("1.0.0", 240)
@@ -211,10 +219,10 @@ class Story:
     def _root(self, name: str) -> Path:
         return self.home / "agents" / name
 
-    def _enroll(self, name: str, token: Path, *extra: str) -> Any:
+    def _enroll(self, name: str, *extra: str) -> Any:
         site = SITES[sum(name.encode()) % len(SITES)]
         words = ("--root", str(self._root(name)), "--server", self.url, "--product", PRODUCT)
-        trust = ("--trust", str(self.home / "root.json"), "--token-file", str(token))
+        trust = ("--trust", str(self.home / "root.json"), "--token-file", str(self.token))
         return self.processes.begin(
             "agent", "enroll", *words, *trust, "--name", name, "--label", f"site={site}", *extra
         )
@@ -341,7 +349,7 @@ class Story:
         bundle = next(directory.glob(f"{digest}.*.tar.zst"))
         _flip_a_byte(bundle)
         name = f"demo-{len(self.names) + 1:02d}"
-        printed = self.processes.finish(self._enroll(name, self.home / "enroll.token", "--json"))
+        printed = self.processes.finish(self._enroll(name, "--json"))
         outcome = json.loads(printed)["outcome"]
         refused = outcome["failed"] and outcome["reason"] == "digest-mismatch"
         said = "refused it (digest mismatch)" if refused else f"answered: {outcome['reason']}"
