@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from urllib.parse import urlencode, urlsplit
 
@@ -15,6 +17,7 @@ from release_server import auth
 from release_server.app import create_app
 from release_server.models import AuditEntry, PersonSession
 from release_server.signin import fetch
+from release_server.signin import provider as provider_module
 from tests import openid_provider
 from tests.certificates import Authority
 from tests.openid_provider import (
@@ -33,6 +36,7 @@ from tests.release_server.conftest import Clock
 from tests.release_server.fleet_world import World
 from tests.release_server.operator_desk import desk
 from tests.release_server.signin_world import SITE, Browser, a_database, configured, query_of
+from tests.release_server.test_serve import wait_for
 
 ATTEMPT = "__Host-relfleet-attempt"
 UNUSED = "http://127.0.0.1:9"
@@ -327,11 +331,11 @@ def test_who_is_turned_away_in_a_loop_waits_and_keeps_no_colleague_out(app, brow
 
 
 def test_guesses_are_limited_before_the_provider_is_asked(app, browser, provider, token):
-    for _ in range(60):
-        assert reason_of(browser.come_back(f"{SITE}/signin/callback?code=x&state=y")) == "signin-not-begun"
-    asked = len(provider.asked)
-    assert reason_of(browser.come_back(f"{SITE}/signin/callback?code=x&state=y")) == "rate-limited"
-    assert len(provider.asked) == asked
+    """Whoever begins properly and guesses codes would have the provider asked each time."""
+    guess = f"{SITE}/signin/callback?{urlencode({'state': query_of(browser.go())['state'], 'code': 'guess'})}"
+    assert {reason_of(browser.come_back(guess)) for _ in range(60)} == {"signin-code"}
+    assert reason_of(browser.come_back(guess)) == "rate-limited"
+    assert provider.asked.count("/token") == 60
     headers = {"Authorization": f"Bearer {token('reader')}"}
     assert browser.ask("GET", "/api/v1/whoami", headers=headers).status_code == 200
 
@@ -572,6 +576,18 @@ def test_an_answer_that_cannot_be_used_is_named_and_stops_nobody_with_a_token(
     assert_tokens_work(browser, token)
     provider.answers.clear()
     browser.sign_in()
+
+
+def test_a_provider_that_is_slow_holds_four_threads_and_no_more(app, browser, provider, token):
+    path, go_on = "/.well-known/openid-configuration", threading.Event()
+    provider.answers[path] = lambda: None if go_on.wait(60) else ("", 500)
+    with ThreadPoolExecutor(provider_module.AT_ONCE) as pool:
+        waiting = [pool.submit(Browser(app).ask, "GET", "/signin") for _ in range(provider_module.AT_ONCE)]
+        wait_for("everybody asks", lambda: provider.asked.count(path) == provider_module.AT_ONCE)
+        assert_unavailable(browser.ask("GET", "/signin"), "others wait")
+        assert_tokens_work(browser, token)
+        go_on.set()
+        assert [answer.result().status_code for answer in waiting] == [303] * provider_module.AT_ONCE
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n{"], ids=["in the head", "in the body"])
