@@ -10,7 +10,9 @@ import click
 
 from agent_core import console
 from agent_core.errors import ConflictError, Exit, NotFoundError, UnreachableError
-from release_server.config import DATA_VARIABLE, FILE, TABLE, Config, first_file
+from release_server.config import FILE, TABLE, Config, first_file
+from release_server.database_commands import db
+from release_server.options import data_option
 from release_server.signing.cli import signer as signer_command
 
 if TYPE_CHECKING:
@@ -21,15 +23,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from release_server.repository import Lifetime
-
-data_option = click.option(
-    "--data",
-    envvar=DATA_VARIABLE,
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("relfleet-server"),
-    show_default=True,
-    help=f"The data directory; {DATA_VARIABLE} does the same.",
-)
 
 
 def listen_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,37 +225,7 @@ def monitor(url: str, trust: Path, state: Path | None) -> int:
 # --- db, config, export ----------------------------------------------------------------------------------
 
 
-@cli.group(cls=console.Group)
-def db() -> None:
-    """The database's schema."""
-
-
-@db.command("upgrade")
-@data_option
-def db_upgrade(data: Path) -> None:
-    """Bring the schema to what this program wants."""
-    from release_server.database import upgrade
-
-    config = Config.load(data)
-    upgrade(config.database_url)
-    _show_revision(config)
-
-
-@db.command("current")
-@data_option
-def db_current(data: Path) -> None:
-    """Show the schema's revision, and the one this program wants."""
-    _show_revision(Config.load(data))
-
-
-def _show_revision(config: Config) -> None:
-    from release_server.database import current_revision, make_engine, newest_revision
-
-    engine = make_engine(config.database_url)
-    try:
-        console.emit({"current": current_revision(engine), "wanted": newest_revision()})
-    finally:
-        engine.dispose()
+cli.add_command(db)
 
 
 @cli.group("config", cls=console.Group)

@@ -233,3 +233,14 @@ def test_doctor_counts_the_hours_of_the_last_two_days_whole(sessions, trusted, a
         then = root.expires_at - timedelta(days=1, hours=5)
         (root,) = (each for each in repository.lifetimes(session, then) if each.role == "root")
     assert _examine_lifetime(root)["detail"].startswith("expires in 29 h,")
+
+
+def test_a_backup_is_restored_by_the_command_once_it_is_said_what_agents_have_seen(made, call, tmp_path):
+    kept, fresh = str(tmp_path / "kept"), str(tmp_path / "fresh")
+    assert call("db", "backup", kept, "--data", str(made))[0] == Exit.DONE
+    code, said = call("db", "restore", kept, "--data", fresh)
+    assert (code, "--published" in json.dumps(said)) == (Exit.USAGE, True)
+    assert call("db", "restore", kept, "--data", fresh, "--nothing-published")[0] == Exit.DONE
+    code, said = call("db", "current", "--data", fresh)
+    assert said["current"] == said["wanted"] == newest_revision()
+    assert call("db", "restore", kept, "--data", fresh, "--nothing-published")[0] == Exit.CONFLICT
