@@ -189,10 +189,10 @@ def test_versions_that_stolen_online_keys_ran_forward_are_over_with_other_keys(w
         honest = world.timestamp()
         (world.metadata / "timestamp.json").write_bytes(forged)
         for host in hosts:
-            assert host.look() == "bad-signature"
+            host.await_look("bad-signature")
         (world.metadata / "timestamp.json").write_bytes(honest)
     for host in hosts:
-        assert host.look() == "up-to-date"
+        host.await_look("up-to-date")
         assert host.good == "1.1.0"
 
 

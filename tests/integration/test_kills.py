@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -13,6 +15,9 @@ from agent_core import slots
 from release_server.signing.client import over_socket
 from release_server.signing.log import verify
 from tests.integration.world import Host, until
+
+if TYPE_CHECKING:
+    from tests.integration.world import World
 
 NEW = "1.2.0"
 """Its index allows four boots: the kills during its trial use up some of them."""
@@ -138,7 +143,23 @@ def test_a_rollout_goes_on_to_its_end_while_the_signer_is_killed_again_and_again
     host.await_good("1.1.0")
     world.await_rollout(rollout, "completed")
     verify(world.server_data / "signer" / "log")
-    signed = over_socket(world.server_data / "run" / "signer.sock").known().signed
-    for role in ("cohorts", "snapshot"):
-        served = max(int(place.name.split(".")[0]) for place in world.metadata.glob(f"*.{role}.json"))
-        assert served == signed[role]
+    until("the server to give out what was signed last", lambda: given_out(world) == signed(world))
+
+
+def signed(world: World) -> tuple[int, int]:
+    """The newest versions of cohorts and snapshot that the signer knows of."""
+    newest = over_socket(world.server_data / "run" / "signer.sock").known().signed
+    return newest["cohorts"], newest["snapshot"]
+
+
+def given_out(world: World) -> tuple[int, int]:
+    """The versions of the same that an agent comes to."""
+    snapshot = _named(world.timestamp())["snapshot.json"]["version"]
+    named = _named((world.metadata / f"{snapshot}.snapshot.json").read_bytes())
+    return named["cohorts.json"]["version"], snapshot
+
+
+def _named(metadata: bytes) -> dict[str, Any]:
+    """The metadata that a snapshot or a timestamp names."""
+    named: dict[str, Any] = json.loads(metadata)["signed"]["meta"]
+    return named

@@ -556,6 +556,10 @@ class Host:
         until(f"{self.name} to look", lambda: file.stat().st_mtime_ns != before)
         return self.reason
 
+    def await_look(self, reason: str) -> None:
+        """Have the agent check until this comes of it: one in progress may have fetched what was before."""
+        until(f"{self.name} to look and say {reason}", lambda: self.look() == reason)
+
     # --- waiting ---------------------------------------------------------------------------------------
 
     def await_good(self, version: str) -> None:
