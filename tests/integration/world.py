@@ -293,7 +293,8 @@ class World:
         with closing(sessions):
             try:
                 with sessions.write() as session:
-                    return session is not None
+                    session.connection()  # nothing is begun before something is asked
+                    return True
             except OperationalError:
                 return False
 
