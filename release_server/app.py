@@ -17,7 +17,9 @@ from release_server.blobs import Blobs
 from release_server.config import COUNTERS_VARIABLE, Config, data_directory
 from release_server.database import Sessions, make_engine
 from release_server.headers import SafeHeaders
+from release_server.slow import Pace, Watch
 from release_server.static import StaticFiles
+from release_server.transfers import Slots, Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +73,8 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
     )
     problems.install(app)
     _register(app)
-    app.wsgi_app = SafeHeaders(StaticFiles(app.wsgi_app, config.repository))  # type: ignore[method-assign,assignment]
+    files = StaticFiles(app.wsgi_app, config.repository)
+    app.wsgi_app = SafeHeaders(Transfers(files, watched_slots(config)))  # type: ignore[method-assign,assignment]
     scrape.install(app, app.extensions["relfleet"])
     if config.trusted_proxies:
         near = config.trusted_proxies
@@ -85,6 +88,13 @@ def _provider(config: Config) -> Provider | None:
     from release_server.signin.provider import Provider  # its libraries are loaded where it is used alone
 
     return Provider(config.oidc)
+
+
+def watched_slots(config: Config) -> Slots:
+    """The slots of one process, whose slow transfers are ended."""
+    slots = Slots(config.threads)
+    slots.entered = Watch(slots, Pace(config.least_rate_bps, config.slow_s)).wake
+    return slots
 
 
 def _register(app: OpenAPI) -> None:

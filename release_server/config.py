@@ -48,7 +48,14 @@ TABLE = Table(
             "PEM private key of server.tls_cert, without a passphrase and with mode 0600",
         ),
         Setting("server.workers", int, 2, "web processes", low=1, high=256),
-        Setting("server.threads", int, 16, "requests each web process answers at once", low=1, high=512),
+        Setting(
+            "server.threads",
+            int,
+            32,
+            "requests each web process answers at once, of which at most half wait for a client",
+            low=2,
+            high=512,
+        ),
         Setting(
             "server.trusted_proxies",
             int,
@@ -103,6 +110,24 @@ TABLE = Table(
             "s",
             low=0.1,
             high=3600,
+        ),
+        Setting(
+            "limits.slow_s",
+            float,
+            30.0,
+            "a body or a download that moves less than limits.least_rate_bps for so long is ended",
+            "s",
+            low=1,
+            high=3600,
+        ),
+        Setting(
+            "limits.least_rate_bps",
+            int,
+            1024,
+            "what a body or a download must move",
+            "bytes per second",
+            low=1,
+            high=2**30,
         ),
         Setting("limits.body", int, 2 * 2**20, "largest JSON body", "bytes", low=1024, high=2**30),
         Setting(
@@ -288,6 +313,14 @@ class Config:
     @property
     def head_timeout_s(self) -> float:
         return float(self.settings["limits.head_s"])
+
+    @property
+    def slow_s(self) -> float:
+        return float(self.settings["limits.slow_s"])
+
+    @property
+    def least_rate_bps(self) -> int:
+        return int(self.settings["limits.least_rate_bps"])
 
     @property
     def body_limit(self) -> int:

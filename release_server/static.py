@@ -212,10 +212,6 @@ class StaticFiles:
             file.close()
             return []
         file.seek(first)
-        wrapper = environ.get("wsgi.file_wrapper")
-        if wrapper is not None and last == size - 1:  # a wrapper sends to the end of the file
-            wrapped: Iterable[bytes] = wrapper(file, PIECE)
-            return wrapped
         return Slice(file, length)
 
 

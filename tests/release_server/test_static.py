@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from wsgiref.util import FileWrapper
 
 import pytest
 
@@ -33,11 +32,9 @@ def get(repository):
 
     static = StaticFiles(behind, repository)
 
-    def call(path, method="GET", *, wrapper=None, **headers):
+    def call(path, method="GET", **headers):
         environ = {"REQUEST_METHOD": method, "PATH_INFO": path}
         environ |= {f"HTTP_{name.upper()}": value for name, value in headers.items()}
-        if wrapper:
-            environ["wsgi.file_wrapper"] = wrapper
         seen = []
         answer = static(environ, lambda status, fields: seen.append((int(status[:3]), dict(fields))))
         body = b"".join(answer)
@@ -95,12 +92,6 @@ def test_a_whole_target_is_sent_with_its_length(get):
     status, headers, body = get(TARGET)
     assert (status, body, headers["Content-Length"]) == (200, BODY, str(len(BODY)))
     assert headers["Accept-Ranges"] == "bytes"
-
-
-def test_the_servers_own_file_wrapper_is_used_up_to_the_end_of_the_file(get):
-    assert get(TARGET, wrapper=FileWrapper)[2] == BODY
-    assert get(TARGET, wrapper=FileWrapper, range="bytes=100-")[2] == BODY[100:]
-    assert get(TARGET, wrapper=FileWrapper, range="bytes=100-199")[2] == BODY[100:200]
 
 
 @pytest.mark.parametrize(
