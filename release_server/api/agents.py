@@ -21,7 +21,7 @@ from agent_core.wire import (
     Problem,
     Report,
 )
-from release_server import agents, auth, enrolment, explain
+from release_server import agents, auth, enrolment, explain, membership, queries
 from release_server.api import PREFIX, problems, services
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
@@ -145,13 +145,18 @@ def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> dict[str
 @blueprint.get("/agents", security=SECURITY)
 @requires("reader")
 def list_agents(query: AgentQuery) -> dict[str, Any]:
-    """Agents by id; `next` is the `after` of the following page, or null on the last."""
+    """Agents by id; `next` is the `after` of the following page, or null on the last.
+
+    `match` is a query as of cohorts. A page that it thins out may be short or empty, and have a next one.
+    """
     hub = services()
     wanted = agents.Filter(query.product, query.cohort, query.version, query.state, _pairs(query.label))
+    match = queries.parse(query.match)
     with hub.sessions.read() as session:
         found = agents.list_agents(session, hub.clock(), wanted, limit=query.limit, after=query.after)
         following = found[-1].agent.id if len(found) == query.limit else None
-        return {"items": [render_agent(view) for view in found], "next": following}
+        fitting = [view for view in found if match.matches(membership.facts_of(view.agent))]
+        return {"items": [render_agent(view) for view in fitting], "next": following}
 
 
 def _pairs(labels: list[str]) -> tuple[tuple[str, str], ...]:

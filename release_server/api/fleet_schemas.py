@@ -281,6 +281,7 @@ class AgentQuery(Shape):
     version: str | None = Field(None, max_length=64)
     state: str | None = Field(None, pattern="^(ok|late|held|failed|silent|gone|pending|retired)$")
     label: list[LabelPair] = Field(default_factory=list, max_length=32)
+    match: str = Field("", max_length=4000)
     limit: int = Field(10_000, ge=1, le=10_000)
     after: str | None = Field(None, max_length=128)
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import console
 from agent_core.clock import iso
-from agent_core.errors import SettingsError, UsageError
+from agent_core.errors import SettingsError
 from agent_core.wire import NAME, VERSION
-from release_server import freezes, queries
+from release_server import freezes
 from release_server.publish import words
 
 if TYPE_CHECKING:
@@ -139,12 +139,7 @@ def _lease(value: Any) -> dict[str, Any] | None:
 
 
 def _match(value: Any) -> str:
-    match = _text(value).strip()
-    try:
-        queries.parse(match)
-    except UsageError as error:
-        raise ValueError(f"{error.what}: {error.why}") from None
-    return match
+    return words.match(_text(value))
 
 
 def _version(value: Any) -> str:

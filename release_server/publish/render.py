@@ -142,6 +142,10 @@ def agent_view(agent: Mapping[str, Any], now: datetime) -> str:
     )
     if agent.get("retired_at"):
         text += f"\nretired        {ago(agent['retired_at'], now)}"
+    known = agent.get("facts") or {}
+    origins = [[name, fact.get("value"), fact.get("origin")] for name, fact in known.items()]
+    if origins:
+        text += f"\n\n{console.table(['fact', 'value', 'says'], origins)}"
     events = [
         [event.get("at"), event.get("version"), event.get("state"), event.get("reason"), event.get("detail")]
         for event in agent.get("events") or []

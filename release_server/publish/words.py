@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, console
-from agent_core.errors import MalformedError
+from agent_core.errors import MalformedError, UsageError
 from agent_core.wire import LABEL_KEY, PROGRESS_FULL, Window
-from release_server import freezes
+from release_server import freezes, queries
 from release_server.freezes import days
 
 if TYPE_CHECKING:
@@ -198,6 +198,15 @@ def lease(text: str) -> dict[str, Any] | str:
     if not equals or not LABEL_KEY.fullmatch(scope.strip()) or 0 in (size.count, size.share_bp):
         raise ValueError(f"{text!r} is not a lease such as site=2 or rack=10%")
     return {"scope": scope.strip(), **given(limit=size.count, share_bp=size.share_bp)}
+
+
+def match(text: str) -> str:
+    """Read a query as cohorts have it, and give it back as it stands."""
+    try:
+        queries.parse(text)
+    except UsageError as error:
+        raise ValueError(f"{error.what}: {error.why}") from None
+    return text.strip()
 
 
 def calendar_entry(text: str) -> tuple[str, str] | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from agent_core.errors import NotFoundError
 from release_server.publish import render
 from release_server.publish.commands.operate import (
     LABELS,
+    MATCH,
     client,
     confirm_reach,
     entries,
@@ -24,7 +25,8 @@ from release_server.publish.commands.operate import (
 from release_server.publish.words import given
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import TextIO
 
 STATES = ("ok", "late", "held", "failed", "silent", "gone", "pending", "retired")
 COLUMNS = (
@@ -62,29 +64,35 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--state", type=click.Choice(STATES), help="In this state."),
         click.option("--version", metavar="VERSION", help="Running this version."),
         click.option(
-            "-l", "--labels", type=LABELS, multiple=True, help="With these labels: region=eu,tier=web."
+            "-l",
+            "--labels",
+            type=MATCH,
+            multiple=True,
+            help="That match, as cohorts do: 'region=eu,tier!=db', 'version<1.4', 'os=linux'.",
         ),
     ):
         command = option(command)
     return command
 
 
-def find(labels: Iterable[list[tuple[str, str]]], **wanted: str | None) -> list[dict[str, Any]]:
-    """The agents of the product that fit everything that was said; the server gives them in pages."""
-    said = [f"{name}={value}" for group in labels for name, value in group]
-    query = given(product=product(), **wanted, label=said or None)
-    found: list[dict[str, Any]] = []
+def pages(labels: Iterable[str], **wanted: str | None) -> Iterator[list[dict[str, Any]]]:
+    """The agents of the product that fit everything that was said, a page of the server's at a time."""
+    query = given(product=product(), **wanted, match=",".join(filter(None, labels)) or None)
     after: str | None = ""
     while after is not None:
         page = client().get("/agents", **query, **given(after=after or None))
-        found += entries(page)
+        yield entries(page)
         after = page.get("next")
-    return found
+
+
+def find(labels: Iterable[str], **wanted: str | None) -> list[dict[str, Any]]:
+    """All of them at once."""
+    return [agent for page in pages(labels, **wanted) for agent in page]
 
 
 @agents.command("list", short_help="List agents.")
 @filter_options
-def list_agents(labels: tuple[list[tuple[str, str]], ...], **wanted: str | None) -> None:
+def list_agents(labels: tuple[str, ...], **wanted: str | None) -> None:
     """List the agents of a product."""
     found = find(labels, **wanted)
     console.emit(found, lambda: render.agent_table(found, clock.now()))
@@ -106,17 +114,36 @@ def why(agent: str) -> None:
     console.emit(answer, lambda: render.why(answer))
 
 
-@agents.command("move", short_help="Put an agent into a cohort by hand.")
-@click.argument("agent")
-@click.option("--cohort", help="The cohort it belongs to from now on.")
-@click.option("--by-labels", is_flag=True, help="Let its labels decide again.")
+@agents.command("move", short_help="Put agents into a cohort by hand.")
+@click.argument("names", nargs=-1, metavar="[AGENT]...")
+@click.option("-l", "--labels", type=MATCH, help="All that match, as cohorts do: 'site=b,version<1.4'.")
+@click.option("--cohort", help="The cohort they belong to from now on.")
+@click.option("--by-labels", is_flag=True, help="Let their labels decide again.")
 @reason_option()
-def move(agent: str, *, cohort: str | None, by_labels: bool, reason: str | None) -> None:
-    """Put an agent into a cohort by hand, whatever its labels say. It follows with its next report."""
+def move(
+    names: tuple[str, ...], *, labels: str | None, cohort: str | None, by_labels: bool, reason: str | None
+) -> None:
+    """Put agents into a cohort by hand, whatever their labels say. They follow with their next report.
+
+    Moved one by one: where one is refused those before it have moved, and the same command goes on.
+    """
     if (cohort is None) != by_labels:
         raise click.UsageError("say either --cohort NAME or --by-labels")
-    answer = client().post(path_of(agent, "move"), {"cohort": cohort, **given(reason=reason)})
-    _show(answer, f"{agent} is in {answer.get('cohort') or 'no cohort'}")
+    if bool(names) is (labels is not None):
+        raise click.UsageError("name the agents, or say -l QUERY")
+    chosen = names
+    if labels is not None:
+        chosen = tuple(str(agent["id"]) for agent in find([labels]))
+        confirm_reach(f"This moves {{}} to {cohort or 'where their labels say'}.", len(chosen))
+    body = {"cohort": cohort, **given(reason=reason)}
+    answers = []
+    for name in chosen:
+        answers.append(client().post(path_of(name, "move"), body))
+        console.say(f"{name} is in {answers[-1].get('cohort') or 'no cohort'}")
+    if len(names) == 1:
+        console.emit(answers[0], lambda: render.agent_view(answers[0], clock.now()))
+    else:
+        console.emit(answers, lambda: render.agent_table(answers, clock.now()))
 
 
 @agents.command("label", short_help="Set or remove an agent's labels.")
@@ -206,31 +233,36 @@ def _answer_waiting(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to stdout."
 )
 @filter_options
-def export(
-    labels: tuple[list[tuple[str, str]], ...], *, as_csv: bool, out: Path | None, **wanted: str | None
-) -> None:
+def export(labels: tuple[str, ...], *, as_csv: bool, out: Path | None, **wanted: str | None) -> None:
     """Write agents as CSV with a fixed order of columns, or as JSON with --json."""
     if as_csv and console.options().json:
         raise click.UsageError("--csv and --json exclude each other")
-    found = find(labels, **wanted)
-    if out is not None and not console.options().json:
-        out.write_text(table_of(found), newline="")
-        console.say(f"{render.agents(len(found))} written to {out}")
-    elif out is not None:
-        raise click.UsageError("--out writes CSV; redirect the output of --json instead")
-    else:
-        console.emit(found, lambda: table_of(found).rstrip("\n"))
+    if console.options().json:
+        if out is not None:
+            raise click.UsageError("--out writes CSV; redirect the output of --json instead")
+        console.emit(find(labels, **wanted))
+        return
+    if out is None:
+        write_table(sys.stdout, pages(labels, **wanted))
+        return
+    with out.open("w", newline="") as file:
+        count = write_table(file, pages(labels, **wanted))
+    console.say(f"{render.agents(count)} written to {out}")
 
 
-def table_of(found: Iterable[Mapping[str, Any]]) -> str:
-    """Agents as CSV. Cells that a spreadsheet would take for a formula are quoted with an apostrophe."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def write_table(file: TextIO, found: Iterable[Iterable[Mapping[str, Any]]]) -> int:
+    """Agents as CSV, page by page, so that a large fleet is never held at once; says how many there were.
+
+    Cells that a spreadsheet would take for a formula are quoted with an apostrophe.
+    """
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for agent in found:
+    count = 0
+    for agent in (agent for page in found for agent in page):
         row = {**agent, "labels": render.labels(render.every_label(agent))}
         writer.writerow([harmless(str(row.get(column) or "")) for column in COLUMNS])
-    return text.getvalue()
+        count += 1
+    return count
 
 
 def harmless(cell: str) -> str:

@@ -831,7 +831,7 @@ def test_list_sends_every_filter(release: Release, fleet: Fleet) -> None:
     release("agents", "list", *words.split())
     assert fleet.seen[-1].query == {
         "product": [PRODUCT],
-        "label": ["region=eu", "tier=web", "rack=7"],
+        "match": ["region=eu,tier=web,rack=7"],
         "version": ["1.4.2"],
         "state": ["silent"],
         "cohort": ["eu-web"],
@@ -869,8 +869,8 @@ def test_names_are_quoted_in_the_url(release: Release, fleet: Fleet) -> None:
         ("cohort freeze c -m x --until tomorrow", "'tomorrow' is neither a time such as"),
         ("cohort freeze c -m x --until 99999999999d", "is neither a time such as"),
         ("cohort create c --window nights", "is not a window such as"),
-        ("agents list -l region", "'region' is not a label such as region=eu"),
-        ("agents list -l Region=eu", "'Region=eu' is not a label such as region=eu"),
+        ("agents list -l region<x", "the match cannot be read at 'x'"),
+        ("agents list -l Region=eu", "the match cannot be read at 'Region'"),
         ("agents list --state lost", "lost"),
         ("agents label web-17 tier", "'tier' is not a label such as region=eu"),
         ("agents export --csv --json", "exclude each other"),
