@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from agent_core.errors import MalformedError
 from agent_core.late import late_dataclass
-from agent_core.processes import finish
+from agent_core.processes import finish_one
 from agent_core.wire import Getter
 
 if TYPE_CHECKING:
@@ -276,16 +276,18 @@ def _run_process(_check: Check, subject: Subject) -> Outcome:
 def _run_exec(check: Check, subject: Subject) -> Outcome:
     # Not `spawn`: its start-up costs more than most checks, every second. What a killed agent leaves behind
     # of a check is ended by the launcher or the service manager.
-    child = subprocess.Popen(
-        subject.place.argv(check.argv),
-        cwd=subject.place.version_dir,
-        env=subject.place.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    code, words = finish(child, check.timeout_s)
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            subject.place.argv(check.argv),
+            cwd=subject.place.version_dir,
+            env=subject.place.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    code, words = finish_one(start, check.timeout_s)
     if code is None:
         return Outcome(False, f"took longer than {check.timeout_s:g} s")
     return Outcome(code == 0, "" if code == 0 else f"exit {code}{': ' if words else ''}{words}")

@@ -79,6 +79,9 @@ def _refuse_unknown(get: Getter, known: set[str]) -> None:
 def run_hook(name: str, hook: Hook, place: Place, before: str) -> str:
     """Run one hook to its end; blocks for its `timeout_s` and a little, and leaves no process of it behind.
 
+    One that somebody else ended is tried again within its time, as a preflight is: only a hook that never
+    comes through has failed, for a failure is remembered.
+
     Args:
         name: as the hook finds it in `RELFLEET_HOOK`.
         hook: of the version at `place`.
@@ -89,10 +92,10 @@ def run_hook(name: str, hook: Hook, place: Place, before: str) -> str:
         Why it failed, in words with the last of its output; empty when it ended with 0.
     """
     # Late: whoever only reads an index runs no process.
-    from agent_core.processes import finish, spawn
+    from agent_core.processes import finish_one, spawn
 
-    try:
-        child = spawn(
+    def start() -> subprocess.Popen[bytes]:
+        return spawn(
             place.argv(hook.argv),
             cwd=place.version_dir,
             env={**place.environment(), "RELFLEET_HOOK": name, "RELFLEET_VERSION_BEFORE": before},
@@ -100,9 +103,11 @@ def run_hook(name: str, hook: Hook, place: Place, before: str) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+
+    try:
+        code, words = finish_one(start, hook.timeout_s)
     except OSError as error:
         return f"{name} could not be started: {error}"
-    code, words = finish(child, hook.timeout_s)
     if code is None:
         return f"{name} took longer than {hook.timeout_s:g} s"
     return "" if code == 0 else f"{name}: exit {code}{': ' if words else ''}{words}"

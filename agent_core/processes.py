@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 200
 """Bytes of a child's output that are kept to say why it failed."""
+TRIES = 3
+"""How often a preflight, a hook or a check runs while others end it, as the kernel does without memory."""
 
 # The child ties its own life to ours before it becomes the program: `preexec_fn` would run Python between
 # fork and exec of a process with threads. getppid() is asked afterwards, for a parent that died in between.
@@ -82,6 +84,25 @@ def finish(child: subprocess.Popen[bytes], limit_s: float) -> tuple[int | None, 
         child.wait()
         child.stdout.close()
     return child.returncode if ended else None, " ".join(tail.decode(errors="replace").split())
+
+
+def was_killed(code: int | None) -> bool:
+    """Whether somebody else ended it, so that its end says nothing of the program."""
+    return code in (-signal.SIGKILL, -signal.SIGTERM)
+
+
+def finish_one(start: Callable[[], subprocess.Popen[bytes]], limit_s: float) -> tuple[int | None, str]:
+    """`finish` what `start` starts; once more while somebody else ends it, `TRIES` times within `limit_s`.
+
+    Raises:
+        OSError: it could not be started.
+    """
+    deadline_s = time.monotonic() + limit_s
+    for _ in range(TRIES):
+        code, words = finish(start(), max(0.0, deadline_s - time.monotonic()))
+        if not was_killed(code) or time.monotonic() >= deadline_s:
+            break
+    return code, words
 
 
 def _listen(child: subprocess.Popen[bytes], fd: int, limit_s: float) -> tuple[bool, bytes]:

@@ -27,6 +27,7 @@ from agent_core import delta, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
 from agent_core.late import late_dataclass
+from agent_core.processes import TRIES, was_killed
 from agent_core.wire import Getter, Reason, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ RESERVE = 32 * 2**20
 """Bytes left free on the disk after a bundle is unpacked: an updater does not take a host's last block."""
 
 PREFLIGHT_S = 60.0
-PREFLIGHT_TRIES = 3
-KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 MOST_OUTPUT = 64 * 1024
 
 
@@ -278,7 +277,7 @@ def preflight(layout: Layout, name: str, facts: ReleaseFacts, *, limit_s: float 
         facts: the signed ones; a program that reports another version would be updated for ever.
         limit_s: seconds after which it counts as hanging; all its processes are killed then.
     """
-    for _ in range(PREFLIGHT_TRIES):
+    for _ in range(TRIES):
         verdict = _try(layout, name, facts, limit_s)
         if not verdict.killed:
             break
@@ -306,7 +305,7 @@ def _try(layout: Layout, name: str, facts: ReleaseFacts, limit_s: float) -> Pref
         return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it was not done after {limit_s:g} s")
     if process.returncode != 0:
         told = "; ".join(_lines(complained or said)[-3:])
-        detail, killed = f"exit {process.returncode}: {told}", process.returncode in KILLED
+        detail, killed = f"exit {process.returncode}: {told}", was_killed(process.returncode)
         return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=detail, killed=killed)
     return _judge("".join(_lines(said)[-1:]), facts)
 

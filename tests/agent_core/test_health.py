@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from agent_core.errors import MalformedError
 from agent_core.health import Check, Kind, Monitor, Subject, parse_checks, run_check, weakness
+from agent_core.processes import TRIES
 from agent_core.workload import Place
 
 
@@ -212,6 +213,18 @@ def test_a_program_passes_by_exit_0_and_fails_with_its_last_words(subject: Subje
         exec_check("{python}", "-c", "print('no'); print('database'); raise SystemExit(3)"), subject
     )
     assert (failed.passed, failed.detail) == (False, "exit 3: no database")
+
+
+def test_a_check_that_somebody_killed_is_run_again_and_one_that_is_always_killed_has_failed(
+    subject: Subject,
+) -> None:
+    def killed(times: int) -> Check:
+        tried = subject.place.root / f"tried-{times}"
+        count = f'echo >> {tried}; test "$(wc -l < {tried})" -gt {times}'
+        return exec_check("/bin/sh", "-c", f"{count} || kill -KILL $$")
+
+    assert run_check(killed(TRIES - 1), subject).passed
+    assert run_check(killed(99), subject).detail == "exit -9"
 
 
 def test_a_program_of_the_version_runs_in_its_directory_with_its_environment(subject: Subject) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from agent_core.errors import MalformedError
 from agent_core.hooks import NO_HOOKS, POST_ACTIVATE, PRE_ACTIVATE, Hook, Hooks, parse_hooks, run_hook
+from agent_core.processes import TRIES
 from agent_core.workload import Place
 
 
@@ -70,6 +71,26 @@ def test_a_hook_runs_in_its_version_and_knows_what_it_follows(place: Place) -> N
 def test_a_hook_that_fails_says_how_with_its_last_words(place: Place) -> None:
     why = run_hook(POST_ACTIVATE, shell("echo the table; echo is locked >&2; exit 3"), place, "")
     assert why == "post_activate: exit 3: the table is locked"
+
+
+def killed_until(times: int, place: Place) -> Hook:
+    """A hook that is killed as if for want of memory, so many times."""
+    count = f'echo >> {place.root}/tried; test "$(wc -l < {place.root}/tried)" -gt {times}'
+    return shell(f"{count} || kill -KILL $$")
+
+
+def test_a_hook_that_somebody_killed_is_tried_again(place: Place) -> None:
+    assert run_hook(PRE_ACTIVATE, killed_until(TRIES - 1, place), place, "") == ""
+
+
+def test_a_hook_that_is_always_killed_has_failed(place: Place) -> None:
+    assert run_hook(POST_ACTIVATE, killed_until(99, place), place, "") == "post_activate: exit -9"
+    assert len((place.root / "tried").read_text()) == TRIES
+
+
+def test_a_hook_that_says_no_is_asked_once(place: Place) -> None:
+    run_hook(PRE_ACTIVATE, shell(f"echo >> {place.root}/tried; exit 3"), place, "")
+    assert len((place.root / "tried").read_text()) == 1
 
 
 @pytest.mark.parametrize("argv", [("app/none",), ("/nowhere/at/all",)])

@@ -21,6 +21,7 @@ from agent_core import bundle, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, pack
 from agent_core.errors import DiskError, RelfleetError, TrustError
 from agent_core.layout import Layout
+from agent_core.processes import TRIES
 from agent_core.slots import Record
 from agent_core.wire import Reason, ReleaseFacts
 from updater import stage
@@ -439,7 +440,7 @@ if tried < {times}:
 
 
 def test_a_preflight_that_somebody_killed_is_tried_again(layout, tmp_path):
-    program = killed_until(stage.PREFLIGHT_TRIES - 1, tmp_path / "tried") + PREFLIGHT
+    program = killed_until(TRIES - 1, tmp_path / "tried") + PREFLIGHT
     assert preflight(layout, tmp_path, program) == stage.Preflight(ok=True)
 
 
@@ -447,7 +448,7 @@ def test_a_preflight_that_is_always_killed_is_a_refusal(layout, tmp_path):
     found = preflight(layout, tmp_path, killed_until(99, tmp_path / "tried") + PREFLIGHT)
     assert (found.ok, found.reason) == (False, Reason.PREFLIGHT)
     assert "exit -9" in found.detail
-    assert len((tmp_path / "tried").read_text()) == stage.PREFLIGHT_TRIES
+    assert len((tmp_path / "tried").read_text()) == TRIES
 
 
 def test_a_version_without_an_agent_is_a_refusal(layout, tmp_path, downloaded):
