@@ -56,6 +56,8 @@ REBOOTS_MOST = 8
 
 # Reasons, as `agent_core.wire.Reason` spells them; this file may not import it.
 OBSERVED, OPERATOR, DISK = "observed", "operator", "disk"
+UNREADABLE = "unreadable"
+"""Of a refusal: the disk does not say whether a version is whole."""
 
 _MAGIC = b"RFSLOT1\n"
 _HEAD = struct.Struct(">8sI32s")
@@ -455,19 +457,28 @@ def switch(root: Root, to: str, back: str = "") -> None:
 
 
 def is_complete(root: Root, name: str) -> bool:
-    """Whether a version's directory is whole: it is renamed there only when every file is on the disk.
+    """Whether a version's directory is whole, as far as the disk says.
 
     A disk that does not say is not believed to have lost it: one failed read must not unseat what is good. It
     is started, and if that fails the next one is.
     """
-    place = os.path.join(root, "versions", name)
-    if not _NAME.fullmatch(name):
-        return False
     try:
-        parts = (os.path.join(place, part) for part in (".bundle.json", "agent.py"))
-        return not disk.is_link(place) and all(map(disk.is_file, parts))
+        return looks_complete(root, name)
     except OSError:
         return True
+
+
+def looks_complete(root: Root, name: str) -> bool:
+    """Whether a version's directory is whole: it is renamed there only when every file is on the disk.
+
+    Raises:
+        OSError: the disk does not say.
+    """
+    if not _NAME.fullmatch(name):
+        return False
+    place = os.path.join(root, "versions", name)
+    parts = (os.path.join(place, part) for part in (".bundle.json", "agent.py"))
+    return not disk.is_link(place) and all(map(disk.is_file, parts))
 
 
 def complete(root: Root, record: Record | None) -> frozenset[str]:
@@ -689,7 +700,8 @@ def go_back(root: Root, retry_epoch: int = 0, to: str = "") -> Record:
             it can only be the good one.
 
     Raises:
-        IllegalTransitionError: `not-found` (no whole such version), `skipped` (it failed here), `in-trial`.
+        IllegalTransitionError: `not-found` (no whole such version), `skipped` (it failed here), `in-trial`;
+            `unreadable`: the disk does not say whether it is whole, and asked again it may.
     """
     with _alone(root):
         record = _needed(root)
@@ -702,7 +714,7 @@ def go_back(root: Root, retry_epoch: int = 0, to: str = "") -> Record:
         if to == record.good or (not to and _went_back(record)):
             return _recovered(root) or record
         fresh = gone_back(record, retry_epoch, to)
-        _need_complete(root, fresh.good)
+        _need_seen(root, fresh.good)
         return _write_and_follow(root, fresh)
 
 
@@ -796,4 +808,15 @@ def _needed(root: Root) -> Record:
 
 def _need_complete(root: Root, name: str) -> None:
     if not is_complete(root, name):
+        raise IllegalTransitionError(f"versions/{name} is not a whole version", "not-found")
+
+
+def _need_seen(root: Root, name: str) -> None:
+    """For a choice of a person's a disk that does not say has not said yes: what runs can run on."""
+    try:
+        is_whole = looks_complete(root, name)
+    except OSError as error:
+        why = f"whether versions/{name} is whole could not be read: {error.strerror}"
+        raise IllegalTransitionError(why, UNREADABLE) from error
+    if not is_whole:
         raise IllegalTransitionError(f"versions/{name} is not a whole version", "not-found")

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from agent_core import slots
 from agent_core.errors import RelfleetError
-from tests.crash.script import OLD_LAUNCHER
+from tests.crash.script import OLD_LAUNCHER, BrokenPromise
 from updater import launchers
 
 if TYPE_CHECKING:
@@ -53,6 +53,17 @@ def go_back(host: Host, to: str = "") -> None:
     after = slots.go_back(host.root, to=to)
     skipped = host.ledger.skipped | {slots.digest_of(after.tried)}
     host.promise(goods=frozenset({after.good}), skipped=skipped, tries="", asked=True)
+
+
+def choose_damaged(host: Host, to: str) -> None:
+    """`agent rollback --to` a version that has lost a file; typed again when the disk did not say so."""
+    try:
+        slots.go_back(host.root, to=to)
+    except slots.IllegalTransitionError as error:
+        if error.reason != "not-found":
+            raise
+    else:
+        raise BrokenPromise(f"{to} was gone back to, which is damaged")
 
 
 def upgrade_launcher(host: Host) -> None:

@@ -100,6 +100,11 @@ MUTANTS = (
         "    except OSError:\n        return True", "    except OSError:\n        return False",
         "clean-up", "break_disk",
     ),
+    Mutant(
+        "a person's choice is done unseen", SLOTS,
+        "        _need_seen(root, fresh.good)\n", "        _need_complete(root, fresh.good)\n",
+        "operator names a damaged version", "break_disk",
+    ),
     Mutant("an unpacked tree is not synced", BUNDLE, "            _settle(root, index)\n", "", "upgrade"),
     Mutant(
         "unpacked files are not synced", BUNDLE,

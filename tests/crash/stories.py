@@ -99,6 +99,11 @@ def stories() -> dict[str, Script]:
             skipped=frozenset({A.digest}), ledger=ledger,
         ),
         Script(
+            "operator names a damaged version",
+            _installed(_record(A, P), A, P, more=_version(C, cut=True)), A, A,
+            operator=partial(deeds.choose_damaged, to=C.name), whole=(A, P), ledger=ledger,
+        ),
+        Script(
             "operator ends a trial by name", settled, B, A, partial(deeds.go_back, to=A.name),
             skipped=skips_b, ledger=ledger, share=DEFAULT_SHARE,
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console, slots
-from agent_core.errors import ConflictError, UnreachableError
+from agent_core.errors import ConflictError, DiskError, UnreachableError
 from updater import control
 from updater.decide import Action
 
@@ -40,11 +40,18 @@ def sentence(outcome: Outcome) -> str:
     return f"{verb} ({outcome.reason}): {outcome.detail}".rstrip(": ")
 
 
+def unreadable(what: str, why: str) -> DiskError:
+    """The disk does not say whether a version is whole, and nobody chooses one unseen; nothing was done."""
+    then = "the same again, a read may fail once; agent doctor when it goes on"
+    return DiskError(what, why=why, then=then, reason=slots.UNREADABLE)
+
+
 def ask(device: Device, request: Request, done: Callable[[slots.Record], bool]) -> slots.Record:
     """Have the request carried out: here where no agent runs, else by the agent.
 
     Raises:
         ConflictError: the record does not allow it.
+        DiskError: whether the version to go back to is whole could not be read.
         UnreachableError: the agent has not answered yet; it will when it looks.
     """
     with control.alone(device.layout) as is_alone:
@@ -52,6 +59,8 @@ def ask(device: Device, request: Request, done: Callable[[slots.Record], bool]) 
             try:
                 return control.carry_out(device, request)
             except slots.IllegalTransitionError as error:
+                if error.reason == slots.UNREADABLE:
+                    raise unreadable(f"cannot {request.verb}", str(error)) from error
                 raise ConflictError(f"cannot {request.verb}", why=str(error), reason=error.reason) from error
     control.leave_request(device.layout, request)
     control.wake(device.layout)

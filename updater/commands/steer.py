@@ -13,7 +13,7 @@ from agent_core import clock, console, disk, slots
 from agent_core.errors import ConflictError, NotFoundError, TrustError, UsageError
 from agent_core.wire import Reason
 from updater import control, known
-from updater.commands.common import ask, root_option
+from updater.commands.common import ask, root_option, unreadable
 from updater.decide import Hold
 from updater.device import Device
 
@@ -64,7 +64,7 @@ def _target(device: Device, record: slots.Record, version: str | None) -> str:
             )
         return target
     here = [name for name in _names(device) if version in (name, slots.version_of(name))]
-    whole = [name for name in here if slots.is_complete(device.layout.root, name)]
+    whole = [name for name in here if _is_whole(device, name)]
     if len(whole) == 1:
         return whole[0]
     if whole:
@@ -73,6 +73,14 @@ def _target(device: Device, record: slots.Record, version: str | None) -> str:
         )
     why = "it is here, and not whole" if here else "it is not on this host"
     raise NotFoundError(f"cannot go back to {version}", why=why, then="agent versions lists what is")
+
+
+def _is_whole(device: Device, name: str) -> bool:
+    try:
+        return slots.looks_complete(device.layout.root, name)
+    except OSError as error:
+        why = f"its files cannot be read: {error.strerror}"
+        raise unreadable(f"cannot go back to {name}", why) from error
 
 
 def _names(device: Device) -> list[str]:

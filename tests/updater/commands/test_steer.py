@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from datetime import timedelta
 
 import pytest
 
-from agent_core import clock
+from agent_core import clock, disk
 from tests.updater.commands.conftest import A, B, C
 
 
@@ -44,6 +45,33 @@ def test_back_to_what_cannot_be_is_refused_with_words(host, word, code, reason):
     assert error["what"]
     assert error["then"]
     assert host.record.good == B
+
+
+@pytest.mark.parametrize("seen", [0, 1], ids=["by the command", "by the deed"])
+def test_back_to_what_cannot_be_looked_at_is_refused_and_may_be_typed_again(host, seen):
+    host.stage(A, B, C)
+    host.on(C, B)
+
+    class BadBlock:
+        looks = 0
+
+        def before(self, name, words, options):
+            if name == "stat" and str(words[0]).endswith(f"{A}/agent.py"):
+                self.looks += 1
+                if self.looks > seen:
+                    raise OSError(errno.EIO, "Input/output error")
+
+        def after(self, *_):
+            pass
+
+    with disk.watched_by(BadBlock()):
+        code, out, said = host.agent("rollback", "--to", "1.0.0", "--yes", "--json")
+    error = json.loads(said)["error"]
+    assert (code, out, error["reason"]) == (1, "", "unreadable")
+    assert "Input/output error" in error["why"]
+    assert "the same again" in error["then"]
+    assert host.record.good == C
+    assert host.ask("rollback", "--to", "1.0.0", "--yes") == (0, {"good": A, "left": C})
 
 
 def test_a_version_that_stands_here_twice_must_be_named_whole(host):
