@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from agent_core.slots import Record
 
 ENDED = frozenset({AttemptState.HEALTHY, AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SKIPPED})
+BEFORE_TRIAL = frozenset({AttemptState.DOWNLOADING, AttemptState.STAGED})
 
 
 @late_dataclass(frozen=True)

@@ -271,6 +271,7 @@ class _Check:
         outcome = self._outcome(decision, facts)
         if not decision.installs or release is None:
             self._note_skip(decision, facts)
+            self._let_go(facts)
             return outcome
         if halt := self._stop():
             return self._wait_for_stop(outcome, halt)
@@ -331,6 +332,17 @@ class _Check:
                 version, digest, salt, AttemptState.SKIPPED, str(decision.reason), decision.detail
             )
             report.record_transition(self.device, spool, skipped)
+
+    def _let_go(self, facts: Facts) -> None:
+        """An attempt before its trial ends with the wish for it, or reports would name it for ever."""
+        last, record = attempts.load(self.device.attempt_file), slots.read(self.device.layout.root)
+        if last is None or last.state not in attempts.BEFORE_TRIAL or facts.in_trial:
+            return
+        if record is not None and attempts.settled(last, record) is not None:
+            return
+        offer, salt = facts.offer, facts.directive.salt
+        if offer is None or not last.is_for(offer.facts.version, offer.digest, salt):
+            disk.remove(self.device.attempt_file)
 
     # --- install ---------------------------------------------------------------------------------------
 

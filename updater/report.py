@@ -11,7 +11,6 @@ from agent_core.errors import NotAllowedError, RelfleetError
 from agent_core.spool import Spool
 from agent_core.wire import (
     MAX_TRANSITIONS,
-    AttemptState,
     Getter,
     Phase,
     Reason,
@@ -60,7 +59,7 @@ def build(
 def _phase(record: slots.Record | None, attempt: Attempt | None) -> Phase:
     if record is not None and record.phase != slots.IDLE:
         return Phase(record.phase)
-    if attempt is not None and attempt.state in (AttemptState.DOWNLOADING, AttemptState.STAGED):
+    if attempt is not None and attempt.state in attempts.BEFORE_TRIAL:
         return Phase(str(attempt.state))
     return Phase.IDLE
 

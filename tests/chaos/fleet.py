@@ -40,6 +40,7 @@ from agent_core.wire import (
 )
 from tests.integration.world import PRODUCT
 from updater import decide, server
+from updater.attempt import BEFORE_TRIAL
 from updater.catalog import Catalog
 from updater.decide import Facts, Offer, Running
 from updater.transport import Transport
@@ -52,7 +53,11 @@ TRIAL_S = 0.4
 SITES = 5
 LIMIT = 25
 """How many of one site may be between two versions at once."""
-PHASES = {AttemptState.TRIAL: Phase.TRIAL, AttemptState.STAGED: Phase.STAGED}
+PHASES = {
+    AttemptState.TRIAL: Phase.TRIAL,
+    AttemptState.STAGED: Phase.STAGED,
+    AttemptState.DOWNLOADING: Phase.DOWNLOADING,
+}
 BAD_FOR = 5
 """One agent in so many goes back from a bad version."""
 
@@ -223,7 +228,7 @@ class Fleet:
         except Exception as error:  # a mistake in here must be seen, not be a thread that is gone
             self.strange.append(f"{agent.id}: {error!r}")
             return 1.0
-        busy = agent.state in (AttemptState.STAGED, AttemptState.TRIAL)
+        busy = agent.state in PHASES
         return 0.5 if busy else word.directive.poll_s * random.uniform(0.8, 1.2)
 
     def _poll(self, agent: Agent) -> Word:
@@ -267,16 +272,22 @@ class Fleet:
             return
         facts = self._facts(agent, word)
         decision = decide.decide(facts, clock.now())
+        wanted = (facts.offer.facts.version if facts.offer else None, word.directive.salt)
+        begun = agent.state in BEFORE_TRIAL and (agent.target, agent.salt) == wanted
         if not decision.installs:
+            if not begun and agent.state in BEFORE_TRIAL:
+                agent.state = None
+                self._is_done(agent)
             return
-        target, salt = facts.offer.facts.version, word.directive.salt
-        if (agent.target, agent.salt) != (target, salt) or agent.state is not AttemptState.STAGED:
-            agent.target, agent.salt = target, salt
+        target = wanted[0]
+        if not begun:
+            agent.target, agent.salt = wanted
             agent.step(AttemptState.DOWNLOADING)
-            agent.step(AttemptState.STAGED)
             self._report(agent, 0.0)
         if word.directive.lease is not None and not self._leased(agent, target):
             return
+        agent.step(AttemptState.STAGED)
+        self._report(agent, 0.0)
         agent.step(AttemptState.TRIAL)
         agent.trial_ends = time.monotonic() + TRIAL_S
         with self._lock:
@@ -316,11 +327,14 @@ class Fleet:
                 self.most_at_work = max(self.most_at_work, len(there))
         return granted
 
+    def _is_done(self, agent: Agent) -> None:
+        with self._lock:
+            self._at_work.get(agent.site, set()).discard(agent.id)
+
     def _end_trial(self, agent: Agent) -> None:
         """From here on it may be counted as over by the server: it has not heard of it yet."""
         fails = agent.target in self.bad and int(agent.id.rpartition("-")[2]) % BAD_FOR == 0
-        with self._lock:
-            self._at_work.get(agent.site, set()).discard(agent.id)
+        self._is_done(agent)
         if fails:
             agent.skipped.add(self._word.releases[agent.target].facts.index_sha256[:12])
             agent.step(AttemptState.ROLLED_BACK, "unhealthy")

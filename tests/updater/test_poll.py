@@ -16,9 +16,10 @@ from agent_core.bundle import Index, pack
 from agent_core.errors import DiskError
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
-from agent_core.wire import Directive, ReleaseFacts
+from agent_core.wire import AttemptState, Directive, Phase, Policy, ReleaseFacts
 from tests.http_origin import Origin
-from updater import poll
+from updater import attempt as attempts
+from updater import poll, report
 from updater.catalog import Release, alone
 from updater.decide import Action
 from updater.device import Device, Outcome
@@ -206,3 +207,40 @@ def test_what_another_check_is_staging_is_not_cleared_away(layout, origin):
         assert half.exists()
     poll.clear(device)
     assert not half.exists()
+
+
+# --- an attempt that was cut off before its trial ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", sorted(attempts.BEFORE_TRIAL))
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        pytest.param({"release": "2.0.0", "mode": "suspended"}, "as it was", id="halted"),
+        pytest.param({"release": "1.0.0", "rollback": True}, "idle", id="undone"),
+        pytest.param({"release": "2.0.0", "mode": "suspended", "salt": "later"}, "idle", id="another"),
+        pytest.param({"release": None, "base": None}, "idle", id="nothing wanted"),
+    ],
+)
+def test_an_attempt_is_named_no_longer_than_it_is_wanted(layout, origin, release, state, mode, said):
+    device = device_of(layout, origin)
+    begun = attempts.Attempt("2.0.0", release.facts.index_sha256[:12], "salt", state)
+    attempts.save(device.attempt_file, begun)
+    word = Directive(**{"product": "shop", "cohort": "main", "release": "2.0.0", "base": "1.0.0",
+                        "progress": 10_000, "salt": "salt", "revision": 2, **mode})  # fmt: skip
+    here = replace(release.facts, version="1.0.0", seq=1, index_sha256="0" * 64)
+    known = {"2.0.0": release, "1.0.0": replace(release, facts=here)}
+    catalog = SimpleNamespace(policy=lambda _: Policy(), release=lambda version, _: known[version])
+    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
+    assert check.follow(word, clock.now()).action is not Action.INSTALL
+    assert report.build(device).phase == (Phase(str(state)) if said == "as it was" else Phase.IDLE)
+
+
+def test_a_trial_keeps_its_attempt_whatever_is_said_meanwhile(layout, origin, release):
+    device, digest = device_of(layout, origin), release.facts.index_sha256[:12]
+    attempts.save(device.attempt_file, attempts.Attempt("2.0.0", digest, "salt", AttemptState.STAGED))
+    slots.Slots(layout.root).write(slots.Record(good=GOOD, phase=slots.TRIAL, candidate=f"2.0.0-{digest}"))
+    catalog = SimpleNamespace(policy=lambda _: Policy(), release=lambda *_: None)
+    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
+    check.follow(Directive("shop", "main", None, None, 0, "other", 3), clock.now())
+    assert attempts.load(device.attempt_file) is not None
