@@ -63,12 +63,18 @@ def _activate(device: Device, outcome: Outcome) -> str:
         if slots.read(device.layout.root) is None:
             install.activate_first(device, outcome)
             return "is installed; agent run starts it"
-        request = control.Request(control.ACTIVATE, outcome.candidate)
-        ask(device, request, lambda now: outcome.candidate in (now.candidate, now.good))
+        ask(device, control.Request(control.ACTIVATE, outcome.candidate), lambda now: _is_taken(outcome, now))
     finally:
         disk.close(held)
     with control.alone(device.layout) as is_alone:
         return "goes on trial when the agent is started" if is_alone else ON_TRIAL
+
+
+def _is_taken(outcome: Outcome, record: slots.Record) -> bool:
+    """On trial, or through it already: one that ends at once is back before anybody looks."""
+    if outcome.candidate in (record.candidate, record.good):
+        return True
+    return slots.skips(record, slots.digest_of(outcome.candidate), outcome.retry_epoch)
 
 
 def _refusal(outcome: Outcome) -> RelfleetError:
