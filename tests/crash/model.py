@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE)
 ROUNDS_OF_A_BAD_DISK = 5
+CHANGES_MOST = 400
+"""Of a life: three times those of the longest story. What tries without end is told so, not looked at without end."""
 Cut = tuple[int, int]
 """Which change the power went after, and which of the states that it might have left."""
 
@@ -125,6 +127,8 @@ def _live(
     def step(journal: Journal, ledger: Ledger) -> None:
         nonlocal changes
         changes += 1
+        if changes > CHANGES_MOST:
+            raise BrokenPromise(f"it changed the disk {changes} times, and does not rest")
         for number, tree in enumerate(journal.states(*reach)):
             if (key := hash((tuple(sorted(tree.items())), ledger))) not in seen:
                 seen.add(key)

@@ -174,6 +174,10 @@ MUTANTS = (
         "a delta is not counted before it is applied", "updater/delta.py",
         "        tries.note(delta, MOST_TRIES)\n        base", "        base", "upgrade by a delta",
     ),
+    Mutant(
+        "a delta is not held to its index", "agent_core/delta.py",
+        "            if digest.hexdigest() != file.sha256:\n", "            if False:\n", "delta of other bytes",
+    ),
 )  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from agent_core import slots
 from tests.crash import model
 from tests.crash.journal import Directory, File, Journal, Link
 from tests.crash.tally import Tally
@@ -31,6 +34,16 @@ def test_no_promise_breaks_in_a_few_hundred_states():
     model.run(tally, quick=True)
     assert tally.failures == []
     assert tally.tried > 300
+
+
+def test_a_host_that_tries_without_end_is_told_so_and_not_looked_at_without_end():
+    def try_again(host):
+        slots.roll_back(host.root, "unhealthy")
+        slots.unskip(host.root)
+
+    restless = replace(model.stories()["agent goes back"], trial=try_again)
+    told = model.explore(restless, model.QUICK._replace(goes_on=False))
+    assert [failure.endswith("and does not rest") for failure in told.failures] == [True]
 
 
 def test_bytes_are_old_new_torn_or_zero_until_their_file_is_synced():
