@@ -79,7 +79,7 @@ def test_a_version_that_failed_here_is_not_installed_again(stories, world, bad):
     world.pin(host.cohort, bad)
     host.await_reason("skipped")
     before = host.record
-    assert host.look() == "skipped"
+    host.await_look("skipped")
     assert host.record == before
     assert host.states(bad).count("downloading") == 1
 

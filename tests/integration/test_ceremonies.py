@@ -25,7 +25,7 @@ def hosts(world):
     world.publish("1.1.0")
     hosts = world.hosts(world.cohort(), world.cohort())
     for host in hosts:
-        assert host.look() == "up-to-date"
+        host.await_look("up-to-date")
     return hosts
 
 

@@ -67,7 +67,7 @@ def test_a_changed_and_a_truncated_bundle_are_refused_until_the_server_is_mended
 @pytest.fixture(scope="module")
 def host(world):
     host = world.host(world.cohort())
-    assert host.look() == "up-to-date"
+    host.await_look("up-to-date")
     return host
 
 

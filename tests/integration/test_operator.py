@@ -62,7 +62,7 @@ def test_a_rollback_by_hand_goes_back_and_skips_until_retry(world, host):
     host.await_good(before)
     assert host.skipped[world.digest("1.2.0")] == "operator"
     host.await_agent(other_than=agent)
-    assert host.look() == "skipped"
+    host.await_look("skipped")
     assert host.good == before
     host.await_seen(version=before, reason="skipped")
     assert (host.root / "hooks").read_text().splitlines() == hooks  # going back runs none

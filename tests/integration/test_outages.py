@@ -10,7 +10,7 @@ from updater import control
 def test_agents_go_on_and_back_off_while_the_server_is_away_and_update_when_it_is_back(world):
     world.publish("1.1.0")
     host = world.host(world.cohort())
-    assert host.look() == "up-to-date"
+    host.await_look("up-to-date")
     agent, workload = host.pid(), host.news["workload_pid"]
     world.stop_server()
     until("polls to fail", lambda: control.recall_backoff(host.layout)[0] >= 3)

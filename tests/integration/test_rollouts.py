@@ -61,7 +61,7 @@ def test_a_pin_takes_a_cohort_back_to_an_older_version_and_its_end_moves_nobody(
     host.await_good("1.0.0")
     assert world.client.get(f"/cohorts/probe/{cohort}")["directive"]["rollback"] is True
     world.steer(cohort, "unpin")
-    assert host.look() == "up-to-date"  # taking the pin off moves nobody
+    host.await_look("up-to-date")  # taking the pin off moves nobody
     assert (host.good, host.skipped) == ("1.0.0", {})
 
 
@@ -85,7 +85,7 @@ def test_an_agent_that_is_moved_follows_its_new_cohort_without_anything_else_bei
     world.publish("1.1.0")
     old, new = world.cohort(), world.cohort(release="1.1.0")
     host = world.host(old)
-    assert host.look() == "up-to-date"
+    host.await_look("up-to-date")
     world.client.post(f"/agents/{host.name}/move", {"cohort": new, "reason": "a test"})
     host.await_good("1.1.0")
     host.await_seen(version="1.1.0", cohort=new)
