@@ -11,7 +11,7 @@ from sqlalchemy import and_, func, select
 
 from agent_core.directive import bucket, progress_for
 from agent_core.wire import AttemptState, Phase, Reason
-from release_server import agents, cohorts
+from release_server import agents, attempts, cohorts
 from release_server.figures import compare
 from release_server.models import Agent, Attempt, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import Counters, StageState, State, Why
@@ -111,7 +111,7 @@ def census(session: Session, now: datetime, rollout: Rollout, spec: Spec, status
         aside_count=len(aside),
         on_version=sum(_runs(member, rollout.version) and member.seen_at >= quiet for member in members),
         candidates=_Candidates(session, rollout, spec, members),
-        attempts=agents.counters(session, rollout.id),
+        attempts=attempts.counters(session, rollout.id),
         baseline=_baseline(session, rollout) if spec.false_halt_bp else UNKNOWN,
         worse=compare(_figures(session, rollout, quiet)) if spec.figures else (),
     )
@@ -131,7 +131,7 @@ def _baseline(session: Session, rollout: Rollout) -> Baseline:
         .group_by(RolloutCounter.state)
     )
     counted = {AttemptState(state): int(count) for state, count in session.execute(query)}
-    failed = sum(counted.get(state, 0) for state in agents.FAILED)
+    failed = sum(counted.get(state, 0) for state in attempts.FAILED)
     return Baseline.of(failed, failed + counted.get(AttemptState.HEALTHY, 0))
 
 
@@ -205,7 +205,7 @@ def strata(session: Session, cohort_id: int, most: int | None = None) -> dict[st
 
 
 def _is_open(member: _Member) -> bool:
-    return member.attempt not in agents.ENDED
+    return member.attempt not in attempts.ENDED
 
 
 def _stands_aside(member: _Member, told: datetime) -> bool:
@@ -232,7 +232,7 @@ def _corrected(session: Session, look: _Look, member: _Member) -> _Member:
     if truth is None:
         return member
     state, reason = truth
-    agents.move_attempt(session, look.now, member.id, look.rollout, state, reason=reason)
+    attempts.move(session, look.now, member.id, look.rollout, state, reason=reason)
     return member._replace(attempt=str(state))
 
 

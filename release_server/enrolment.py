@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from agent_core.errors import ConflictError, NotAllowedError
 from agent_core.wire import EnrollAnswer, EnrollRequest, KeyChange, Reason, key_text
-from release_server import agents, audit, auth, cohorts, membership, releases
+from release_server import agents, audit, auth, cohorts, membership, releases, reports
 from release_server.models import Agent, Token
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _settle(session: Session, agent: Agent, terms: Token | None) -> None:
 
 
 def rotate_key(
-    session: Session, now: datetime, proof: agents.Signed | agents.Bearer, change: KeyChange
+    session: Session, now: datetime, proof: reports.Signed | reports.Bearer, change: KeyChange
 ) -> dict[str, str]:
     """Give an agent another key, named by the one it has; its counter goes on, its session ends.
 
@@ -125,9 +125,9 @@ def rotate_key(
         NotAllowedError: the sender is not proven, is retired, or does not have the new key.
         ConflictError: the key is another agent's.
     """
-    if not isinstance(proof, agents.Signed):
+    if not isinstance(proof, reports.Signed):
         raise NotAllowedError("a key is changed by a signed request", reason="unsigned")
-    agent = agents.prove(session, now, proof)
+    agent = reports.prove(session, now, proof)
     agents.refuse_retired(agent)
     _check_possession(agent, change)
     answer = {"public_key": change.public_key}

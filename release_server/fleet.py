@@ -16,7 +16,7 @@ from sqlalchemy import and_, func, select, update
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.window import is_open
 from agent_core.wire import AttemptState, Window
-from release_server import agents, audit, census, cohorts, releases
+from release_server import attempts, audit, census, cohorts, releases
 from release_server.models import (
     Attempt,
     Rollout,
@@ -419,14 +419,14 @@ def retry(session: Session, now: datetime, actor: str, rollout_id: int, reason: 
     row = _require(session, rollout_id, "retried", State.RUNNING, State.PAUSED, State.COMPLETED)
     rollout = session.get_one(Rollout, rollout_id)
     cohorts.bump_retry(session, now, actor, rollout.cohort, reason)
-    again = (*agents.FAILED, AttemptState.SKIPPED)
+    again = (*attempts.FAILED, AttemptState.SKIPPED)
     failed = session.scalars(
         select(Attempt.agent_id).where(
             Attempt.rollout_id == rollout_id, Attempt.state.in_([str(state) for state in again])
         )
     ).all()
     for agent_id in failed:
-        agents.move_attempt(session, now, agent_id, rollout, AttemptState.OFFERED, reason="retry")
+        attempts.move(session, now, agent_id, rollout, AttemptState.OFFERED, reason="retry")
     if row.state == State.PAUSED:
         resume(session, now, actor, rollout_id, reason)
     _done(session, now, actor, "rollout.retry", rollout_id, reason=reason, agents=len(failed))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 
 from agent_core.errors import ConflictError
-from release_server import agents, audit, census, cohorts, fleet, routes, shuffle
+from release_server import attempts, audit, census, cohorts, fleet, routes, shuffle
 from release_server.models import Cohort, Release, Rollout, RolloutStatus
 from release_server.rollout import State, Status, Wanted
 from release_server.stages import check_stages, wanted_count
@@ -133,7 +133,7 @@ def _store(session: Session, now: datetime, actor: str, made: Plan, *, draft: bo
     )
     session.add(rollout)
     session.flush()
-    agents.make_counters(session, rollout.id)
+    attempts.make_counters(session, rollout.id)
     fresh = Status(State.DRAFT if draft else State.SCHEDULED)
     session.add(
         RolloutStatus(

@@ -21,7 +21,7 @@ from agent_core.wire import (
     Problem,
     Report,
 )
-from release_server import agents, auth, enrolment, explain, membership, queries
+from release_server import agents, auth, enrolment, explain, membership, queries, reports
 from release_server.api import PREFIX, problems, services
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
@@ -64,7 +64,7 @@ def enroll() -> dict[str, Any]:
 def report() -> dict[str, Any] | Response:
     """Take in how an agent is; signed, or a heartbeat under a session."""
     return _from_agent(
-        lambda session, now, proof, body: agents.take_report(session, now, proof, body).to_json(),
+        lambda session, now, proof, body: reports.take_report(session, now, proof, body).to_json(),
         Report.from_json,
     )
 
@@ -72,7 +72,7 @@ def report() -> dict[str, Any] | Response:
 @blueprint.post("/lease")
 def lease() -> dict[str, Any] | Response:
     """Say whether an agent may leave its version now, by how many of its failure domain do."""
-    return _from_agent(agents.take_lease_request, LeaseRequest.from_json)
+    return _from_agent(reports.take_lease_request, LeaseRequest.from_json)
 
 
 @blueprint.post("/rotate-key")
@@ -92,7 +92,7 @@ def _from_agent(
         with hub.sessions.write() as session:
             return service(session, hub.clock(), proof, said)
     except NotAllowedError as error:
-        if error.reason not in agents.UNPROVEN:
+        if error.reason not in reports.UNPROVEN:
             raise
         return problems.answer(Problem(401, error.what, error.why, error.reason, error.then))
 
@@ -104,12 +104,12 @@ def _body(text: bytes) -> object:
         raise MalformedError("the body is not JSON") from None
 
 
-def _proof(body: bytes) -> agents.Signed | agents.Bearer:
+def _proof(body: bytes) -> reports.Signed | reports.Bearer:
     agent_id = request.headers.get(HEADER_AGENT, "")
     signature = request.headers.get(HEADER_SIGNATURE)
     if signature is None:
-        return agents.Bearer(agent_id, auth.bearer())
-    return agents.Signed(
+        return reports.Bearer(agent_id, auth.bearer())
+    return reports.Signed(
         agent_id=agent_id,
         method=request.method,
         path=request.path,

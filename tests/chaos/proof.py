@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from agent_core.wire import AttemptState, directive_path
 from keys.roles import COHORTS, ONLINE_ROLES, SNAPSHOT, TIMESTAMP
-from release_server import agents, audit
+from release_server import attempts, audit
 from release_server.models import (
     Agent,
     AgentEvent,
@@ -109,9 +109,9 @@ class Proof:
     def counters_equal_a_recount(self) -> None:
         numbers = self.session.scalars(select(Rollout.id)).all()
         wrong = [
-            f"r-{number}: {agents.counters(self.session, number)}"
+            f"r-{number}: {attempts.counters(self.session, number)}"
             for number in numbers
-            if agents.counters(self.session, number) != agents.recount(self.session, number)
+            if attempts.counters(self.session, number) != attempts.recount(self.session, number)
         ]
         self._claim(f"the counters of {len(numbers)} rollouts equal a recount", wrong)
 

@@ -38,7 +38,7 @@ from agent_core.wire import (
     Report,
     ReportAnswer,
 )
-from release_server.agents import Signed
+from release_server.reports import Signed
 from updater import transport
 from updater.attempt import Attempt
 from updater.device import Outcome, Seen

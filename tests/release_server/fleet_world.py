@@ -13,7 +13,18 @@ from sqlalchemy import event, select
 from agent_core.clock import iso
 from agent_core.directive import assign
 from agent_core.wire import AttemptState, Directive, EnrollRequest, Phase, Report, Transition, signed_text
-from release_server import agents, auth, cohort_view, cohorts, enrolment, fleet, launch, rollout_view
+from release_server import (
+    agents,
+    attempts,
+    auth,
+    cohort_view,
+    cohorts,
+    enrolment,
+    fleet,
+    launch,
+    reports,
+    rollout_view,
+)
 from release_server.models import Attempt, Bundle, CohortStatus, Product, Release, Rollout
 from release_server.stages import Stage
 
@@ -50,7 +61,7 @@ class Host:
         body = json.dumps(report.to_json()).encode()
         text = signed_text("POST", PATH, sha256(body).hexdigest(), counter)
         signature = (key or self.key).sign(text).hex()
-        return agents.Signed(self.id, "POST", PATH, sha256(body).hexdigest(), counter, signature), body
+        return reports.Signed(self.id, "POST", PATH, sha256(body).hexdigest(), counter, signature), body
 
 
 def _hurry(connection):
@@ -133,7 +144,7 @@ class World:
         report = host.report(*transitions, **said)
         proof, _ = host.sign(report)
         with self.write() as session:
-            answer = agents.take_report(session, self.clock(), proof, report)
+            answer = reports.take_report(session, self.clock(), proof, report)
         host.session = answer.session or host.session
         return answer
 
@@ -141,8 +152,8 @@ class World:
         """A report under the session, as most are."""
         for host in hosts:
             with self.write() as session:
-                agents.take_report(
-                    session, self.clock(), agents.Bearer(host.id, host.session), host.report(**said)
+                reports.take_report(
+                    session, self.clock(), reports.Bearer(host.id, host.session), host.report(**said)
                 )
 
     def heartbeats(self):
@@ -195,8 +206,8 @@ class World:
     def counters(self, rollout_id):
         """The counters that are not zero, proven by a recount."""
         with self.read() as session:
-            counted = agents.counters(session, rollout_id)
-            assert counted == agents.recount(session, rollout_id)
+            counted = attempts.counters(session, rollout_id)
+            assert counted == attempts.recount(session, rollout_id)
             return {str(state): count for state, count in counted.items() if count}
 
     def attempt(self, host, rollout_id):

@@ -14,7 +14,7 @@ from sqlalchemy import event, select, text
 from agent_core.directive import bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
-from release_server import agents, auth, cohorts, enrolment, explain, fleet
+from release_server import agents, attempts, auth, cohorts, enrolment, explain, fleet, reports
 from release_server.database import make_engine
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
 from release_server.stages import Stage
@@ -39,7 +39,7 @@ def enroll(world, token, request):
 
 def take(world, proof, report):
     with world.write() as session:
-        return agents.take_report(session, world.clock(), proof, report)
+        return reports.take_report(session, world.clock(), proof, report)
 
 
 # --- enrolment -------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_forged_report_does_not_raise_the_counter(world):
 
 def test_an_unknown_agent_is_refused(world):
     host = world.enroll("web")
-    assert refused(world, agents.Bearer("nobody", host.session), host.report()) == "unknown-agent"
+    assert refused(world, reports.Bearer("nobody", host.session), host.report()) == "unknown-agent"
 
 
 def test_a_report_of_another_product_is_refused(world):
@@ -219,7 +219,7 @@ def test_a_retired_agent_is_not_listened_to(world):
     world.call(agents.retire, host.id)
     proof, _ = host.sign(host.report())
     assert refused(world, proof, host.report()) == "retired"
-    assert refused(world, agents.Bearer("web", host.session), host.report()) == "session-over"
+    assert refused(world, reports.Bearer("web", host.session), host.report()) == "session-over"
 
 
 # --- sessions --------------------------------------------------------------------------------------------
@@ -231,18 +231,18 @@ def test_a_session_carries_heartbeats_for_an_hour(world):
     world.heartbeat(host, phase=Phase.DOWNLOADING)
     assert world.agent("web").agent.phase == "downloading"
     world.clock.step(minutes=1)
-    assert refused(world, agents.Bearer("web", host.session), host.report()) == "session-over"
+    assert refused(world, reports.Bearer("web", host.session), host.report()) == "session-over"
 
 
 @pytest.mark.parametrize("token", ["", "guess"])
 def test_a_guessed_session_is_refused(world, token):
     host = world.enroll("web")
-    assert refused(world, agents.Bearer("web", token), host.report()) == "session-over"
+    assert refused(world, reports.Bearer("web", token), host.report()) == "session-over"
 
 
 def test_a_session_is_its_agents_only_and_stored_as_a_hash(world):
     host, other = world.enroll("web"), world.enroll("other")
-    assert refused(world, agents.Bearer("other", host.session), other.report()) == "session-over"
+    assert refused(world, reports.Bearer("other", host.session), other.report()) == "session-over"
     with world.read() as session:
         assert session.get_one(Agent, "web").session_hash == auth.hash_token(host.session)
 
@@ -250,7 +250,7 @@ def test_a_session_is_its_agents_only_and_stored_as_a_hash(world):
 def test_transitions_under_a_session_are_refused(world):
     host = world.enroll("web")
     step = host.step(world.clock(), "trial", "1.1.0")
-    assert refused(world, agents.Bearer("web", host.session), host.report(step)) == "unsigned"
+    assert refused(world, reports.Bearer("web", host.session), host.report(step)) == "unsigned"
 
 
 def test_a_new_session_comes_near_the_end_of_the_old_one_or_when_it_was_lost(world):
@@ -334,12 +334,12 @@ def test_a_transition_that_is_not_of_a_rollout_moves_no_attempt(world, version, 
 @pytest.mark.parametrize("state", list(AttemptState))
 def test_an_agent_that_is_healthy_can_only_fall(state):
     falls = (AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT)
-    assert agents.may_follow(state, AttemptState.HEALTHY) is (state in falls)
+    assert attempts.may_follow(state, AttemptState.HEALTHY) is (state in falls)
 
 
 @pytest.mark.parametrize("after", sorted(set(AttemptState) - {AttemptState.HEALTHY}))
 def test_any_other_attempt_may_begin_anew(after):
-    assert all(agents.may_follow(state, after) for state in AttemptState)
+    assert all(attempts.may_follow(state, after) for state in AttemptState)
 
 
 def test_a_healthy_attempt_keeps_its_state_when_told_of_a_download(world):
@@ -372,12 +372,12 @@ def test_counters_equal_a_recount_whatever_agents_report(world, steps):
             step = replace(
                 hosts[who].step(world.clock(), state, version, rollout.salt), number=10_000 + number
             )
-            agents._take_transition(session, world.clock(), agent, step)
+            reports._take_transition(session, world.clock(), agent, step)
             if number % 7 == 0:
                 fleet.tick(session, world.clock() + timedelta(hours=number))
-        assert agents.counters(session, rollout.id) == agents.recount(session, rollout.id)
-        attempts = len(session.scalars(select(Attempt)).all())
-        assert sum(agents.counters(session, rollout.id).values()) == attempts
+        assert attempts.counters(session, rollout.id) == attempts.recount(session, rollout.id)
+        there = len(session.scalars(select(Attempt)).all())
+        assert sum(attempts.counters(session, rollout.id).values()) == there
 
 
 # --- what it costs ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent_core.errors import ConflictError, NotAllowedError, UsageError
-from release_server import agents, auth, enrolment, explain
+from release_server import agents, auth, enrolment, explain, reports
 from release_server.preview import preview
 from tests.release_server.fleet_world import World
 
@@ -128,7 +128,7 @@ def test_a_taken_name_with_another_key_is_another_agent(world):
     assert first.id == "web" != second.id
     proof, _ = second.sign(first.report())
     with pytest.raises(NotAllowedError), world.write() as session:
-        agents.take_report(session, world.clock(), proof, first.report())
+        reports.take_report(session, world.clock(), proof, first.report())
 
 
 @pytest.mark.parametrize("skew_s", [-56 * 366 * 86_400, 0, 14 * 366 * 86_400], ids=["1970", "now", "2040"])
@@ -138,7 +138,7 @@ def test_a_host_whose_clock_is_off_is_heard(world, skew_s):
     for number in range(counter, counter + 3):  # a device's counter only grows, whatever its clock does then
         proof, _ = host.sign(host.report(), counter=number)
         with world.write() as session:
-            agents.take_report(session, world.clock(), proof, host.report())
+            reports.take_report(session, world.clock(), proof, host.report())
 
 
 # --- over HTTP -------------------------------------------------------------------------------------------

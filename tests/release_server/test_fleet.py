@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 from agent_core.directive import bucket, progress_for
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import Mode, Phase
-from release_server import agents, cohorts, fleet, launch, rollout_view
+from release_server import agents, attempts, cohorts, fleet, launch, rollout_view
 from release_server.database import Sessions, make_engine
 from release_server.models import AuditEntry, Cohort, RolloutCounter, RolloutStatus
 from release_server.rollout import State, Status
@@ -668,7 +668,7 @@ def test_a_recount_finds_a_counter_that_is_wrong(world):
     rollout = world.start()
     with world.write() as session:
         session.execute(update(RolloutCounter).where(RolloutCounter.state == "healthy").values(count=7))
-        assert agents.counters(session, rollout) != agents.recount(session, rollout)
+        assert attempts.counters(session, rollout) != attempts.recount(session, rollout)
 
 
 def test_a_cohort_with_a_rollout_going_on_is_not_deleted(world):

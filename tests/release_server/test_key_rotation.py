@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent_core import wire
 from agent_core.errors import ConflictError, NotAllowedError, UnreachableError
 from agent_core.layout import Layout
-from release_server import agents, audit, enrolment
+from release_server import agents, audit, enrolment, reports
 from release_server.models import Agent
 from tests.release_server.fleet_world import PLATFORM, World
 from updater import identity as identities
@@ -151,7 +151,7 @@ def test_nobody_else_changes_a_key_and_no_key_of_somebody_else_is_taken(world):
     with pytest.raises(NotAllowedError, match="signature"):
         rotate(world, host.sign(host.report(), key=fresh)[0], change("web", fresh))
     with pytest.raises(NotAllowedError, match="signed request"):
-        rotate(world, agents.Bearer("web", host.session), change("web", fresh))
+        rotate(world, reports.Bearer("web", host.session), change("web", fresh))
     world.call(agents.retire, "web")
     with pytest.raises(NotAllowedError) as refused:
         rotate(world, host.sign(host.report())[0], change("web", fresh))

@@ -9,7 +9,7 @@ import pytest
 
 from agent_core.errors import MalformedError
 from agent_core.wire import LeaseRequest, LeaseTerms, Phase, signed_text
-from release_server import agents, cohorts, leases
+from release_server import agents, cohorts, leases, reports
 from release_server.models import ActivationLease
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
@@ -33,9 +33,9 @@ def ask(world, name, version="1.1.0"):
     body = json.dumps(LeaseRequest(version).to_json()).encode()
     digest = sha256(body).hexdigest()
     signature = host.key.sign(signed_text("POST", PATH, digest, host.counter)).hex()
-    proof = agents.Signed(host.id, "POST", PATH, digest, host.counter, signature)
+    proof = reports.Signed(host.id, "POST", PATH, digest, host.counter, signature)
     with world.write() as session:
-        return agents.take_lease_request(session, world.clock(), proof, LeaseRequest(version))
+        return reports.take_lease_request(session, world.clock(), proof, LeaseRequest(version))
 
 
 def granted(world, *names):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from agent_core.wire import AttemptState
-from release_server import agents
+from release_server import agents, reports
 from tests.release_server.fleet_world import World
 
 
@@ -42,10 +42,10 @@ def test_a_wrong_clock_makes_no_old_report_new(world):
     host = world.enroll("web")
     proof, _ = host.sign(host.report())
     with world.write() as session:
-        agents.take_report(session, world.clock(), proof, host.report())
+        reports.take_report(session, world.clock(), proof, host.report())
     for days in (-400, 0, 400):
         with pytest.raises(agents.NotAllowedError) as caught, world.write() as session:
-            agents.take_report(session, world.clock() + timedelta(days=days), proof, host.report())
+            reports.take_report(session, world.clock() + timedelta(days=days), proof, host.report())
         assert caught.value.reason == "replayed"
 
 
