@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 from hashlib import sha256
+from itertools import islice
 from typing import IO, TYPE_CHECKING
 
 from agent_core.errors import ConflictError, DiskError, MalformedError, TrustError, UsageError
@@ -141,6 +142,16 @@ class Blobs:
         sync_directory(place.parent)
         sync_directory(self.directory)
 
+    def drop_abandoned(self, before: float, most: int) -> int:
+        """Remove uploads of which nothing has arrived since `before` (seconds since 1970), at most `most`.
+
+        Whoever sends one after all begins anew.
+        """
+        if not self.uploads.is_dir():
+            return 0
+        old = (part for part in self.uploads.iterdir() if _changed(part) < before)
+        return sum(_drop(part, before) for part in islice(old, most))
+
     def link(self, digest: str, place: Path) -> None:
         """Make the blob appear at `place` too, whole or not at all; does nothing when it is there."""
         if place.exists():
@@ -167,7 +178,7 @@ def open_locked(path: Path) -> IO[bytes]:
     """Open for appending, alone.
 
     Raises:
-        UploadConflictError: someone else has it open.
+        UploadConflictError: someone else has it open, or has just ended it.
     """
     file = path.open("a+b")
     try:
@@ -176,7 +187,37 @@ def open_locked(path: Path) -> IO[bytes]:
         arrived = file.seek(0, os.SEEK_END)
         file.close()
         raise UploadConflictError("someone else is sending this upload now", offset=arrived) from None
+    if not _is_at(file, path):
+        file.close()
+        raise UploadConflictError("the upload was ended meanwhile", offset=0)
     return file
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one of that name: it may have gone while its lock was waited for."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written to; one that is gone was so just now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+
+
+def _drop(part: Path, before: float) -> bool:
+    try:
+        with open_locked(part):
+            if _changed(part) >= before:
+                return False
+            part.unlink()
+    except UploadConflictError:
+        return False
+    return True
 
 
 def pieces(file: IO[bytes]) -> Iterator[bytes]:

@@ -318,6 +318,7 @@ def examine(config: Config) -> list[dict[str, str]]:
         ("database", _examine_schema),
         ("metadata", _examine_expiries),
         ("jobs", _examine_lease),
+        ("retention", _examine_retention),
     ]
     findings = []
     try:
@@ -447,6 +448,16 @@ def _examine_lease(_config: Config, engine: Engine) -> list[dict[str, str]]:
         then = "release-server run, or release-server worker"
         return [_finding("jobs", NOTE, "no jobs process is running", then)]
     return [_finding("jobs", OK, f"{lease.holder} works, its lease ends {iso(lease.until)}")]
+
+
+def _examine_retention(config: Config, engine: Engine) -> list[dict[str, str]]:
+    from agent_core.clock import now
+    from release_server.retention.pruner import standing
+
+    with _session(engine) as session:
+        found = standing(session, config.retention, now())
+    then = "look at the log of the jobs process: old records stay" if found.behind else ""
+    return [_finding("retention", NOTE if found.behind else OK, str(found), then)]
 
 
 def _session(engine: Engine) -> Session:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.errors import NotFoundError, SettingsError
 from agent_core.settings import Setting, Settings, Table
+from release_server.retention import settings as retention
+from release_server.retention.settings import Retention
 from release_server.signin import settings as signin
 from release_server.signin.settings import Oidc
 from release_server.tls import Pair
@@ -140,6 +142,7 @@ TABLE = Table(
             high=2**30,
         ),
         Setting("limits.upload", int, 4 * 2**30, "largest bundle", "bytes", low=1024, high=2**40),
+        *retention.TABLE,
         *signin.TABLE,
     ]
 )
@@ -309,6 +312,10 @@ class Config:
     def oidc(self) -> Oidc | None:
         """With whom people sign in at the page; None: they use tokens."""
         return Oidc.of(self.settings, self.data, self.url)
+
+    @property
+    def retention(self) -> Retention:
+        return Retention.of(self.settings)
 
     @property
     def head_timeout_s(self) -> float:

@@ -22,6 +22,7 @@ from release_server import fleet, membership, repository
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
+from release_server.retention.pruner import Pruner
 from release_server.signer import follow_public
 from release_server.signing.client import SignerClient, over_socket
 
@@ -129,6 +130,7 @@ class Jobs:
         self.sessions = Sessions(make_engine(config.database_url))
         self.blobs = Blobs(config.blobs, config.uploads)
         self.signer = signer or over_socket(config.signer_socket)
+        self.pruner = Pruner(self.sessions, self.blobs, config.repository, config.retention)
         self.holder = make_holder()
         self._restored = False
         self._leading = False
@@ -159,7 +161,17 @@ class Jobs:
             repository.restore_bundles(self.sessions, self.blobs, self.config.repository)
             self._restored = True
         repository.export(self.sessions, self.blobs, self.config.repository)
+        self._prune(fence, now)
         return True
+
+    def _prune(self, fence: int, now: datetime) -> None:
+        """Remove some of what is old; that it cannot be removed stops nothing else."""
+        try:
+            self.pruner.step(now, lambda session: check_fence(session, self.holder, fence))
+        except LostLeaseError:
+            raise
+        except Exception:
+            log.exception("old records were not removed")
 
     def _resettle(self, fence: int) -> None:
         """Place agents whose cohorts changed, some at a time and apart: this locks their rows."""

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,7 +27,7 @@ from agent_core.errors import RelfleetError
 from keys.roles import COHORTS, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server.config import COUNTERS_VARIABLE
 from release_server.jobs import LEASE
-from release_server.models import Cohort, Lease, Product, Rollout, RolloutCounter, RolloutStatus
+from release_server.models import Cohort, Lease, Product, Pruning, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import FINISHED, State
 from release_server.signing.client import over_socket
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from prometheus_client.metrics_core import Metric
     from sqlalchemy.orm import Session
 
     from release_server.config import Config
@@ -156,6 +157,7 @@ class Reading:
     lease_age: float | None = None
     rollouts: tuple[tuple[str, int], ...] = ()
     agents: tuple[tuple[Any, ...], ...] = ()
+    prunings: tuple[Pruning, ...] = ()
 
 
 def read(config: Config, sessions: Sessions, published: Published, now: datetime) -> Reading:
@@ -166,6 +168,7 @@ def read(config: Config, sessions: Sessions, published: Published, now: datetime
             reading.lease_age = _lease_age(session, config.lease, now)
             reading.rollouts = _rollouts(session)
             reading.agents = _agents(session)
+            reading.prunings = tuple(session.scalars(select(Pruning).order_by(Pruning.kind)))
         reading.database = True
     except SQLAlchemyError:
         reading.database = False
@@ -209,7 +212,7 @@ def _agents(session: Session) -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def gauges(reading: Reading, now: datetime) -> Iterator[GaugeMetricFamily]:
+def gauges(reading: Reading, now: datetime) -> Iterator[Metric]:
     """A reading in Prometheus's words."""
     expiry = GaugeMetricFamily(
         "relfleet_role_expires_in_seconds", "Until the published role expires.", labels=["role"]
@@ -238,6 +241,22 @@ def gauges(reading: Reading, now: datetime) -> Iterator[GaugeMetricFamily]:
     for *labels, count in reading.agents:
         agents.add_metric(labels, count)
     yield agents
+    yield from _retention(reading.prunings, now)
+
+
+def _retention(prunings: Iterable[Pruning], now: datetime) -> Iterator[Metric]:
+    removed = CounterMetricFamily(
+        "relfleet_retention_removed", "Old records and files that were removed.", labels=["kind"]
+    )
+    age = GaugeMetricFamily(
+        "relfleet_retention_age_seconds", "Since all that was old of a kind had gone.", labels=["kind"]
+    )
+    for row in prunings:
+        removed.add_metric([row.kind], row.removed)
+        if row.finished_at is not None:
+            age.add_metric([row.kind], max(0.0, (now - row.finished_at).total_seconds()))
+    yield removed
+    yield age
 
 
 # --- the answer ------------------------------------------------------------------------------------------
@@ -280,7 +299,7 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)  # the registry keeps collectors by identity
 class _Measured(Collector):
-    families: tuple[GaugeMetricFamily, ...]
+    families: tuple[Metric, ...]
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         return self.families

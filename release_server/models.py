@@ -149,7 +149,10 @@ class CohortStatus(Base):
 
 
 class Rollout(Base):
-    """One release travelling through one cohort; what people want of it is its newest `RolloutSpec`."""
+    """One release travelling through one cohort; what people want of it is its newest `RolloutSpec`.
+
+    Since `pruned_at` its attempts and its history are gone; its counters say what they came to.
+    """
 
     __tablename__ = "rollouts"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -160,6 +163,7 @@ class Rollout(Base):
     salt: Mapped[str] = mapped_column(String(64), unique=True)
     created_at: Mapped[datetime]
     created_by: Mapped[str] = mapped_column(String(128))
+    pruned_at: Mapped[datetime | None]
     cohort: Mapped[Cohort] = relationship()
     release: Mapped[Release] = relationship()
 
@@ -266,7 +270,7 @@ class Agent(Base):
     seen_at: Mapped[datetime]
     retired_at: Mapped[datetime | None]
     pending: Mapped[bool] = mapped_column(default=False, server_default=false())
-    token_id: Mapped[int | None] = mapped_column(ForeignKey("tokens.id"))
+    token_id: Mapped[int | None] = mapped_column(ForeignKey("tokens.id"), index=True)
     product: Mapped[Product] = relationship()
     cohort: Mapped[Cohort | None] = relationship()
 
@@ -414,6 +418,7 @@ class MetadataFile(Base):
     """Every version of every TUF role, in the transaction that made it; the files on disk follow."""
 
     __tablename__ = "tuf_metadata"
+    __table_args__ = (Index("ix_tuf_metadata_created", "role", "created_at", "version"),)
     role: Mapped[str] = mapped_column(String(128), primary_key=True)
     version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     body: Mapped[bytes] = mapped_column(LargeBinary)
@@ -440,6 +445,20 @@ class Proposal(Base):
     closed_at: Mapped[datetime | None]
     closed_by: Mapped[str] = mapped_column(String(128), default="")
     reason: Mapped[str] = mapped_column(Text, default="")
+
+
+class Pruning(Base):
+    """How far the removal of one kind of old records is, and how many have gone; see `retention`.
+
+    `cursor` is where the next batch of a sweep that is `under_way` begins.
+    """
+
+    __tablename__ = "prunings"
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+    cursor: Mapped[str] = mapped_column(String(128), default="", server_default="")
+    under_way: Mapped[bool] = mapped_column(default=False, server_default=false())
+    removed: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    finished_at: Mapped[datetime | None]
 
 
 class Lease(Base):

@@ -227,10 +227,10 @@ def _take_transition(session: Session, now: datetime, agent: Agent, transition: 
 
 
 def _rollout_of(session: Session, agent: Agent, salt: str) -> Rollout | None:
-    """The rollout a salt names, if it is one of the agent's product."""
+    """The rollout a salt names, if it is one of the agent's product, and its attempts are still there."""
     if not salt:
         return None
-    owned = select(Rollout).join(Cohort, Cohort.id == Rollout.cohort_id)
+    owned = select(Rollout).join(Cohort, Cohort.id == Rollout.cohort_id).where(Rollout.pruned_at.is_(None))
     return session.scalar(owned.where(Rollout.salt == salt, Cohort.product_id == agent.product_id))
 
 

@@ -61,6 +61,17 @@ def newest_version(session: Session, role: str) -> int:
     return found or 0
 
 
+def named_by_newest(session: Session) -> dict[str, int]:
+    """The versions that whoever asks now is given: role → version; empty before the first timestamp."""
+    timestamp = newest(session, TIMESTAMP)
+    if timestamp is None:
+        return {}
+    number = read(timestamp, Timestamp).signed.snapshot_meta.version
+    listed = read(_row(session, SNAPSHOT, number), Snapshot).signed.meta
+    named = {role: listed[f"{role}.json"].version for role in (TARGETS, COHORTS)}
+    return named | {TIMESTAMP: timestamp.version, SNAPSHOT: number}
+
+
 def read(row: MetadataFile, kind: type[S]) -> Metadata[S]:
     """A stored row as metadata of its role."""
     metadata = Metadata[S].from_bytes(row.body)
@@ -310,13 +321,12 @@ def export(sessions: Sessions, blobs: Blobs, directory: Path) -> bool:
     metadata.mkdir(parents=True, exist_ok=True)
     with _alone(directory), sessions.read() as session:
         _export_roots(session, metadata)
-        timestamp = newest(session, TIMESTAMP)
-        if timestamp is None:
+        named = named_by_newest(session)
+        if not named:
             return False
-        snapshot = _row(session, SNAPSHOT, read(timestamp, Timestamp).signed.snapshot_meta.version)
-        listed = read(snapshot, Snapshot).signed.meta
-        targets = _row(session, TARGETS, listed[f"{TARGETS}.json"].version)
-        cohorts = _row(session, COHORTS, listed[f"{COHORTS}.json"].version)
+        timestamp, snapshot, targets, cohorts = (
+            _row(session, role, named[role]) for role in (TIMESTAMP, SNAPSHOT, TARGETS, COHORTS)
+        )
         if not (metadata / f"{targets.version}.{TARGETS}.json").exists():
             _export_bundles(read(targets, Targets).signed, blobs, directory / "targets")
         for row in (targets, cohorts, snapshot):

@@ -250,6 +250,7 @@ def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | Non
         "soaking_since": _iso(status.soaking_since),
         "finished_at": _iso(status.finished_at),
         "watch_until": _iso(status.watch_until),
+        "pruned_at": _iso(rollout.pruned_at),
     }
     if events is not None:
         shown["events"] = [_render_event(event) for event in events]

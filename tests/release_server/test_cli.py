@@ -153,6 +153,7 @@ def test_doctor_finds_a_fresh_server_well_and_says_what_comes_next(made, call):
         "database": "ok",
         "metadata": "note",
         "jobs": "note",
+        "retention": "ok",
     }
     assert all(finding["then"] for finding in findings if finding["state"] == "note")
 

@@ -390,5 +390,8 @@ def approve(number: int, digest: str | None, reason: str | None) -> None:
 @click.argument("number", type=ROLLOUT, required=False, metavar="[ID]")
 def history(number: int | None) -> None:
     """Show what happened to a rollout, when, why, and by whom; without an ID the newest one."""
-    events = read(newest(None) if number is None else number).get("events") or []
+    answer = read(newest(None) if number is None else number)
+    events = answer.get("events") or []
+    if answer.get("pruned_at"):
+        console.say(f"the history was removed at {answer['pruned_at']}; what people did is in the audit log")
     console.emit(events, lambda: render.event_table(events))
