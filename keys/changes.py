@@ -39,6 +39,8 @@ BUNDLE = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.tar\.zst")
 INDEX = re.compile(r"bundles/([^/]+)/([^/]+)/([^/]+)\.index\.json")
 DELTA = re.compile(r"deltas/([^/]+)/([^/]+)/([^/]+)/([^/]+)\.delta")
 POLICY = re.compile(rf"policy/({NAME.pattern})\.json")
+STEP = 1_000_000
+"""So far above all before it a seq may be: a floor at the end of all numbers would leave none for people."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ def check_successor(before: Targets | None, after: Targets, now: datetime) -> li
     read_deltas(after.targets, listed)
     fresh = [entry for path, entry in listed.items() if path not in old]
     check_seqs(read_listed(old).values(), fresh)
+    check_room(old, after.targets, fresh)
     return fresh
 
 
@@ -299,6 +302,26 @@ def check_seqs(known: Iterable[Listed], fresh: Iterable[Listed]) -> None:
         own[facts.version] = facts.seq
 
 
+def check_room(before: Files, after: Files, fresh: Iterable[Listed]) -> None:
+    """No floor, revocation or release uses up the numbers: whoever had the keys, a next release has one.
+
+    Raises:
+        TrustError: `seq`.
+    """
+    said: dict[str, int] = {}
+    for path, target in after.items():
+        if found := POLICY.fullmatch(path):
+            policy = Policy.from_json(target.custom, path)
+            said[found.group(1)] = max(policy.floor_seq, *policy.revoked_seq, 0)
+    for entry in fresh:
+        said[entry.facts.product] = max(said.get(entry.facts.product, 0), entry.facts.seq)
+    for product, seq in said.items():
+        known = highest_seq(before, product)
+        if seq > known + STEP:
+            why = f"its seq {seq} is more than {STEP} above {known}, and floors never fall"
+            raise _refuse(f"the next step of {product} is refused", why, "seq", "find out who signed this")
+
+
 # --- what changes ----------------------------------------------------------------------------------------
 
 
@@ -378,6 +401,12 @@ def versions_by_seq(files: Files, product: str) -> dict[int, str]:
         if BUNDLE.fullmatch(path) and path.split("/")[1] == product
     ]
     return {facts.seq: facts.version for facts in listed}
+
+
+def highest_seq(files: Files, product: str) -> int:
+    """The highest seq that a product's releases and policy have used; 0 when there is none."""
+    policy = policy_of(files, product)
+    return max(policy.floor_seq, *policy.revoked_seq, *versions_by_seq(files, product), 0)
 
 
 def describe_policy(policy: Policy, versions: Mapping[int, str]) -> str:

@@ -25,9 +25,18 @@ def steal(keys: Path) -> dict[str, Signer]:
 
 
 def run_forward(
-    metadata: Path, keys: dict[str, Signer], version: int, *, life: timedelta = timedelta(days=1)
+    metadata: Path,
+    keys: dict[str, Signer],
+    version: int,
+    *,
+    life: timedelta = timedelta(days=1),
+    lead_to: str = "",
 ) -> dict[str, Metadata[Any]]:
-    """The newest cohorts, snapshot and timestamp below `metadata`, signed anew under another version."""
+    """The newest cohorts, snapshot and timestamp below `metadata`, signed anew under another version.
+
+    Args:
+        lead_to: a version to which every directive then leads everyone.
+    """
     expires = datetime.now(UTC).replace(microsecond=0) + life
     newest = json.loads((metadata / "timestamp.json").read_bytes())["signed"]
     number = newest["meta"]["snapshot.json"]["version"]
@@ -44,6 +53,9 @@ def run_forward(
         return MetaFile(version, len(body), {"sha256": sha256(body).hexdigest()})
 
     said.signed.version = version
+    for target in said.signed.targets.values():
+        if lead_to:
+            target.custom.update(release=lead_to, base=lead_to, progress=10_000, rollback=True)
     meta = listed | {"cohorts.json": sign(COHORTS, said.signed)}
     snapshot = sign(SNAPSHOT, Snapshot(version, expires=expires + timedelta(days=6), meta=meta))
     sign(TIMESTAMP, Timestamp(version, expires=expires, snapshot_meta=snapshot))

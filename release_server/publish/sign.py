@@ -257,12 +257,10 @@ def releases(targets: Targets, product: str) -> dict[str, ReleaseFacts]:
 
 def next_seq(targets: Targets, product: str, version: str) -> int:
     """The seq of a version: its own when a bundle of it is there, else one above all that was ever used."""
-    known = releases(targets, product)
-    for facts in known.values():
+    for facts in releases(targets, product).values():
         if facts.version == version:
             return facts.seq
-    rule = changes.policy_of(targets.targets, product)
-    return 1 + max([rule.floor_seq, *rule.revoked_seq, *(facts.seq for facts in known.values())])
+    return 1 + changes.highest_seq(targets.targets, product)
 
 
 def is_published(targets: Targets, release: Release) -> bool:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from agent_core import clock
 from tests.attacks.victim import Victim
 
 
@@ -19,3 +20,14 @@ def make_victim(tmp_path):
 @pytest.fixture
 def victim(make_victim):
     return make_victim()
+
+
+@pytest.fixture
+def wall(monkeypatch):
+    """Sets the host's wall clock this far from the right time."""
+    right = clock.now
+
+    def sets(by):
+        monkeypatch.setattr(clock, "now", lambda: right() + by)
+
+    return sets

@@ -14,17 +14,6 @@ from updater import freshness, poll
 DAY = timedelta(days=1)
 
 
-@pytest.fixture
-def wall(monkeypatch):
-    """Sets the host's wall clock this far from the right time."""
-    right = clock.now
-
-    def sets(by):
-        monkeypatch.setattr(clock, "now", lambda: right() + by)
-
-    return sets
-
-
 def newer(victim):
     """What the server said before something newer that this host has seen."""
     old = victim.server.tree()

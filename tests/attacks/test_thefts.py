@@ -12,6 +12,7 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from tests.attacks.victim import GOOD, NEW, OLD, SEQ
+from tests.repository_simulator import LIFE
 from updater.decide import Action
 
 DAY = timedelta(days=1)
@@ -138,6 +139,35 @@ def test_the_timestamp_key_alone_costs_a_week_at_most(victim, ahead):
     assert victim.state() == victim.before
     victim.server.now += ahead * DAY
     victim.is_well_again()
+
+
+def test_the_snapshot_and_timestamp_keys_name_nothing_that_others_did_not_sign(victim):
+    """Both together vouch for any file; what is in it still takes the key of its role."""
+    server = victim.server
+    server.signers["cohorts"] = [CryptoSigner.generate_ed25519()]
+    server.lead_to(OLD, rollback=True)
+    victim.refuses("bad-signature")
+    victim.is_well_again()
+
+
+def test_the_snapshot_and_timestamp_keys_hold_a_host_back_for_as_long_as_other_roles_hold(victim, wall):
+    """Day after day he says that nothing is new, until what he has of the cohorts role has expired."""
+    server, today = victim.server, victim.server.now
+    for day in (6, 13, 15):
+        server.now = today + day * DAY
+        wall(day * DAY)
+        server.snapshot.version += 1
+        server.snapshot.expires = server.now + LIFE["snapshot"]
+        server.write_snapshot()
+        server.bump_timestamp()
+        if day < LIFE["cohorts"] / DAY:
+            assert victim.poll().reason == "up-to-date"
+    victim.refuses("expired")
+    server.cohorts.expires = server.now + LIFE["cohorts"]
+    server.release(NEW, SEQ[NEW])
+    server.lead_to(NEW)
+    outcome = victim.poll()
+    assert (outcome.reason, outcome.candidate) == ("update", victim.name_of(NEW))
 
 
 def test_all_online_keys_make_no_code_run(victim):

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-from contextlib import ExitStack
-
 import pytest
 
-from tests import postgres
-from tests.integration.world import World
+from tests.integration.world import running
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    home = tmp_path_factory.mktemp("world")
-    with ExitStack() as stack:
-        url = stack.enter_context(postgres.cluster().database()) if postgres.WANTED else ""
-        world = World(home, url)
-        try:
-            world.make()
-            yield world
-        finally:
-            world.processes.stop()
-            subprocess.run(["chmod", "-R", "u+w", home], check=False)
+    with running(tmp_path_factory.mktemp("world")) as world:
+        yield world
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -30,6 +30,7 @@ from release_server.database import Sessions, make_engine
 from release_server.demo.processes import Processes, wait_for
 from release_server.publish import push, sign
 from release_server.publish.client import Client
+from tests import postgres
 from updater import attempt as attempts
 from updater import control
 from updater.device import Device
@@ -449,6 +450,20 @@ class World:
             if start:
                 host.start()
         return hosts
+
+
+@contextmanager
+def running(home: Path) -> Iterator[World]:
+    """A world below `home`, on PostgreSQL where that is wanted; none of its processes outlives it."""
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres.cluster().database()) if postgres.WANTED else ""
+        world = World(home, url)
+        try:
+            world.make()
+            yield world
+        finally:
+            world.processes.stop()
+            subprocess.run(["chmod", "-R", "u+w", home], check=False)
 
 
 def until(what: str, found: Callable[[], Any], *, every_s: float = 0.05) -> Any:

@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import TargetFile, Targets
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from agent_core.errors import ConflictError, TrustError
 from agent_core.wire import Policy, ReleaseFacts, bundle_path, delta_path, index_path, policy_path
@@ -91,16 +91,31 @@ def test_versions_go_up_by_one(before, after, version, reason):
         (lambda t: listed(t, "1.0", 11), "changed"),
         (lambda t: listed(t, "1.1", 10), "seq"),
         (lambda t: listed(t, "1.0", 11, "linux-x86_64"), "seq"),
+        (lambda t: with_policy(t, floor_seq=changes.STEP + 11), "seq"),
+        (lambda t: with_policy(t, floor_seq=10, revoked_seq=(2**64,)), "seq"),
+        (lambda t: listed(t, "1.1", 2**53), "seq"),
         (lambda t: setattr(t, "expires", NOW), "expired"),
         (lambda t: setattr(t, "expires", NOW + timedelta(days=63)), "bad-metadata"),
     ],
-    ids=["no policy", "floor", "content", "bytes", "facts", "seq", "platform seq", "expired", "too long"],
+    ids=[
+        *("no policy", "floor", "content", "bytes", "facts", "seq", "platform seq"),
+        *("far floor", "far revoked", "far seq", "expired", "too long"),
+    ],
 )
 def test_what_the_rules_forbid(before, after, break_rule, reason):
     break_rule(after)
     with pytest.raises(TrustError) as caught:
         check(before, after)
     assert caught.value.reason == reason
+
+
+def test_above_a_floor_that_was_raised_too_far_there_is_room_for_the_next_release(before, after):
+    """As far as a thief gets in one step, and then people once more: what agents remember can be outrun."""
+    with_policy(after, floor_seq=10 + changes.STEP)
+    check(before, after)
+    following = ceremony.next_targets(Metadata(after), NOW + timedelta(days=2)).signed
+    listed(following, "1.1", 1 + changes.highest_seq(after.targets, "demo"))
+    assert [entry.facts.seq for entry in check(Metadata(after), following)] == [11 + changes.STEP]
 
 
 def test_a_person_is_told_everything_that_changes_allowed_or_not(before, after):

@@ -126,7 +126,22 @@ def standing(entry: Mapping[str, Any]) -> str:
 @token.command("revoke", short_help="Make a token useless at once.")
 @click.argument("number", type=click.IntRange(1), metavar="ID")
 def revoke(number: int) -> None:
-    """Make a token useless from the next request on."""
+    """Make a token useless from the next request on. Tokens made with it still work, and are named."""
     console.confirm(f"Revoking token {number} locks out whoever uses it.")
-    client().delete(f"/tokens/{number}")
+    server = client()
+    server.delete(f"/tokens/{number}")
     console.say(f"token {number} revoked")
+    for entry in made_with(server.items("/tokens"), number):
+        made = f"{entry['created_by']} made token {entry['id']} ({entry['name']}, {entry['role']})"
+        console.say(f"{made}, which still works: release token revoke {entry['id']}")
+
+
+def made_with(found: Iterable[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:
+    """The tokens that still work and were made by whoever a token spoke for."""
+    tokens = list(found)
+    makers = {entry.get("name") for entry in tokens if entry["id"] == number}
+    return [
+        entry
+        for entry in tokens
+        if entry.get("created_by") in makers and standing(entry) not in {"revoked", "expired"}
+    ]

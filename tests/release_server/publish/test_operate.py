@@ -33,6 +33,7 @@ from release_server.publish import words
 from release_server.publish.cli import main
 from release_server.publish.commands import agents as agents_commands
 from release_server.publish.commands import rollout as rollout_commands
+from release_server.publish.commands import token as token_commands
 from release_server.publish.words import Amount
 
 if TYPE_CHECKING:
@@ -424,6 +425,22 @@ SILENT_DEEDS = [
     ("cohort delete eu-web --yes", f"DELETE /cohorts/{PRODUCT}/eu-web"),
     ("token revoke 7 --yes", "DELETE /tokens/7"),
 ]
+
+
+def test_a_revoked_token_leaves_those_that_were_made_with_it() -> None:
+    def entry(number: int, name: str, by: str, **changes: Any) -> dict[str, Any]:
+        ends = {"revoked_at": None, "expires_at": None}
+        return {"id": number, "name": name, "created_by": by} | ends | changes
+
+    found = [
+        entry(1, "eve", "admin", revoked_at="2026-01-31T12:00:00Z"),
+        entry(2, "helper", "eve"),
+        entry(3, "gone", "eve", expires_at="2026-01-31T12:00:00Z"),
+        entry(4, "taken back", "eve", revoked_at="2026-01-31T12:00:00Z"),
+        entry(5, "another's", "admin"),
+    ]
+    assert [token["id"] for token in token_commands.made_with(found, 1)] == [2]
+    assert token_commands.made_with(found, 9) == []
 
 
 @pytest.mark.parametrize("words", LOOKS)
