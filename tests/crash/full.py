@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -88,15 +88,8 @@ def run(tally: Tally, *, quick: bool) -> None:
             length = pool.submit(_length, version).result()
             places = range(EVERY, length, EVERY)
             cases += [Case(KINDS[at // EVERY % 2], FULL[at // EVERY // 2 % 2], version, at) for at in places]
-        jobs = {pool.submit(_try, case): case for case in (cases[::6] if quick else cases)}
-        try:
-            for job in as_completed(jobs):
-                tally.count(doing=jobs[job].name)
-                for sentence in job.result():
-                    tally.fail(f"{jobs[job].name}: {sentence}")
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for case, found in tally.answers(pool, _try, cases[::6] if quick else cases):
+            tally.fail_each(case.name, found)
 
 
 _rig: Rig

@@ -17,20 +17,18 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from agent_core import slots
 from tests.crash import tracer
 from tests.crash.host import Host, environment, names_in
-from tests.crash.rig import BAD, BOOTS, FLOOR, GOOD, NEW, Rig
+from tests.crash.phases import Phase, prepare
+from tests.crash.rig import BOOTS, Rig
 from tests.crash.tally import Tally
 from tests.crash.tracer import Call, Trace
 
@@ -38,36 +36,10 @@ WORKERS = 2 * (os.cpu_count() or 1)
 EVERY = os.environ.get("RELFLEET_CRASH") == "all"
 QUICK = 12
 DECISIVE = re.compile(
-    r"state/(slots|counter|spool\.high|attempt\.json|outcome\.json|poll\.json)|\.?(current|previous)(\.new)?|versions/[^/]+"
+    r"state/(slots|counter|spool\.high|(attempt|deltas|outcome|poll)\.json)|\.?(current|previous)(\.new)?|versions/[^/]+"
+    r"|launcher/[^/]+"
 )
 """What decides which version runs, and what is known of it."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of a flow, which is run from a prepared host.
-
-    Attributes:
-        start: the directory that is copied for each case.
-        argv: what runs, of a host.
-        ends: where that run comes to its end by itself; empty when the program ends.
-        rests: the version on which it comes to rest, killed or not.
-        skipped: the version that is skipped then.
-        unasked: where it rests when it was killed before what a person asked for was on the disk.
-        only_one: one process is killed, not all.
-        again: how it is started again; the launcher if not said.
-    """
-
-    name: str
-    start: Path
-    argv: Callable[[Host], list[str]]
-    rests: str
-    stdin: bytes = b""
-    skipped: str = ""
-    unasked: str = ""
-    only_one: bool = False
-    ends: bool = True
-    again: Callable[[Host], list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,137 +62,30 @@ def unavailable() -> str:
 def run(tally: Tally, *, quick: bool) -> None:
     """Every call of every phase; with `quick` a handful of them."""
     with Rig() as prepared:
-        phases = _phases(prepared)
+        phases = prepare(prepared)
         with ProcessPoolExecutor(WORKERS, get_context("fork"), _keep, (prepared,)) as pool:
             whole = {phase.name: pool.submit(_unharmed, phase) for phase in phases}
             cases = [case for phase in phases for case in _cases(phase, whole[phase.name].result(), tally)]
             if quick:
                 cases = cases[:: max(1, len(cases) // QUICK)]
             left: dict[str, Case] = {}
-            for case, (found, state) in _each(pool, _cut, cases):
-                tally.count(doing=case.name)
-                _note(tally, case, found)
+            for case, (found, state) in tally.answers(pool, _cut, cases):
+                tally.fail_each(case.name, found)
                 if state:
                     left.setdefault(state, case)
-            for case, found in _each(pool, _recovered, list(left.values()), list(left)):
-                tally.count(doing=case.name)
-                _note(tally, case, found)
+            for case, found in tally.answers(pool, _recovered, left.values(), left):
+                tally.fail_each(case.name, found)
 
 
-def _note(tally: Tally, case: Case, found: list[str]) -> None:
-    for sentence in found:
-        tally.fail(f"{case.name}: {sentence}")
-
-
-def _each(
-    pool: ProcessPoolExecutor, work: Callable[..., Any], cases: list[Case], *more: list[Any]
-) -> Iterator[Any]:
-    jobs = {pool.submit(work, *given): given[0] for given in zip(cases, *more, strict=True)}
-    try:
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-
-
-# --- the phases ---------------------------------------------------------------------------------------------
-
-
-def _phases(prepared: Rig) -> list[Phase]:
-    """Prepare a host for each phase by letting a phase before it come to its end."""
-    home = prepared.home / "starts"
-    home.mkdir()
-    first = prepared.enrolled(home / "enrolled")
-    prepared.installed(home / "installed")
-
-    def become(name: str, source: str, version: str, *steps: Callable[[Host], object]) -> Path:
-        host = prepared.copy(home / source, home / name)
-        host.lead_to(version)
-        for step in steps:
-            step(host)
-        return host.root
-
-    def check(host: Host) -> None:
-        done = subprocess.run(
-            host.agent(GOOD, "checker"),
-            input=b"check\n",
-            env=environment(),
-            check=True,
-            stdout=subprocess.PIPE,
-        )
-        assert b'"candidate": "1' in done.stdout, done.stdout
-
-    def arm(host: Host) -> None:
-        outcome = host.device.outcome()
-        assert outcome
-        slots.begin_trial(host.root, outcome.candidate, BOOTS, 20, floor=FLOOR)
-
-    def use_up(host: Host) -> None:
-        for _ in range(BOOTS):
-            slots.boot(host.root, "")
-
-    return [
-        Phase("check", become("check", "installed", NEW), _checker, NEW, b"check\n"),
-        Phase("arm", become("arm", "installed", NEW, check), _launcher, NEW),
-        Phase("trial", become("trial", "arm", NEW, arm), _launcher, NEW, ends=False),
-        Phase("judged", become("judged", "installed", BAD, check, arm), _launcher, GOOD, skipped=BAD),
-        Phase("used up", become("used-up", "judged", BAD, use_up), _launcher, GOOD, skipped=BAD, ends=False),
-        Phase(
-            "operator",
-            become("operator", "trial", NEW, lambda host: _rested(host, NEW)),
-            _operator,
-            GOOD,
-            skipped=NEW,
-            unasked=NEW,
-        ),
-        Phase("first", first.root, _run, GOOD, ends=False, again=_run),
-        Phase(
-            "upgrade", become("upgrade", "installed", NEW), Host.supervised, NEW, only_one=True, ends=False
-        ),
-        Phase(
-            "way back",
-            become("way-back", "installed", BAD),
-            Host.supervised,
-            GOOD,
-            skipped=BAD,
-            only_one=True,
-            ends=False,
-        ),
-    ]
-
-
-def _rested(host: Host, version: str) -> None:
-    wrong = host.settle(version)
-    assert not wrong, wrong
-
-
-def _checker(host: Host) -> list[str]:
-    return host.agent(GOOD, "checker")
-
-
-def _launcher(host: Host) -> list[str]:
-    return host.launcher()
-
-
-def _operator(host: Host) -> list[str]:
-    return host.agent(NEW, "rollback", "--yes")
-
-
-def _run(host: Host) -> list[str]:
-    """What a person types on a new host."""
-    return [sys.executable, "-I", "-B", "-m", "updater", "run", "--root", str(host.root)]
-
-
-def _cases(phase: Phase, whole: Trace, tally: Tally) -> list[Case]:
-    if whole.late or whole.killed or not whole.calls:
-        tally.fail(
-            f"{phase.name}: it does not come to its end unharmed ({whole.code}, {len(whole.calls)} calls)"
-        )
+def _cases(phase: Phase, unharmed: tuple[Trace, str], tally: Tally) -> list[Case]:
+    whole, wrong = unharmed
+    if wrong or whole.late or whole.killed or not whole.calls:
+        ended = f"{whole.code}, {len(whole.calls)} calls"
+        tally.fail(f"{phase.name}: it does not come to its end unharmed ({wrong or ended})")
     found = [
         Case(phase, cut, call.site) for cut, call in enumerate(whole.calls, 1) if EVERY or _matters(call, cut)
     ]
-    return found if EVERY or not phase.only_one else found[::4]
+    return found if EVERY else found[:: phase.share]
 
 
 def _matters(call: Call, cut: int) -> bool:
@@ -262,21 +127,24 @@ def _trace(host: Host, case: Case) -> Trace:
     )
 
 
-def _unharmed(phase: Phase) -> Trace:
+def _unharmed(phase: Phase) -> tuple[Trace, str]:
+    """The run that nobody kills, and what is wrong with what it did."""
     host = _copy(phase, f"whole-{phase.name}")
     trace = _trace(host, Case(phase, 0))
     if phase.ends and trace.code not in (0, 75):
         trace.late = True
+    wrong = phase.done(host) or "; ".join([*host.faults(), *phase.faults(host)])
     _remove(host.root)
-    return trace
+    return trace, wrong
 
 
 def _cut(case: Case) -> tuple[list[str], str]:
     """What is wrong right after the kill, and a name for the state it left; the first of a state is kept."""
-    host = _copy(case.phase, f"{case.phase.name}-{case.cut}")
+    phase = case.phase
+    host = _copy(phase, f"{phase.name}-{case.cut}")
     before = host.record
     trace = _trace(host, case)
-    found = host.faults(before)
+    found = [*host.faults(before), *phase.faults(host)]
     if trace.late:
         found.append("what was left running did not end")
     if host.runs() > BOOTS:
@@ -284,7 +152,7 @@ def _cut(case: Case) -> tuple[list[str], str]:
     if trace.late or trace.ended or not trace.killed:
         _remove(host.root)
         return found, ""
-    state = _state(host, case.phase)
+    state = _state(host, phase)
     try:
         host.root.rename(_rig.home / f"left-{state}")
     except OSError:
@@ -301,7 +169,7 @@ def _recovered(case: Case, state: str) -> list[str]:
     if phase.unasked and before is not None and before.good == _rig.names[phase.unasked]:
         rests, skipped = phase.unasked, ""
     wrong = host.settle(rests, skipped=skipped, again=phase.again)
-    found = [*host.faults(before), *([wrong] if wrong else [])]
+    found = [*host.faults(before), *phase.faults(host), *([wrong] if wrong else [])]
     if host.runs() > BOOTS:
         found.append(f"the bad version ran {host.runs()} times, {BOOTS} are allowed")
     _remove(host.root)
@@ -314,7 +182,7 @@ def _remove(root: Path) -> None:
 
 def _state(host: Host, phase: Phase) -> str:
     """A digest of everything that a restart could see, without times and without what chance named."""
-    digest = sha256(f"{phase.rests} {phase.skipped} {phase.again}".encode())
+    digest = sha256(f"{phase.rests} {phase.skipped} {phase.again} {phase.faults}".encode())
     unread = {host.layout.logs, *host.layout.staging.iterdir(), *host.layout.trash.iterdir()}
     digest.update(
         b"staging" * bool(names_in(host.layout.staging)) + b"trash" * bool(names_in(host.layout.trash))

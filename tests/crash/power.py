@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -194,7 +194,8 @@ def run(tally: Tally, *, quick: bool) -> None:
             cases += [case for version in (NEW, BAD) for case in _agents(version, calls[version].result())]
             if quick:
                 cases = cases[:: max(1, len(cases) // 24)]
-            _try(pool, cases, tally)
+            for case, found in tally.answers(pool, _try, cases):
+                tally.fail_each(case.name, found)
 
 
 def _cases(flow: Flow, kind: str, length: int) -> Iterator[Case]:
@@ -208,20 +209,6 @@ def _agents(version: str, calls: int) -> Iterator[AgentCase]:
     for place, cut in enumerate(range(1, calls + 1, AGENTS_EVERY)):
         for kind in KINDS:
             yield AgentCase(version, kind, cut, volumes.WITHOUT_LOG if place % 3 else volumes.WITH_LOG)
-
-
-def _try(pool: ProcessPoolExecutor, cases: list[Any], tally: Tally) -> None:
-    jobs: dict[Future[list[str]], Any] = {
-        pool.submit(_cut_agent if isinstance(case, AgentCase) else _cut, case): case for case in cases
-    }
-    try:
-        for job in as_completed(jobs):
-            tally.count(doing=jobs[job].name)
-            for sentence in job.result():
-                tally.fail(f"{jobs[job].name}: {sentence}")
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
 
 
 def _bundle(rig: Rig, version: str) -> Bundle:
@@ -241,6 +228,10 @@ def _begin(rig: Rig, bundles: dict[str, Bundle]) -> None:
     global _rig, _bundles
     _rig, _bundles = rig, bundles
     volumes.alone()
+
+
+def _try(case: Case | AgentCase) -> list[str]:
+    return _cut_agent(case) if isinstance(case, AgentCase) else _cut(case)
 
 
 def _image(name: str, kind: str) -> Path:

@@ -20,10 +20,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
-from agent_core import slots
+from agent_core import delta, slots
 from agent_core.bundle import Index, host_platforms, pack
 from agent_core.layout import write_durable
-from agent_core.wire import ReleaseFacts, ReportAnswer, bundle_path
+from agent_core.wire import DeltaFacts, ReleaseFacts, ReportAnswer, bundle_path, delta_path
 from tests.crash.host import RUNS, Host
 from tests.http_origin import Origin, Request, Status
 from tests.repository_simulator import RepositorySimulator
@@ -33,6 +33,8 @@ from updater import install, poll
 HERE = Path(__file__).resolve().parents[2]
 PRODUCT, COHORT = "probe", "stable"
 OLD, GOOD, NEW, BAD = "0.9.0", "1.0.0", "1.1.0", "1.2.0"
+BY_DELTA = "1.1.0 by a delta"
+"""Offered like a version: the new one, with a delta that leads to it from the good one."""
 BOOTS = 2
 FLOOR = 1
 OLD_SKIP = ("0" * 12, "unhealthy", 0)
@@ -80,10 +82,10 @@ class Rig:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was prepared goes with us then too
         try:
             self._publish()
-            for version in self.releases:
-                origin = Origin(self.home / f"www-{version}")
+            for offer in (*self.releases, BY_DELTA):
+                origin = Origin(self.home / f"www-{offer}")
                 origin.answer("POST", "/api/v1/report", _accept)
-                self._origins[version] = origin.__enter__()
+                self._origins[offer] = origin.__enter__()
         except BaseException:
             self.close()
             raise
@@ -125,7 +127,10 @@ class Rig:
                 len(packed),
                 index.to_bytes(),
             )
-        for revision, version in enumerate((OLD, GOOD, NEW, BAD), 1):
+        for revision, offer in enumerate((OLD, GOOD, NEW, BAD, BY_DELTA), 1):
+            version = offer.split()[0]
+            if offer == BY_DELTA:
+                self._add_delta(repository, GOOD, version)
             repository.set_directive(
                 COHORT,
                 release=version,
@@ -136,8 +141,20 @@ class Rig:
                 report_s=3600,
             )
             repository.publish()
-            shutil.copytree(repository.directory, self.home / f"www-{version}")
+            shutil.copytree(repository.directory, self.home / f"www-{offer}")
         self._trust = repository.trusted_root
+        for version in self.releases:
+            shutil.rmtree(self.home / f"tree-{version}")
+
+    def _add_delta(self, repository: RepositorySimulator, before: str, after: str) -> None:
+        old, new = (self.releases[version] for version in (before, after))
+        trees = [self.home / f"tree-{version}" for version in (before, after)]
+        indexes = [Index.from_bytes(release.index) for release in (old, new)]
+        out = self.home / "delta"
+        delta.make(trees[0], indexes[0], trees[1], indexes[1], out)
+        facts = DeltaFacts(before, old.facts.index_sha256, new.facts.index_sha256)
+        path = delta_path(PRODUCT, after, new.facts.platform, old.facts.index_sha256)
+        repository.add_target(path, out.read_bytes(), facts.to_json())
 
     def _bundle(self, version: str, library: Path) -> tuple[Path, Index]:
         tree = self.home / f"tree-{version}"
@@ -152,7 +169,6 @@ class Rig:
         shutil.copy(library, tree / "lib.zip")
         archive = self.home / f"{version}.tar.zst"
         packed = pack(tree, archive)
-        shutil.rmtree(tree)
         bad = f'echo run >> "$RELFLEET_ROOT/{RUNS}"; exit 3'
         index = Index(
             product=PRODUCT,

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Executor
 
 PROGRESS_S = 0.5
 FAILURES_SHOWN = 20
+
+
+class Named(Protocol):
+    """A case; its name is a sentence that says how to see it again."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Case, Found = TypeVar("Case", bound=Named), TypeVar("Found")
 
 
 @dataclass
@@ -35,6 +51,26 @@ class Tally:
     def fail(self, sentence: str) -> None:
         """Keep a failure: which state of what, which promise it broke, and how to see it again."""
         self.failures.append(sentence)
+
+    def fail_each(self, name: str, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self.fail(f"{name}: {sentence}")
+
+    def answers(
+        self, pool: Executor, work: Callable[..., Found], cases: Iterable[Case], *more: Iterable[object]
+    ) -> Iterator[tuple[Case, Found]]:
+        """What `work` finds of each case in a process of the pool, as it comes; each is a state that was tried.
+
+        Whatever ends this early takes back what has not begun, and waits for what has.
+        """
+        jobs = {pool.submit(work, *given): given[0] for given in zip(cases, *more, strict=True)}
+        try:
+            for job in as_completed(jobs):
+                self.count(doing=jobs[job].name)
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
     def line(self) -> str:
         """`model        12,345 states tried, 0 failed       41 s`."""
