@@ -59,18 +59,34 @@ def next_opening(window: Window, now: datetime) -> datetime | None:
     today = now.astimezone(zone).date()
     for ahead in range(DAYS_AHEAD):
         midnight = datetime.combine(today + timedelta(days=ahead), time(), zone)
-        for moment in _candidates(window, midnight):
+        for moment in _at(midnight, window.start):
             if moment > now and is_open(window, moment) and not is_open(window, moment - MINUTE):
                 return moment
     return None
 
 
-def _candidates(window: Window, midnight: datetime) -> Iterator[datetime]:
-    """Where in one local day the window may open: its start, or any minute when the clocks are changed."""
+def next_change(window: Window, now: datetime) -> datetime | None:
+    """The next moment, in UTC, at which the window opens or closes; None when that cannot be told."""
+    zone = zone_of(window)
+    if zone is None:
+        return None
+    today = now.astimezone(zone).date()
+    before = is_open(window, now)
+    for ahead in range(DAYS_AHEAD):
+        midnight = datetime.combine(today + timedelta(days=ahead), time(), zone)
+        edges = {moment for edge in ("00:00", window.start, window.end) for moment in _at(midnight, edge)}
+        for moment in sorted(edges):
+            if moment > now and is_open(window, moment) is not before:
+                return moment
+    return None
+
+
+def _at(midnight: datetime, clock: str) -> Iterator[datetime]:
+    """Where in one local day the clock may reach a time: then, or at any minute when clocks are changed."""
     begin, end = midnight.astimezone(UTC), (midnight + DAY).astimezone(UTC)
     if end - begin == DAY:
-        start = datetime.combine(midnight.date(), time.fromisoformat(window.start), midnight.tzinfo)
-        yield start.astimezone(UTC)
+        moment = datetime.combine(midnight.date(), time.fromisoformat(clock), midnight.tzinfo)
+        yield moment.astimezone(UTC)
     else:
         moment = begin
         while moment < end:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST = 1000
 WAITING = "relfleet_audit"
+SERVER = "server"
+"""Who did what the server decided by itself."""
 
 
 def identity(name: str) -> str:
@@ -37,7 +39,7 @@ def record(session: Session, now: datetime, actor: str, action: str, subject: st
     Args:
         session: of `Sessions.write()`.
         now: when.
-        actor: the person's name, or `server` for what the server decided by itself.
+        actor: the person's name, or `SERVER` for what the server decided by itself.
         action: a verb of the glossary with its noun, e.g. `cohort.pin`.
         subject: what it was done to, e.g. `warehouse-agent/eu`.
         detail: plain JSON values and times; never a secret.

@@ -86,11 +86,14 @@ class _Look:
     told: datetime
 
 
-def census(session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status) -> Counters:
+def census(
+    session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status, *, write: bool = True
+) -> Counters:
     """Count what the cohort looks like to this rollout.
 
-    While it runs, this also writes down what no agent reports: that one runs the release already, that one
-    has been silent past the stage's deadline, that a silent one is back.
+    Args:
+        write: while it runs, write down also what no agent reports: that one runs the release already, that
+            one has been silent past the stage's deadline, that a silent one is back.
     """
     pace = cohorts.newest_spec(session, rollout.cohort_id)
     quiet = now - agents.silent_after(pace.poll_s, pace.report_s)
@@ -98,7 +101,7 @@ def census(session: Session, now: datetime, rollout: Rollout, spec: Spec, status
     look = _Look(rollout, spec, status, now, quiet, told)
     members = _members(session, rollout)
     reached = [member for member in members if member.place < status.progress]
-    if status.state is State.RUNNING and not spec.frozen and status.reason != Why.FROZEN:
+    if write and status.state is State.RUNNING and not spec.frozen and status.reason != Why.FROZEN:
         reached = [_corrected(session, look, member) for member in reached]
     aside = [member for member in reached if _stands_aside(member, told)]
     waiting = [member for member in reached if _is_open(member) and not _stands_aside(member, told)]

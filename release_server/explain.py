@@ -1,16 +1,17 @@
-"""Collects what the server knows of one agent for `why`, which explains it."""
+"""Collects what the server knows of one agent or rollout for `why` and `rollout_why`, which explain it."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, not_, select
 from tuf.api.metadata import Targets
 
-from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason
-from release_server import agents, cohorts, fleet, leases, repository, why
-from release_server.models import Agent, Attempt, Bundle, Release, Rollout
+from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason, Window
+from release_server import agents, census, cohorts, fleet, leases, repository, rollout_view, rollout_why, why
+from release_server.foresight import Allowance
+from release_server.models import Agent, Attempt, Bundle, CohortSpec, Release, Rollout, RolloutEvent
 from release_server.rollout import State
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from release_server.models import CohortSpec, RolloutStatus
+    from release_server.models import RolloutStatus
 
 POLLS_A_STAGE = 2
 """How many polls an agent needs for a stage, where none has told by doing it."""
@@ -56,13 +57,36 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
     known |= {
         "quiet": agents.silent_after(spec.poll_s, spec.report_s),
         "cohort": agent.cohort.name,
-        "wants": why.Held(spec.pin, cohorts.freeze_of(spec, now), spec.reason),
+        "wants": _held(session, now, spec),
         "course": _course(session, spec),
         "directive": directive,
         "told_at": status.updated_at,
         "room": _room(session, now, agent, spec),
     }
     return why.Facts(**known, **_releases(session, agent, directive))
+
+
+def _held(session: Session, now: datetime, spec: CohortSpec) -> why.Held:
+    because = {
+        "pin_reason": reason_of(session, spec, *PIN),
+        "freeze_reason": reason_of(session, spec, *FREEZE),
+    }
+    return why.Held(spec.pin, cohorts.freeze_of(spec, now), **because)
+
+
+FREEZE, PIN = ("frozen", "frozen_until"), ("pin",)
+"""What of a cohort's spec a person set together, with one reason."""
+
+
+def reason_of(session: Session, spec: CohortSpec, *names: str) -> str:
+    """Why somebody set what these names of a spec say now; later revisions are about other things."""
+    here = select(CohortSpec).where(CohortSpec.cohort_id == spec.cohort_id)
+    same = and_(*(getattr(CohortSpec, name).is_not_distinct_from(getattr(spec, name)) for name in names))
+    other = select(func.coalesce(func.max(CohortSpec.revision), 0)).where(
+        CohortSpec.cohort_id == spec.cohort_id, not_(same)
+    )
+    since = here.where(CohortSpec.revision > other.scalar_subquery()).order_by(CohortSpec.revision)
+    return session.scalars(since.limit(1)).one().reason
 
 
 def _course(session: Session, spec: CohortSpec) -> why.Course | None:
@@ -160,3 +184,50 @@ def _room(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> wh
     if spec.lease is None:
         return None
     return leases.room(session, now, agent, LeaseTerms.from_json(spec.lease))
+
+
+# --- rollouts --------------------------------------------------------------------------------------------
+
+
+def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str, Any]:
+    """Explain why a rollout is where it is, as `rollout_why.explain`; counts its agents and writes nothing.
+
+    Raises:
+        NotFoundError: there is none of that number.
+    """
+    view = rollout_view.show(session, rollout_id)
+    rollout, asked = view.rollout, view.spec
+    spec, status = fleet.spec_now(session, now, rollout, asked), fleet.status_of(view.status)
+    wants = cohorts.newest_spec(session, rollout.cohort_id)
+    facts = rollout_why.Facts(
+        name=f"r-{rollout.id}",
+        version=rollout.version,
+        cohort=view.cohort,
+        spec=spec,
+        status=status,
+        counters=census.census(session, now, rollout, spec, status, write=False),
+        allowance=_allowance(wants),
+        by=asked.actor,
+        reason=asked.reason,
+        askers=tuple(sorted(fleet.askers(session, rollout))),
+        digest=fleet.digest_of(rollout, asked),
+        pin=wants.pin,
+        pin_reason=reason_of(session, wants, *PIN),
+        freeze_reason=reason_of(session, wants, *FREEZE),
+        yanked=rollout.release.yanked_at is not None,
+        halt=_halt(session, rollout_id),
+    )
+    return rollout_why.explain(facts, now)
+
+
+def _allowance(spec: CohortSpec) -> Allowance:
+    window = None if spec.window is None else Window.from_json(spec.window, "window")
+    return Allowance(spec.frozen, spec.frozen_until, spec.calendar, window)
+
+
+def _halt(session: Session, rollout_id: int) -> dict[str, Any]:
+    """The numbers that the newest halt saw, none where there was none."""
+    of = select(RolloutEvent.numbers).where(
+        RolloutEvent.rollout_id == rollout_id, RolloutEvent.event == "halted"
+    )
+    return session.scalar(of.order_by(RolloutEvent.id.desc()).limit(1)) or {}

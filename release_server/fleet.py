@@ -101,7 +101,7 @@ def settle(session: Session, now: datetime, rollout_id: int) -> bool:
     """
     rollout = session.get_one(Rollout, rollout_id)
     asked = newest_spec(session, rollout_id)
-    spec = _spec(session, now, rollout, asked)
+    spec = spec_now(session, now, rollout, asked)
     before = status_of(session.get_one(RolloutStatus, rollout_id, populate_existing=True))
     changed = False
     for _ in range(2 * len(spec.stages) + 8):
@@ -178,7 +178,8 @@ def spec_of(asked: RolloutSpec) -> Spec:
     )
 
 
-def _spec(session: Session, now: datetime, rollout: Rollout, asked: RolloutSpec) -> Spec:
+def spec_now(session: Session, now: datetime, rollout: Rollout, asked: RolloutSpec) -> Spec:
+    """What people want of a rollout, and what its cohort allows just now."""
     cohort = cohorts.newest_spec(session, rollout.cohort_id)
     window = None if cohort.window is None else Window.from_json(cohort.window, "window")
     return replace(
@@ -263,6 +264,10 @@ def _record(session: Session, now: datetime, rollout_id: int, events: Sequence[E
         )
         for event in events
     )
+    for event in events:
+        if event.name == "halted":
+            said = {"stage": event.stage, "reason": event.reason, "detail": event.detail}
+            audit.record(session, now, audit.SERVER, "rollout.halt", f"r-{rollout_id}", **said)
     session.flush()
 
 
@@ -322,7 +327,7 @@ def approve(
             then=f"release rollout status r-{rollout_id}",
             reason="changed",
         )
-    if audit.identity(actor) in {audit.identity(asker) for asker in _askers(session, rollout)}:
+    if audit.identity(actor) in {audit.identity(asker) for asker in askers(session, rollout)}:
         raise NotAllowedError(
             f"{actor} asked for r-{rollout_id}",
             why="a second person approves",
@@ -333,7 +338,7 @@ def approve(
     _done(session, now, actor, "rollout.approve", rollout_id, reason=reason, digest=digest)
 
 
-def _askers(session: Session, rollout: Rollout) -> set[str]:
+def askers(session: Session, rollout: Rollout) -> set[str]:
     """Everyone who had a hand in what a rollout is to do."""
     actors = session.scalars(select(RolloutSpec.actor).where(RolloutSpec.rollout_id == rollout.id))
     return {rollout.created_by, *actors}

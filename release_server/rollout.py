@@ -323,6 +323,16 @@ class _Step:
         }
 
 
+def numbers(spec: Spec, status: Status, counters: Counters, now: datetime) -> dict[str, Any]:
+    """What an event would store if one happened now."""
+    return _Step(spec, status, counters, now).numbers()
+
+
+def too_few(spec: Spec, status: Status, counters: Counters, now: datetime) -> str:
+    """What the sample of the present stage lacks, in the words that are stored; empty when nothing."""
+    return _too_few(_Step(spec, status, counters, now))
+
+
 def _asks(spec: Spec, status: Status, wanted: Wanted) -> bool:
     return spec.wanted is wanted and spec.revision > status.spec_revision
 
@@ -407,10 +417,8 @@ def _judge(step: _Step) -> Next:
         return halt
     if step.counters.waiting:
         return step.stay(reason="", detail="")
-    if _outcomes(step) < _sample(step):
-        return _wait(
-            step, Why.MIN_SAMPLE, f"{_outcomes(step)} outcomes, {_sample(step)} wanted{_aside(step)}"
-        )
+    if lacking := _too_few(step):
+        return _wait(step, Why.MIN_SAMPLE, f"{lacking}{_aside(step)}")
     if step.status.soaking_since is None:
         soaking = {"stage_state": StageState.SOAKING, "soaking_since": step.now}
         return step.to("soaking", Why.FINISHED, _healthy(step), quiet=True, **soaking)
@@ -440,6 +448,11 @@ def _outcomes(step: _Step) -> int:
 def _sample(step: _Step) -> int:
     """The outcomes a stage must see; never more than it can have, and one even when all stand aside."""
     return min(step.stage.min_sample, step.counters.reached)
+
+
+def _too_few(step: _Step) -> str:
+    seen, wanted = _outcomes(step), _sample(step)
+    return f"{seen} outcomes, {wanted} wanted" if seen < wanted else ""
 
 
 def _healthy(step: _Step) -> str:
@@ -492,11 +505,8 @@ def _took_too_long(step: _Step) -> Next | None:
         return _halt(
             step, Why.DEADLINE, f"{seen.waiting} of {seen.reached} not finished in {step.stage.deadline_s} s"
         )
-    if not seen.waiting and _outcomes(step) < _sample(step) and step.now >= opened_at + allowed:
-        detail = (
-            f"{_outcomes(step)} outcomes, {_sample(step)} wanted in {step.stage.deadline_s} s{_aside(step)}"
-        )
-        return _halt(step, Why.MIN_SAMPLE, detail)
+    if not seen.waiting and step.now >= opened_at + allowed and (lacking := _too_few(step)):
+        return _halt(step, Why.MIN_SAMPLE, f"{lacking} in {step.stage.deadline_s} s{_aside(step)}")
     return None
 
 

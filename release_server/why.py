@@ -80,11 +80,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Held:
-    """What people want of the agent's cohort; `reason` is theirs, for the pin or the freeze."""
+    """What people want of the agent's cohort, and why each."""
 
     pin: str | None = None
     freeze: Freeze | None = None
-    reason: str = ""
+    pin_reason: str = ""
+    freeze_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _membership(facts: Facts) -> Iterator[Link]:
 
 def _word(facts: Facts, told: Assignment, now: datetime) -> Iterator[Link]:
     if facts.wants.pin is not None:
-        text = f"cohort {facts.cohort} is pinned to {facts.wants.pin}: {facts.wants.reason}".rstrip(": ")
+        text = f"cohort {facts.cohort} is pinned to {facts.wants.pin}: {facts.wants.pin_reason}".rstrip(": ")
         yield Link(True, "pinned", text, seen={"pin": facts.wants.pin})
     if told.reason is Reason.DISABLED:
         text = f"updates of cohort {facts.cohort} are switched off"
@@ -270,7 +271,7 @@ def _suspended(facts: Facts, *, ok: bool) -> Link:
     """Who stopped the cohort; `ok`: a host that has nothing at all still gets what the cohort is on."""
     says, course = Reason.SUSPENDED, facts.course
     if facts.wants.freeze is not None:
-        return _frozen(facts, facts.wants.freeze, ok=ok)
+        return frozen(facts.cohort, facts.wants.freeze, facts.wants.freeze_reason, ok=ok, says=says)
     if course is not None and course.state is State.PAUSED:
         because = ": ".join(filter(None, (course.reason, course.detail)))
         text = f"rollout {course.name} is paused ({because})"
@@ -282,15 +283,16 @@ def _suspended(facts: Facts, *, ok: bool) -> Link:
     return Link(ok, str(says), f"cohort {facts.cohort} takes nothing new for now", says=says)
 
 
-def _frozen(facts: Facts, freeze: Freeze, *, ok: bool) -> Link:
+def frozen(cohort: str | None, freeze: Freeze, reason: str, *, ok: bool, says: Reason | None = None) -> Link:
+    """What freezes a cohort, until when, and whose word ends it; `reason` is of whoever froze it by hand."""
     until = f" until {freeze.until:%Y-%m-%d %H:%M} UTC" if freeze.until else ""
-    because = f"by the calendar ({freeze.by})" if freeze.by else facts.wants.reason
-    text = f"cohort {facts.cohort} is frozen{until}: {because}".rstrip(": ")
-    then = f"release cohort unfreeze {facts.cohort}"
-    if freeze.by:
-        then = f"release cohort edit {facts.cohort} --calendar none"
+    because = f"by the calendar ({freeze.by})" if freeze.by else reason
+    text = f"cohort {cohort} is frozen{until}: {because}".rstrip(": ")
+    then = (
+        f"release cohort edit {cohort} --calendar none" if freeze.by else f"release cohort unfreeze {cohort}"
+    )
     seen = {"by": freeze.by} if freeze.by else {}
-    return Link(ok, "frozen", text, "" if ok else then, freeze.until, Reason.SUSPENDED, seen)
+    return Link(ok, "frozen", text, "" if ok else then, freeze.until, says, seen)
 
 
 def _not_yet(facts: Facts, now: datetime) -> Link:

@@ -8,7 +8,7 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from release_server import fleet, launch, rehearsal, rollout_view
+from release_server import explain, fleet, launch, rehearsal, rollout_view
 from release_server.api import PREFIX, editions, services
 from release_server.api.fleet_schemas import (
     Abort,
@@ -77,6 +77,15 @@ def show_rollout(path: RolloutPath) -> Answer:
     """One rollout with its history."""
     with services().sessions.read() as session:
         return _render(session, path.id)
+
+
+@blueprint.get("/rollouts/<int:id>/why")
+@requires("reader")
+def why(path: RolloutPath) -> dict[str, Any]:
+    """Why a rollout is where it is, as a chain of reasons, and what it does next by itself."""
+    hub = services()
+    with hub.sessions.read() as session:
+        return explain.why_of_rollout(session, hub.clock(), path.id)
 
 
 @blueprint.post("/rollouts/<int:id>/pause")

@@ -158,10 +158,11 @@ def agent_view(agent: Mapping[str, Any], now: datetime) -> str:
 
 
 def why(answer: Mapping[str, Any], width: int = WIDTH) -> str:
-    """The explanation of one agent: a summary, what holds, then what does not with its way out.
+    """The explanation of one agent or rollout: a summary, what holds, then what does not with its way out.
 
     Args:
-        answer: `GET /agents/{id}/why`: summary and chain of {ok, code, text, then?}.
+        answer: `GET /agents/{id}/why`: summary and chain of {ok, code, text, then?}; that of a rollout says
+            also what comes next.
         width: where a line of things that hold is broken.
     """
     chain = answer.get("chain") or []
@@ -171,6 +172,8 @@ def why(answer: Mapping[str, Any], width: int = WIDTH) -> str:
         if not row["ok"]:
             lines.append(f"  no  {row['text']}")
             lines += [f"      {line}" for line in str(row.get("then") or "").splitlines()]
+    if answer.get("next"):
+        lines.append(f"  next  {answer['next']['text']}")
     return "\n".join(lines)
 
 

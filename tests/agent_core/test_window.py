@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agent_core.window import MINUTE, is_open, next_opening
+from agent_core.window import MINUTE, is_open, next_change, next_opening
 from agent_core.wire import DAYS, Window
 
 MONDAY_NIGHT = Window(("mon",), "22:00", "04:00", "UTC")
@@ -119,6 +119,22 @@ def test_the_next_opening_is_open_and_nothing_is_open_before_it(window, moment, 
     assert not is_open(window, opens - MINUTE)
 
 
+@given(WINDOWS, MOMENTS, st.floats(0, 1))
+@example(every_day("02:15", "02:45"), utc("2026-03-28T23:00"), 0.5)
+@example(every_day("02:15", "02:45"), utc("2026-10-25T00:20"), 0.5)
+@example(Window(DAYS, "06:00", "06:00", "UTC"), utc("2026-03-02T06:00"), 0.5)
+@settings(max_examples=100)
+def test_the_next_change_is_one_and_nothing_changes_before_it(window, moment, part):
+    before, changes = is_open(window, moment), next_change(window, moment)
+    if changes is None:
+        assert set(window.days) == set(DAYS)
+        changes = moment + timedelta(days=9)
+    else:
+        assert is_open(window, changes) is not before
+    between = moment + timedelta(minutes=int((changes - moment) / MINUTE * part))
+    assert between == changes or is_open(window, between) is before
+
+
 @pytest.mark.parametrize(
     "zone", ["Europe/Nowhere", "../../etc/passwd", "/etc/localtime", "", "\0", "x" * 300]
 )
@@ -126,6 +142,7 @@ def test_a_window_whose_zone_is_not_known_is_closed(zone):
     window = every_day("00:00", "23:59", zone)
     assert not is_open(window, utc("2026-03-02T12:00"))
     assert next_opening(window, utc("2026-03-02T12:00")) is None
+    assert next_change(window, utc("2026-03-02T12:00")) is None
 
 
 def test_a_host_without_zones_takes_those_its_bundle_brings(tmp_path):

@@ -24,7 +24,7 @@ const URGENCY = ["pending", "failed", "silent", "late", "held", "ok", "gone", "r
 const WORKING = ["offered", "downloading", "staged", "trial"];
 const FAILED = ["failed", "rolled_back", "silent"];
 
-const page = { open: false, lists: null, agent: null, now: Date.now(), timer: 0, turn: 0 };
+const page = { open: false, lists: null, agent: null, rollout: null, now: Date.now(), timer: 0, turn: 0 };
 const at = (id) => document.getElementById(id);
 
 // --- small things ------------------------------------------------------------------------------------
@@ -184,9 +184,10 @@ function rolloutItem(rollout) {
   const why = [rollout.reason, rollout.detail].filter(Boolean).join(": ");
   const halted = rollout.stage_state === "halted" && rollout.state === "paused";
   const stages = rollout.stages.map((_, place) => stageItem(rollout, place));
+  const opens = { type: "button", class: "link", "aria-haspopup": "dialog" };
   return make("li", {},
     make("div", { class: "head" },
-      make("b", {}, rollout.name),
+      make("b", {}, make("button", { ...opens, "data-rollout": rollout.id }, rollout.name)),
       make("span", {}, `${rollout.base ?? "nothing"} → `, make("b", {}, rollout.version)),
       soft(`${rollout.product}/${rollout.cohort}`),
       make("span", { class: `state ${halted ? "bad" : TONES[rollout.state] || ""}` },
@@ -308,6 +309,26 @@ async function showAgent(id) {
   if (!at("agent").open) at("agent").showModal();
 }
 
+function momentRow(event) {
+  const why = [words(event.reason), event.detail].filter(Boolean).join(": ");
+  return make("tr", {},
+    make("td", { class: "seen" }, make("time", { datetime: event.at }, clockTime(event.at))),
+    cell(`${event.stage + 1}`, "number"), make("td", {}, words(event.event), soft(why && ` ${why}`)),
+    cell(event.actor || "server"));
+}
+
+async function showRollout(id) {
+  const path = `/api/v1/rollouts/${id}`;
+  const [rollout, why] = await Promise.all([ask(path), ask(`/api/v1/rollouts/${id}/why`)]);
+  if (page.rollout !== id) return;
+  setText("rollout-title", rollout.name);
+  setText("rollout-summary", why.summary);
+  mendChildren(at("rollout-why"), why.chain.map(linkItem));
+  setText("rollout-next", why.next ? `Next: ${why.next.text}.` : "");
+  showRows("rollout-events", rollout.events.map(momentRow), "Nothing has happened yet.");
+  if (!at("rollout").open) at("rollout").showModal();
+}
+
 // --- asking ------------------------------------------------------------------------------------------
 
 class Unanswered extends Error {
@@ -367,6 +388,7 @@ async function refresh() {
     page.lists = lists;
     show();
     if (page.agent) await showAgent(page.agent);
+    if (page.rollout) await showRollout(page.rollout);
     say("Live", "good");
   } catch (error) {
     if (turn !== page.turn) return;
@@ -397,8 +419,8 @@ function takeToken() {
 function signOut(text) {
   sessionStorage.removeItem(KEY);
   clearTimeout(page.timer);
-  Object.assign(page, { open: false, lists: null, agent: null, turn: page.turn + 1 });
-  at("agent").close();
+  Object.assign(page, { open: false, lists: null, agent: null, rollout: null, turn: page.turn + 1 });
+  for (const id of ["agent", "rollout"]) at(id).close();
   for (const id of ["fleet", "who"]) at(id).hidden = true;
   for (const id of ["summary", "rollouts", "cohorts", "agents", "audit"]) at(id).replaceChildren();
   at("signin").hidden = false;
@@ -454,6 +476,13 @@ function openAgent(event) {
   showAgent(page.agent).catch(explain);
 }
 
+function openRollout(event) {
+  const button = event.target.closest("[data-rollout]");
+  if (!button) return;
+  page.rollout = button.dataset.rollout;
+  showRollout(page.rollout).catch(explain);
+}
+
 function useFilter(event) {
   const button = event.target.closest("[data-filter]");
   if (!button) return;
@@ -464,10 +493,13 @@ function useFilter(event) {
 at("signin").addEventListener("submit", signIn);
 at("signout").addEventListener("click", leave);
 at("agents").addEventListener("click", openAgent);
+at("rollouts").addEventListener("click", openRollout);
 at("summary").addEventListener("click", useFilter);
 at("filter").addEventListener("input", () => page.lists && show());
 at("close").addEventListener("click", () => at("agent").close());
 at("agent").addEventListener("close", () => { page.agent = null; });
+at("close-rollout").addEventListener("click", () => at("rollout").close());
+at("rollout").addEventListener("close", () => { page.rollout = null; });
 addEventListener("hashchange", () => takeToken() && start());
 document.addEventListener("visibilitychange", refresh);
 takeToken();

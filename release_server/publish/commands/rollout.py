@@ -221,6 +221,17 @@ def status(number: int | None, cohort: str | None, *, watch: bool, every: int) -
     return Exit.DONE
 
 
+@rollout.command("why", short_help="Explain why a rollout is where it is.")
+@click.argument("number", type=ROLLOUT, required=False, metavar="[ID]")
+def why(number: int | None) -> None:
+    """Explain why a rollout is where it is: what holds, what it waits for, what to type, and what comes next.
+
+    Without an ID the newest one.
+    """
+    answer = client().get(f"/rollouts/{newest(None) if number is None else number}/why")
+    console.emit(answer, lambda: render.why(answer))
+
+
 def ending(answer: Mapping[str, Any]) -> Exit | None:
     """How a watch of this rollout ends, or None while there is something to wait for.
 

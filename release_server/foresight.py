@@ -1,0 +1,112 @@
+"""What a rollout does next when nobody asks anything and no agent reports: `reconcile`, asked ahead. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from agent_core.window import is_open, next_change
+from release_server import freezes
+from release_server.rollout import State, reconcile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from datetime import datetime
+
+    from agent_core.wire import Window
+    from release_server.freezes import Freeze
+    from release_server.rollout import Counters, Event, Spec, Status
+
+MOST_LOOKS = 200
+"""A move behind more changes of window and calendar than this is not foretold."""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a cohort allows its rollouts, and how that changes by itself as time goes on.
+
+    Attributes:
+        by_hand: a person froze it, until `until`, or without end.
+        window: when agents may begin; None: always.
+    """
+
+    by_hand: bool = False
+    until: datetime | None = None
+    calendar: Mapping[str, str] = field(default_factory=dict)
+    window: Window | None = None
+
+    def freeze(self, now: datetime) -> Freeze | None:
+        """What freezes the cohort at a moment."""
+        return freezes.standing(self.calendar, now, by_hand=self.by_hand, until=self.until)
+
+    def at(self, spec: Spec, now: datetime) -> Spec:
+        """The spec as it is at a moment, other things equal."""
+        window_open = self.window is None or is_open(self.window, now)
+        return replace(spec, frozen=self.freeze(now) is not None, window_open=window_open)
+
+    def changes(self, now: datetime) -> Iterator[datetime | None]:
+        """When the freeze that holds ends or the next one begins, and when the window opens or closes."""
+        freeze = self.freeze(now)
+        yield freeze.until if freeze else freezes.next_beginning(self.calendar, now)
+        if self.window is not None:
+            yield next_change(self.window, now)
+
+
+@dataclass(frozen=True)
+class Move:
+    """The next step of a rollout: when, and what happens then."""
+
+    at: datetime
+    events: tuple[Event, ...]
+
+    @property
+    def event(self) -> Event:
+        """The one that says where it is after it."""
+        return self.events[-1]
+
+
+def foresee(
+    spec: Spec, status: Status, counters: Counters, now: datetime, allowance: Allowance
+) -> Move | None:
+    """The next step that time alone brings, other things equal; None where only a person or an agent can.
+
+    `reconcile` itself is asked at each moment at which its answer may change, so this cannot differ from it.
+    """
+    moment = now
+    for _ in range(MOST_LOOKS):
+        following = reconcile(allowance.at(spec, moment), status, counters, moment)
+        if following.events:
+            return Move(moment, following.events)
+        status = following.status
+        later = [each for each in _turns(spec, status, counters, moment, allowance) if each > moment]
+        if not later:
+            return None
+        moment = min(later)
+    return None
+
+
+def _turns(
+    spec: Spec, status: Status, counters: Counters, now: datetime, allowance: Allowance
+) -> Iterator[datetime]:
+    """Every moment by which `reconcile` decides anything."""
+    fixed = (spec.not_before, soak_end(spec, status), deadline(spec, status, counters), status.watch_until)
+    changing = allowance.changes(now) if status.state in (State.SCHEDULED, State.RUNNING) else ()
+    yield from (moment for moment in (*fixed, *changing) if moment is not None)
+
+
+def soak_end(spec: Spec, status: Status) -> datetime | None:
+    """When the present stage has stayed good for long enough."""
+    if status.soaking_since is None:
+        return None
+    return status.soaking_since + timedelta(seconds=spec.stages[status.stage].soak_s)
+
+
+def deadline(spec: Spec, status: Status, counters: Counters) -> datetime | None:
+    """When the present stage's time is up: of its agents where some are unfinished, else of its sample."""
+    if status.opened_at is None:
+        return None
+    since = status.opened_at
+    if counters.waiting:
+        since = max(since, counters.waiting_since or since)
+    return since + timedelta(seconds=spec.stages[status.stage].deadline_s)
