@@ -7,6 +7,8 @@ nothing of it is remembered. Who controls the network for a moment stops updates
 from __future__ import annotations
 
 import json
+import os
+import stat
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 SERVED = "/metadata/stop.json"
 MOST = 16 * 1024
+"""Bytes of either file that are read."""
 AGAIN = timedelta(minutes=1)
 """How soon an agent that wants to install looks again, at the earliest."""
 
@@ -37,16 +40,30 @@ class Stop:
 
 
 def on_host(file: str) -> Stop | None:
-    """The stop of this host; a file that is there and cannot be read stops as well."""
+    """The stop of this host; whatever stands there and cannot be read stops as well."""
     if not file:
         return None
     try:
-        said = disk.read_file(Path(file))[:MOST].decode("utf-8", "replace")
+        if not stat.S_ISREG(disk.stat(Path(file)).st_mode):
+            return Stop(file, "it is no plain file")
+        said = _beginning(Path(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         return Stop(file, f"it cannot be read ({error.strerror})")
-    return Stop(file, said.strip().partition("\n")[0][:200])
+    return Stop(file, said.decode("utf-8", "replace").strip().partition("\n")[0][:200])
+
+
+def _beginning(file: Path) -> bytes:
+    """The first `MOST` bytes of a plain file, however long it is."""
+    # Without waiting: a pipe that takes the file's place just now would keep the check for ever.
+    handle, said = disk.open(file, os.O_RDONLY | os.O_NONBLOCK), b""
+    try:
+        while len(said) < MOST and (piece := disk.read(handle, MOST - len(said))):
+            said += piece
+    finally:
+        disk.close(handle)
+    return said
 
 
 def served(origin: Origin, product: str) -> Stop | None:

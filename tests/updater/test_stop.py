@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
-from agent_core import clock
+from agent_core import clock, disk
 from agent_core.errors import TrustError, UnreachableError
 from agent_core.wire import Reason
 from tests.http_origin import Origin
@@ -80,8 +82,51 @@ def test_a_file_on_the_host_stops_by_being_there(tmp_path, content):
     assert stop.on_host("") is None
 
 
-def test_a_stop_on_the_host_that_cannot_be_read_stops(tmp_path):
-    assert stop.on_host(str(tmp_path)) is not None, "a directory in its place"
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda file: file.mkdir(), id="a directory"),
+        pytest.param(os.mkfifo, id="a pipe that nobody writes to"),
+        pytest.param(lambda file: file.symlink_to(file), id="a link to itself"),
+        pytest.param(lambda file: file.symlink_to("/dev/zero"), id="a device without an end"),
+    ],
+)
+def test_whatever_stands_in_the_place_of_a_stop_stops(tmp_path, make):
+    make(tmp_path / "stop")
+    assert stop.on_host(str(tmp_path / "stop")).why
+
+
+def test_a_stop_of_ten_gigabytes_is_read_no_further_than_its_first_line_may_go(tmp_path):
+    file, taken = tmp_path / "stop", []
+    file.write_text("fair")
+    os.truncate(file, 10 * 10**9)
+
+    class Reads:
+        def before(self, *_):
+            pass
+
+        def after(self, name, words, options, result):
+            taken.append(len(result) if name == "read" else 0)
+
+    with disk.watched_by(Reads()):
+        assert stop.on_host(str(file)).why.startswith("fair")
+    assert sum(taken) == stop.MOST
+
+
+@pytest.mark.parametrize("name", ["stat", "open", "read"])
+def test_a_stop_that_the_disk_does_not_give_stops(tmp_path, name):
+    (tmp_path / "stop").write_text("fair")
+
+    class BadBlock:
+        def before(self, called, words, options):
+            if called == name:
+                raise OSError(errno.EIO, "Input/output error")
+
+        def after(self, *_):
+            pass
+
+    with disk.watched_by(BadBlock()):
+        assert stop.on_host(str(tmp_path / "stop")).why == "it cannot be read (Input/output error)"
 
 
 def checking(tmp_path, origin, *, by_hand=False):
