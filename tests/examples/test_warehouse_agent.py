@@ -185,22 +185,28 @@ def test_the_check_tells_a_fresh_sample_of_this_version_from_anything_else(host)
         ({"boot_s": 3600.0, "version": "1.0.0"}, "s old"),
         ({"boot_s": 0.0}, "no sample yet"),
         ({"boot_s": 0.0, "version": ""}, "of no version"),
+        ({"version": "1.0.0", "boot_s": 0.0}, "no sample yet"),
         ([], "no sample yet"),
     ],
-    ids=["old", "of another boot", "no version", "empty version", "no object"],
+    ids=["old", "of another boot", "no version", "empty version", "another order", "no object"],
 )
 def test_the_check_refuses_a_sample_that_is_not_fresh(host, line, why):
     if isinstance(line, dict):
+        line = {"at": "", **line, "cpu": {}, "disk": {}}
         line["boot_s"] += time.clock_gettime(time.CLOCK_BOOTTIME)
-    host.samples_file.write_text(json.dumps(line) + "\n")
+    host.samples_file.write_text(json.dumps(line, separators=(",", ":")) + "\n")
     done = host.check("1.0.0")
     assert done.returncode == 1
     assert why in done.stdout
 
 
-def test_the_check_refuses_half_a_line(host):
-    host.samples_file.write_text('{"boot_s": 1\n')
+def test_the_check_reads_whole_lines_only(host):
+    now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    whole = f'{{"at":"","boot_s":{now_s},"version":"1.0.0","cpu":{{"cores":2}}}}'
+    host.samples_file.write_text(whole)
     assert host.check("1.0.0").returncode == 1
+    host.samples_file.write_text(whole + "\n" + whole[:30])
+    assert host.check("1.0.0").returncode == 0
 
 
 def test_the_project_s_rules_see_1_2_0_fail_within_the_observation():
