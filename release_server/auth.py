@@ -7,9 +7,9 @@ import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from functools import wraps
+from functools import partial, wraps
 from hashlib import sha256
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from flask import g, request
 from flask_openapi3.request import validate_request
@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 
 from agent_core.errors import NotAllowedError, NotFoundError, UsageError
 from release_server import audit
-from release_server.api import services
+from release_server.api import once, services
 from release_server.models import Token
 from release_server.signin import sessions
 from release_server.signin.settings import origin_of
@@ -276,7 +276,7 @@ def requires(*roles: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @wraps(checked)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             g.person = _admit(roles)
-            return checked(*args, **kwargs)
+            return cast("R", once.answer(services(), g.person.name, partial(checked, *args, **kwargs)))
 
         return guarded
 

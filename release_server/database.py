@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,7 @@ class Sessions:
         self.engine = engine
         self._read = sessionmaker(engine, expire_on_commit=False)
         self._write = sessionmaker(for_writing(engine), expire_on_commit=False)
+        self._around: ContextVar[Session | None] = ContextVar("around", default=None)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -115,9 +117,27 @@ class Sessions:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction that is committed at its end, and rolled back when the block raises."""
+        """A transaction that is committed at its end, and rolled back when the block raises.
+
+        Inside of `together()` it is a part of that one: rolled back by itself, committed with it.
+        """
+        around = self._around.get()
+        if around is not None:
+            with around.begin_nested():
+                yield around
+            return
         with self._write.begin() as session:
             yield session
+
+    @contextmanager
+    def together(self) -> Iterator[Session]:
+        """One transaction for all that this thread writes in the block."""
+        with self._write.begin() as session:
+            before = self._around.set(session)
+            try:
+                yield session
+            finally:
+                self._around.reset(before)
 
     def close(self) -> None:
         self.engine.dispose()

@@ -388,6 +388,22 @@ class RateLimit(Base):
     full_at: Mapped[float] = mapped_column(Double, index=True)
 
 
+class KeptAnswer(Base):
+    """The answer to a request that carried an `Idempotency-Key`, written with what it did; see `api.once`.
+
+    `digest` is of what was asked. `body` is compressed, and without the secrets that were in it.
+    """
+
+    __tablename__ = "kept_answers"
+    person: Mapped[str] = mapped_column(String(128), primary_key=True)
+    key: Mapped[str] = mapped_column(String(128), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int]
+    headers: Mapped[dict[str, Any]]
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    at: Mapped[datetime] = mapped_column(index=True)
+
+
 class AuditEntry(Base):
     """Who did what to what, and when; written in the same transaction as the deed.
 

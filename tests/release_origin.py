@@ -77,6 +77,7 @@ class Origin:
         self.cut_after: int | None = None
         self.before_targets: Any = None
         self.lose_answer_to: str | None = None
+        self.kept: dict[str, tuple[int, bytes, dict[str, str]]] = {}
         self.lock = threading.RLock()
         self.url = ""
 
@@ -177,6 +178,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.problem(401, "not signed in", "not-signed-in")
             return
+        if (kept := origin.kept.get(self.headers.get("Idempotency-Key", ""))) is not None:
+            self.reply(*kept)
+            return
         try:
             self.route(parts.path.removeprefix(API), body, seen.query)
         except ConflictError as error:
@@ -196,6 +200,8 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if status < 300 and (key := self.headers.get("Idempotency-Key")):
+            self.origin.kept[key] = (status, body, headers)
         if self.origin.lose_answer_to == f"{self.command} {urlsplit(self.path).path}":
             self.origin.lose_answer_to = None
             self.close_connection = True

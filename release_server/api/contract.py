@@ -6,10 +6,13 @@ Routes declare what they take; what they may answer is the same for nearly all o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from release_server.api import PREFIX
 from release_server.api.problems import CONTENT_TYPE
+
+if TYPE_CHECKING:
+    from flask import Request
 
 REFUSALS = {
     "400": "it has no form that can be read",
@@ -63,6 +66,26 @@ READ_BY_HAND = {
     ("patch", "/uploads/{sha256}"): "application/octet-stream",
 }
 """Routes that read their body themselves: its bytes are what is signed, or there are too many of them."""
+PLAIN_POSTS = frozenset(
+    {
+        ("post", "/enroll"),
+        ("post", "/report"),
+        ("post", "/lease"),
+        ("post", "/rotate-key"),
+        ("post", "/rollouts/rehearse"),
+    }
+)
+"""POSTs without an `Idempotency-Key`: agents number what they say or prove it by their key, and a rehearsal
+changes nothing."""
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "chosen by the sender, new for each request: sent again with the same key within 24 hours "
+    "it is answered as the first time (`Idempotency-Replayed: true`; secrets are null) and done once. The "
+    "same key with another path, `If-Match` or body is refused (422, `key-reused`). A refusal is not kept.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"},
+}
 CONDITIONAL = ("/cohorts/{product}/{name}", "/rollouts/{id}")
 """What has an ETag; whatever changes it takes `If-Match`."""
 IF_MATCH: dict[str, Any] = {
@@ -73,6 +96,12 @@ IF_MATCH: dict[str, Any] = {
     "schema": {"type": "string", "maxLength": 256},
 }
 BYTES = frozenset({"/proposals/{id}/blobs/{sha256}"})
+
+
+def route_of(request: Request) -> tuple[str, str]:
+    """Method and route of a request; as the tables here name it where the route has no arguments."""
+    rule = request.url_rule.rule if request.url_rule else ""
+    return request.method.lower(), rule.removeprefix(PREFIX)
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +125,8 @@ def _complete(operation: dict[str, Any], route: tuple[str, str]) -> None:
     }
     if route[0] != "get" and route[1].startswith(CONDITIONAL):
         operation["parameters"] = [*operation.get("parameters", ()), IF_MATCH]
+    if route[0] == "post" and route not in PLAIN_POSTS:
+        operation["parameters"] = [*operation.get("parameters", ()), IDEMPOTENCY_KEY]
     if route in READ_BY_HAND and "requestBody" not in operation:
         kind = READ_BY_HAND[route]
         schema = {"type": "object"} if kind == "application/json" else {}

@@ -86,8 +86,13 @@ def list_tokens() -> dict[str, Any]:
 @blueprint.post("/tokens")
 @requires("admin")
 def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
-    """Make a token; the answer is the only place its text ever appears."""
+    """Make a token; the answer is the only place its text ever appears.
+
+    Sent again with the same `Idempotency-Key` it makes no other one, and `token` is null: the text is kept
+    nowhere. Revoke that token and make another.
+    """
     hub = _hub()
+    g.secrets = ("token",)
     labels = Getter({"labels": body.labels}, "body").labels("labels")
     with hub.sessions.write() as session:
         if body.cohort is not None and body.product is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from contextlib import closing
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -106,8 +107,8 @@ class Client:
         return entries
 
     def post(self, path: str, body: Any = None) -> Any:
-        """Send JSON, or bytes as they are. Never sent twice unless the server did nothing the first time."""
-        return self._json(self._send("POST", path, body))
+        """Send JSON, or bytes as they are; with a key by which it is done once however often it is sent."""
+        return self._json(self._send("POST", path, body, {"Idempotency-Key": str(uuid.uuid4())}))
 
     def put(self, path: str, body: Any) -> Any:
         return self._json(self._send("PUT", path, body))
@@ -141,10 +142,14 @@ class Client:
             except requests.RequestException as error:
                 raise self._no_answer(error) from error
 
-    def _send(self, method: str, path: str, body: Any) -> requests.Response:
+    def _send(
+        self, method: str, path: str, body: Any, key: Mapping[str, str] | None = None
+    ) -> requests.Response:
+        said: dict[str, Any] = {"repeatable": True if key else None, "headers": dict(key or {})}
         if isinstance(body, bytes):
-            return self.call(method, path, data=body, headers={"Content-Type": "application/json"})
-        return self.call(method, path, json={} if body is None else body)
+            said["headers"]["Content-Type"] = "application/json"
+            return self.call(method, path, data=body, **said)
+        return self.call(method, path, json={} if body is None else body, **said)
 
     def call(
         self,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from agent_core.settings import Settings
 
 SECTION = "retention"
+ANSWERS = timedelta(hours=24)
+"""How long the answer to an `Idempotency-Key` is known; the same key is a new one afterwards."""
 
 
 def _days(kind: str, default: int, said: str) -> Setting:

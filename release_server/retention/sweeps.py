@@ -19,6 +19,7 @@ from release_server.models import (
     Agent,
     AgentEvent,
     Attempt,
+    KeptAnswer,
     MetadataFile,
     PersonSession,
     Proposal,
@@ -28,6 +29,7 @@ from release_server.models import (
     Token,
 )
 from release_server.proposals import OPEN
+from release_server.retention.settings import ANSWERS
 from release_server.rollout import FINISHED, StageState
 from release_server.signing.policy import MOST_FIRST
 
@@ -295,6 +297,15 @@ def ended_leases(session: Session, turn: Turn) -> Step:
     return _all_of(session, ActivationLease.agent_id, turn, turn.most, ActivationLease.until <= turn.now)
 
 
+def kept_answers(session: Session, turn: Turn) -> Step:
+    """Answers whose `Idempotency-Key` is a new one by now."""
+    over = select(KeptAnswer.person, KeptAnswer.key).where(KeptAnswer.at <= turn.now - ANSWERS)
+    keys = session.execute(over.limit(turn.most)).all()
+    for person, key in keys:
+        session.execute(delete(KeptAnswer).where(KeptAnswer.person == person, KeptAnswer.key == key))
+    return Step(len(keys), "" if len(keys) == turn.most else None)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -307,6 +318,7 @@ def abandoned_uploads(turn: Turn) -> Step:
 SWEEPS = {
     "leases": Sweep(ended_leases, timed=False),
     "sessions": Sweep(ended_sessions, timed=False),
+    "answers": Sweep(kept_answers, timed=False),
     "tokens": Sweep(dead_tokens),
     "proposals": Sweep(closed_proposals),
     "uploads": Sweep(files=abandoned_uploads),

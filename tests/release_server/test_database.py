@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from release_server.database import MIGRATIONS, current_revision, make_engine, newest_revision, upgrade
@@ -64,6 +65,32 @@ def test_a_write_that_raises_leaves_nothing(sessions):
         fail()
     with sessions.read() as session:
         assert session.query(Product).count() == 0
+
+
+@pytest.mark.parametrize("at_the_end", [True, False], ids=["is kept", "goes too"])
+def test_of_what_is_written_together_a_part_that_fails_is_undone_alone_and_the_rest_as_a_whole(
+    sessions, at_the_end
+):
+    def add(name):
+        with sessions.write() as session:
+            session.add(Product(name=name, created_at=NOON))
+            session.flush()
+            if name == "bad":
+                raise ValueError(name)
+
+    with suppress(KeyError), sessions.together():
+        add("first")
+        with pytest.raises(ValueError, match="bad"):
+            add("bad")
+        add("last")
+        if not at_the_end:
+            raise KeyError
+    with sessions.read() as session:
+        names = session.scalars(select(Product.name).order_by(Product.id)).all()
+    assert names == (["first", "last"] if at_the_end else [])
+    add("later")  # by itself again
+    with sessions.read() as session:
+        assert session.scalars(select(Product.name)).all()[-1] == "later"
 
 
 def test_a_read_keeps_nothing(sessions):

@@ -525,7 +525,9 @@ def test_zero_keeps_a_kind_for_ever(sessions, prune):
     prune(**dict.fromkeys(kinds, 0))
     with sessions.read() as session:
         assert (
-            set(session.scalars(select(Pruning.kind))) == set(SWEEPS) - set(kinds) == {"leases", "sessions"}
+            set(session.scalars(select(Pruning.kind)))
+            == set(SWEEPS) - set(kinds)
+            == {"leases", "sessions", "answers"}
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent_core import clock, console
-from agent_core.errors import ConflictError
+from agent_core.errors import ConflictError, RelfleetError
 from release_server.publish import profile, render
 from release_server.publish.commands.operate import LABELS, SECONDS, client
 from release_server.publish.words import given
@@ -59,6 +59,7 @@ def create(
         answer = client().post(
             "/tokens", given(name=named, role=role, product=profile.said().product, **limits)
         )
+        refuse_lost(answer)
     except BaseException:
         if out:
             out.unlink(missing_ok=True)
@@ -73,6 +74,21 @@ def create(
         return
     console.say(f"token {answer['id']} ({role}); keep it now, it is not shown again:")
     console.emit(answer, str(answer["token"]))
+
+
+def refuse_lost(answer: Mapping[str, Any]) -> None:
+    """Refuse a token that was made at the first try, when what came is the answer to the second.
+
+    Raises:
+        RelfleetError: `token-lost`.
+    """
+    if answer.get("token") is None:
+        raise RelfleetError(
+            f"token {answer['id']} was made, and its text is lost",
+            why="the answer did not arrive, and the server keeps no token's text",
+            then=f"release token revoke {answer['id']}, then make another",
+            reason="token-lost",
+        )
 
 
 def reserve(out: Path) -> int:

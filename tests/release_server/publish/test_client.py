@@ -149,21 +149,36 @@ def test_a_wait_longer_than_there_is_time_for_is_an_answer_at_once(origin, make_
     assert waits == []
 
 
-def test_a_post_is_sent_again_only_when_nothing_was_done(client, origin, waits):
-    origin.instead.append(problem(503))
+@pytest.mark.parametrize("status", [502, 503])
+def test_a_post_is_sent_again_with_the_same_key(client, origin, waits, status):
+    origin.instead.append(problem(status))
     client.post("/products", {"name": "p"})
     assert origin.products == ["p"]
-    origin.instead.append(problem(502))
-    with pytest.raises(UnreachableError):
-        client.post("/products", {"name": "q"})
+    first, second = [seen.headers["Idempotency-Key"] for seen in origin.calls("POST")]
+    assert first == second
     assert len(waits) == 1
 
 
-def test_a_post_whose_answer_is_lost_is_not_sent_again(client, origin):
+def test_a_post_whose_answer_is_lost_is_answered_after_all_and_done_once(client, origin):
     origin.lose_answer_to = "POST /api/v1/products"
-    with pytest.raises(UnreachableError):
-        client.post("/products", {"name": "p"})
+    assert client.post("/products", {"name": "p"}) == {"name": "p"}
     assert origin.products == ["p"]
+    assert len(origin.calls("POST")) == 2
+
+
+def test_each_post_has_a_key_of_its_own(client, origin):
+    client.post("/products", {"name": "p"})
+    client.post("/products", {"name": "q"})
+    assert len({seen.headers["Idempotency-Key"] for seen in origin.calls("POST")}) == 2
+    client.get("/products")
+    assert "Idempotency-Key" not in origin.seen[-1].headers
+
+
+def test_a_patch_whose_answer_is_lost_is_not_sent_again(client, origin):
+    origin.lose_answer_to = "PATCH /api/v1/products"
+    with pytest.raises(UnreachableError):
+        client.patch("/products", {"name": "p"})
+    assert len(origin.calls("PATCH")) == 1
 
 
 def test_a_get_whose_answer_is_lost_is_sent_again(client, origin):

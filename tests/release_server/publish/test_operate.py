@@ -1033,6 +1033,17 @@ def test_a_new_token_is_the_only_thing_on_stdout(release: Release, fleet: Fleet)
     assert fleet.sent("POST", "/tokens") == body
 
 
+def test_a_token_whose_text_was_lost_on_the_way_is_named_and_leaves_no_file(
+    release: Release, fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.on("POST", "/tokens", TOKENS[0] | {"id": 9, "token": None}, status=201)
+    out = tmp_path / "anna.token"
+    done = release("token", "create", "--role", "reader", "--out", str(out))
+    assert done.code == 1
+    assert "release token revoke 9" in done.err
+    assert not out.exists()
+
+
 def test_a_token_is_for_one_product_only_when_that_was_said(release: Release, fleet: Fleet) -> None:
     release("token", "create", "--role", "reader")
     assert "product" not in fleet.seen[-1].body
