@@ -11,7 +11,9 @@ import json
 import os
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent_core.late import late_dataclass
@@ -20,7 +22,7 @@ from agent_core.processes import Copy, signal_group, spawn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from agent_core.runtime import Runtime, Timer
+    from agent_core.loop import Loop, Timer
 
 JOB_OUTPUT = 2**20
 JOB_ERRORS = 8192
@@ -43,89 +45,122 @@ class JobResult:
     errors: str = ""
 
 
-class Job:
-    """A short-lived child that prints one JSON object; see `Runtime.run_job`."""
+class _Child(ABC):
+    """What a job and a helper share: the pipes of one process, and how it ends."""
 
-    def __init__(self, runtime: Runtime, on_done: Callable[[JobResult], None], name: str) -> None:
-        self._runtime = runtime
-        self._on_done = on_done
+    def __init__(self, loop: Loop, name: str) -> None:
+        self._loop = loop
         self.name = name
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | Copy | None = None
         self._output = bytearray()
         self._errors = bytearray()
         self._cause = ""
         self._timers: list[Timer] = []
 
-    def start(self, argv: Sequence[str], stdin: bytes, deadline_s: float, options: dict[str, Any]) -> None:
-        try:
-            given = _said_already(stdin)
-            try:
-                self._child = spawn(
-                    argv, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-                )
-            finally:
-                os.close(given)
-        except OSError as error:
-            result = JobResult(None, None, "cannot-start", str(error))
-            self._runtime.call_soon(lambda: self._on_done(result))
-            return
-        assert self._child.stdout is not None
-        assert self._child.stderr is not None
-        self._runtime.read_from(self._child.stdout.fileno(), self._take_output)
-        self._runtime.read_from(self._child.stderr.fileno(), self._take_errors)
-        self._runtime.adopt(self)
-        self._timers.append(self._runtime.call_later(deadline_s, lambda: self._end("deadline")))
+    @property
+    def is_alive(self) -> bool:
+        return self._child is not None
 
     def stop(self) -> None:
-        """End it early; `on_done` still comes."""
+        """End it early; whoever waits for an answer is told `stopped`."""
         self._end("stopped")
+
+    def kill(self) -> None:
+        if self._child is not None:
+            signal_group(self._child, signal.SIGKILL)
 
     def reap(self) -> None:
         """Finish when the child has ended; called by the loop."""
         if self._child is None or self._child.poll() is None:
             return
         child, self._child = self._child, None
+        for timer in self._timers:
+            timer.cancel()  # its number may soon be somebody else's
+        self._timers.clear()
         signal_group(child, signal.SIGKILL)  # what it left behind would hold the pipes open
         for pipe, take in ((child.stdout, self._take_output), (child.stderr, self._take_errors)):
             assert pipe is not None
-            self._runtime.drain(pipe.fileno(), take)
+            self._loop.drain(pipe.fileno(), take)
             pipe.close()
-        for timer in self._timers:
-            timer.cancel()
-        self._runtime.disown(self)
-        self._on_done(self._result(child.returncode))
+        if child.stdin is not None:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+        self._loop.disown(self)
+        assert child.returncode is not None
+        self._ended(child.returncode)
 
-    @property
-    def is_alive(self) -> bool:
-        return self._child is not None
+    def _watch(self, child: subprocess.Popen[bytes] | Copy) -> None:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        self._child = child
+        self._output.clear()
+        self._errors.clear()
+        self._loop.read_from(child.stdout.fileno(), self._take_output)
+        self._loop.read_from(child.stderr.fileno(), self._take_errors)
+        self._loop.adopt(self)
 
-    def _result(self, code: int) -> JobResult:
-        errors = self._errors.decode(errors="replace").strip()
-        answer: Any = None
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(self._output) if self._output else None
-        if not isinstance(answer, dict):
-            answer = None
+    @abstractmethod
+    def _take_output(self, chunk: bytes) -> None:
+        """Called in the loop with whatever it says."""
+
+    @abstractmethod
+    def _ended(self, code: int) -> None:
+        """Called once a child has ended, and all it said was taken."""
+
+    def _take_errors(self, chunk: bytes) -> None:
+        self._errors += chunk
+        del self._errors[:-JOB_ERRORS]
+
+    def _said(self) -> str:
+        return self._errors.decode(errors="replace").strip()
+
+    def _end(self, cause: str) -> None:
+        if self._child is None:
+            return
+        self._cause = self._cause or cause
+        signal_group(self._child, signal.SIGTERM)
+        self._timers.append(self._loop.call_later(2.0, self.kill))
+
+
+def _object_in(words: bytes | bytearray) -> dict[str, Any] | None:
+    """The JSON object that this is; None when it is none."""
+    answer: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(words)
+    return answer if isinstance(answer, dict) else None
+
+
+class Job(_Child):
+    """A short-lived child that prints one JSON object; see `Runtime.run_job`."""
+
+    def __init__(self, loop: Loop, on_done: Callable[[JobResult], None], name: str) -> None:
+        super().__init__(loop, name)
+        self._on_done = on_done
+
+    def start(self, argv: Sequence[str], stdin: bytes, deadline_s: float, options: dict[str, Any]) -> None:
+        try:
+            given = _said_already(stdin)
+            try:
+                child = spawn(argv, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+            finally:
+                os.close(given)
+        except OSError as error:
+            result = JobResult(None, None, "cannot-start", str(error))
+            self._loop.call_soon(lambda: self._on_done(result))
+            return
+        self._watch(child)
+        self._timers.append(self._loop.call_later(deadline_s, lambda: self._end("deadline")))
+
+    def _ended(self, code: int) -> None:
+        answer = _object_in(self._output)
         problem = self._cause or ("exit" if code != 0 else "" if answer is not None else "not-json")
-        return JobResult(code, answer, problem, errors)
+        self._on_done(JobResult(code, answer, problem, self._said()))
 
     def _take_output(self, chunk: bytes) -> None:
         self._output += chunk
         if len(self._output) > JOB_OUTPUT:
             self._output.clear()
             self._end("too-long")
-
-    def _take_errors(self, chunk: bytes) -> None:
-        self._errors += chunk
-        del self._errors[:-JOB_ERRORS]
-
-    def _end(self, cause: str) -> None:
-        child = self._child
-        if child is None:
-            return
-        self._cause = self._cause or cause
-        signal_group(child, signal.SIGTERM)
-        self._timers.append(self._runtime.call_later(2.0, lambda: signal_group(child, signal.SIGKILL)))
 
 
 def _said_already(words: bytes) -> int:
@@ -143,7 +178,7 @@ def _said_already(words: bytes) -> int:
     return reading
 
 
-class Helper:
+class Helper(_Child):
     """A child that answers requests, one line of JSON each, for as long as they come, then ends by itself.
 
     What is heavy to load is loaded once for requests that come close together, and is gone when nothing
@@ -154,25 +189,16 @@ class Helper:
             input does, or when it has been idle for long enough.
     """
 
-    def __init__(self, runtime: Runtime, argv: Sequence[str], name: str) -> None:
-        self._runtime = runtime
+    def __init__(self, loop: Loop, argv: Sequence[str], name: str) -> None:
+        super().__init__(loop, name)
         self._argv = tuple(argv)
-        self.name = name
-        self._child: subprocess.Popen[bytes] | Copy | None = None
         self._waiting: deque[_Request] = deque()
         self._asked: _Request | None = None
-        self._timer: Timer | None = None
-        self._output = bytearray()
-        self._errors = bytearray()
-        self._cause = ""
+        self._deadline: Timer | None = None
 
     @property
     def is_busy(self) -> bool:
         return self._asked is not None or bool(self._waiting)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._child is not None
 
     def start_as_copy(self, serve: Callable[[], int]) -> None:
         """Make the first child a copy of this process, which has most of what it needs loaded already.
@@ -182,49 +208,32 @@ class Helper:
         Args:
             serve: what the copy does with its standard input and output; its exit code.
         """
-        self._child = self._watch(Copy(serve))
+        self._watch(Copy(serve))
 
     def ask(self, request: str, on_done: Callable[[JobResult], None], *, deadline_s: float) -> None:
         """Send one line; `on_done` is called in the loop, exactly once, however it ends."""
         self._waiting.append(_Request(request, on_done, deadline_s))
         self._next()
 
-    def stop(self) -> None:
-        """End the child; a request that is under way is answered with the problem `stopped`."""
-        self._end("stopped")
-
-    def reap(self) -> None:
-        """Notice that the child ended; called by the loop."""
-        if self._child is None or self._child.poll() is None:
-            return
-        child, self._child = self._child, None
-        signal_group(child, signal.SIGKILL)
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stderr is not None
-        self._runtime.drain(child.stdout.fileno(), self._take_output)
-        self._runtime.drain(child.stderr.fileno(), self._take_errors)
-        for pipe in (child.stdin, child.stdout, child.stderr):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self._runtime.disown(self)
+    def _ended(self, code: int) -> None:
         asked = self._asked
-        if asked is not None and child.returncode == 0 and not asked.again and not self._cause:
+        if asked is not None and code == 0 and not asked.again and not self._cause:
             # It had gone idle just when we asked: ask its successor.
             asked.again = True
             self._asked = None
             self._waiting.appendleft(asked)
         elif asked is not None:
-            self._answer(JobResult(child.returncode, None, self._cause or "exit", self._said()))
+            self._answer(JobResult(code, None, self._cause or "exit", self._said()))
         self._cause = ""
         self._next()
 
     def _next(self) -> None:
         if self._asked is not None or not self._waiting:
             return
-        if self._runtime.is_stopping:
-            stopped = self._waiting.popleft()
-            self._runtime.call_soon(lambda: stopped.on_done(JobResult(None, None, "stopped")))
+        if self._loop.is_stopping:
+            while self._waiting:
+                told = self._waiting.popleft().on_done
+                self._loop.call_soon(partial(told, JobResult(None, None, "stopped")))
             return
         self._asked = asked = self._waiting.popleft()
         try:
@@ -236,23 +245,14 @@ class Helper:
             return  # it has just ended; `reap` goes on
         except OSError as error:
             result = JobResult(None, None, "cannot-start", str(error))
-            self._runtime.call_soon(lambda: self._answer(result))
+            self._loop.call_soon(lambda: self._answer(result))
             return
-        self._timer = self._runtime.call_later(asked.deadline_s, lambda: self._end("deadline"))
+        self._deadline = self._loop.call_later(asked.deadline_s, lambda: self._end("deadline"))
 
     def _start(self) -> subprocess.Popen[bytes] | Copy:
         pipe = subprocess.PIPE
-        self._child = self._watch(spawn(self._argv, stdin=pipe, stdout=pipe, stderr=pipe))
-        return self._child
-
-    def _watch(self, child: subprocess.Popen[bytes] | Copy) -> subprocess.Popen[bytes] | Copy:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        self._output.clear()
-        self._errors.clear()
-        self._runtime.read_from(child.stdout.fileno(), self._take_output)
-        self._runtime.read_from(child.stderr.fileno(), self._take_errors)
-        self._runtime.adopt(self)
+        child = spawn(self._argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._watch(child)
         return child
 
     def _take_output(self, chunk: bytes) -> None:
@@ -260,38 +260,21 @@ class Helper:
         line, newline, rest = self._output.partition(b"\n")
         if newline:
             self._output = bytearray(rest)
-            answer: Any = None
-            with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(line)
-            known = isinstance(answer, dict)
-            self._answer(JobResult(0, answer if known else None, "" if known else "not-json", self._said()))
-            self._next()
+            answer = _object_in(line)
+            self._answer(JobResult(0, answer, "" if answer is not None else "not-json", self._said()))
+            # Soon, not now: these may be the last words of a child that is being reaped.
+            self._loop.call_soon(self._next)
         elif len(self._output) > JOB_OUTPUT:
             self._output.clear()
             self._end("too-long")
 
-    def _take_errors(self, chunk: bytes) -> None:
-        self._errors += chunk
-        del self._errors[:-JOB_ERRORS]
-
-    def _said(self) -> str:
-        return self._errors.decode(errors="replace").strip()
-
     def _answer(self, result: JobResult) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
         asked, self._asked = self._asked, None
         if asked is not None:
             asked.on_done(result)
-
-    def _end(self, cause: str) -> None:
-        child = self._child
-        if child is None:
-            return
-        self._cause = self._cause or cause
-        signal_group(child, signal.SIGTERM)
-        self._runtime.call_later(2.0, lambda: signal_group(child, signal.SIGKILL))
 
 
 @late_dataclass()

@@ -22,30 +22,22 @@ from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from agent_core import clock
-from agent_core.jobs import Helper, Job, JobResult
+from agent_core.jobs import Job
+from agent_core.loop import Timer
 from agent_core.notify import Notifier
-from agent_core.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import FrameType
 
+    from agent_core.jobs import JobResult
+    from agent_core.loop import Child
+
 log = logging.getLogger(__name__)
 
 LONGEST_SLEEP_S = 30.0
 """`select` does not count while the host sleeps, timers do; so no sleep of ours is long."""
-
-
-class Timer:
-    """One call in the future; `cancel` may come at any time."""
-
-    def __init__(self, when_s: float, action: Callable[[], None]) -> None:
-        self.when_s = when_s
-        self.action: Callable[[], None] | None = action
-
-    def cancel(self) -> None:
-        self.action = None
 
 
 class Repeat:
@@ -117,7 +109,7 @@ class Runtime:
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._signals: deque[int] = deque()
-        self._children: list[Job | Helper | Workload] = []
+        self._children: list[Child] = []
         self._selector = selectors.DefaultSelector()
         self._code: int | None = None
         self._told = False
@@ -266,18 +258,17 @@ class Runtime:
 
     def _kill_children(self) -> None:
         for child in self._children:
-            if isinstance(child, Workload):
-                child.kill()
+            child.kill()
 
     # --- children and their output ---------------------------------------------------------------------
 
-    def adopt(self, child: Job | Helper | Workload) -> None:
+    def adopt(self, child: Child) -> None:
         """Watch a child until `disown`; while the agent stops, a new one is stopped at once."""
         self._children.append(child)
         if self._code is not None:
             child.stop()
 
-    def disown(self, child: Job | Helper | Workload) -> None:
+    def disown(self, child: Child) -> None:
         self._children.remove(child)
 
     def read_from(self, fd: int, take: Callable[[bytes], None]) -> None:

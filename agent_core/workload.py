@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from agent_core.runtime import Runtime, Timer
+    from agent_core.loop import Loop, Timer
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Workload:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: Loop,
         place: Place,
         entry: Sequence[str],
         output: BoundedLog,

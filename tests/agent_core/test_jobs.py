@@ -180,6 +180,25 @@ def test_a_request_that_meets_a_helper_just_ending_is_asked_again(runtime: Runti
     assert result.answer["said"] == "one"
 
 
+def test_the_last_words_of_a_helper_are_taken_before_another_is_started(runtime: Runtime) -> None:
+    once = "os.write(1, json.dumps({'said': line}).encode() + b'\\n'); os._exit(line == 'fails')"
+    made, said = helper(runtime, once), list[str]()
+
+    def done(result: JobResult) -> None:
+        assert result.answer is not None
+        said.append(result.answer["said"])
+        if len(said) == 3:
+            runtime.stop()
+
+    for request in ("fails", "two", "three"):
+        made.ask(request, done, deadline_s=10)
+    assert made._child is not None
+    wait_until(lambda: is_gone(made._child.pid))
+    made.reap()  # by the loop, in a turn in which its end was seen before its words
+    run(runtime)
+    assert said == ["fails", "two", "three"]
+
+
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [
@@ -269,8 +288,8 @@ time.sleep(60)
 def test_stopping_the_agent_answers_what_a_helper_was_asked(runtime: Runtime) -> None:
     made = helper(runtime, "import time; time.sleep(60)")
     problems: list[str] = []
-    for request in ("one", "two"):
+    for request in ("one", "two", "three"):
         made.ask(request, lambda result: problems.append(result.problem), deadline_s=30)
     when(runtime, lambda: made.is_alive, runtime.stop)
     run(runtime)
-    assert "stopped" in problems
+    assert problems == ["stopped"] * 3
