@@ -61,6 +61,7 @@ class Person:
         token_id: the token's row; enrolments use one up, deeds are audited under `name`.
         session_id: the row of the session, where there is no token.
         product: the only product the token is good for, or None for all.
+        expires_at: until when the token or session holds, if it ends by itself.
         touch_due: the note of its last use is older than a minute.
     """
 
@@ -69,6 +70,7 @@ class Person:
     token_id: int = 0
     session_id: int = 0
     product: str | None = None
+    expires_at: datetime | None = None
     touch_due: bool = False
 
     def may(self, *roles: str) -> bool:
@@ -183,6 +185,7 @@ def check_token(session: Session, text: str, now: datetime) -> Person:
         role=Role(token.role),
         token_id=token.id,
         product=token.product,
+        expires_at=token.expires_at,
         touch_due=token.used_at is None or now - token.used_at >= TOUCH_EVERY,
     )
 
@@ -194,7 +197,8 @@ def check_session(session: Session, secret: str, oidc: Oidc | None, now: datetim
         NotAllowedError: a reason `session-…`.
     """
     row, rule = sessions.check(session, secret, oidc, now)
-    return Person(row.name, Role(rule.role), session_id=row.id, touch_due=sessions.is_touch_due(row, now))
+    due = sessions.is_touch_due(row, now)
+    return Person(row.name, Role(rule.role), session_id=row.id, expires_at=row.expires_at, touch_due=due)
 
 
 def touch(session: Session, person: Person, now: datetime) -> None:

@@ -8,6 +8,7 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
+from agent_core.clock import iso
 from release_server.api import PREFIX
 from release_server.auth import requires
 
@@ -19,8 +20,14 @@ blueprint = APIBlueprint("people", __name__, url_prefix=PREFIX, abp_tags=[Tag(na
 @blueprint.get("/whoami", security=SECURITY)
 @requires("reader", "enroller")
 def whoami() -> dict[str, Any]:
-    """Whom the token or session speaks for."""
-    return {"name": g.person.name, "role": str(g.person.role)}
+    """Whom the token or session speaks for, for which product alone, and until when."""
+    person = g.person
+    return {
+        "name": person.name,
+        "role": str(person.role),
+        "product": person.product,
+        "expires_at": iso(person.expires_at) if person.expires_at else None,
+    }
 
 
 @blueprint.get("/health")

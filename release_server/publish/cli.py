@@ -38,6 +38,8 @@ COMMANDS = {
     "token": (f"{HERE}.token:token", "Make, list and revoke tokens."),
     "session": (f"{HERE}.session:session", "See who is signed in at the page, and end it."),
     "audit": (f"{HERE}.audit:audit", "Who did what, and when."),
+    "doctor": (f"{HERE}.here:doctor", "Look at what `release` needs on this machine."),
+    "open": (f"{HERE}.here:open_page", "Open the page that shows the fleet."),
     "completion": ("agent_core.console:completion", "Print a completion script for a shell."),
 }
 

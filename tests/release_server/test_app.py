@@ -171,7 +171,8 @@ def test_forwarded_headers_are_believed_from_trusted_proxies_only(data, clock):
 
 @pytest.mark.parametrize("role", ["reader", "releaser", "operator", "enroller", "admin"])
 def test_whoami_tells_everyone_who_they_are(sign_in, role):
-    assert sign_in(role, name="grace")("GET", "/whoami").json == {"name": "grace", "role": role}
+    told = {"name": "grace", "role": role, "product": None, "expires_at": None}
+    assert sign_in(role, name="grace")("GET", "/whoami").json == told
 
 
 def test_a_token_is_shown_once_and_works_until_it_is_revoked(sign_in, client):
@@ -179,7 +180,12 @@ def test_a_token_is_shown_once_and_works_until_it_is_revoked(sign_in, client):
     made = admin("POST", "/tokens", json={"name": "ci", "role": "releaser", "expires_s": 60})
     assert made.status_code == 201
     headers = {"Authorization": f"Bearer {made.json['token']}"}
-    assert client.get("/api/v1/whoami", headers=headers).json == {"name": "ci", "role": "releaser"}
+    assert client.get("/api/v1/whoami", headers=headers).json == {
+        "name": "ci",
+        "role": "releaser",
+        "product": None,
+        "expires_at": "2026-05-01T12:01:00Z",
+    }
     listed = admin("GET", "/tokens")
     assert [entry["name"] for entry in listed.json["items"]] == ["admin", "ci"]
     assert made.json["token"] not in listed.text
