@@ -225,4 +225,5 @@ def test_killed_at_any_statement_and_sent_again_it_is_done_once(world, sessions,
         statement += 5
     assert statement > 20
     assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 1
-    assert call("GET", "/rollouts/1").json["state"] == "running"
+    (made,) = call("GET", "/rollouts").json["items"]
+    assert made["state"] == "running"
