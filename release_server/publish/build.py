@@ -130,9 +130,10 @@ host = [entry for entry in sys.path if not entry.rstrip("/").endswith(("site-pac
 sys.path[:] = [os.path.join(here, "lib.zip"), os.path.join(here, "lib"), *host]
 
 if __name__ == "__main__":
+    from agent_core.leaving import leave
     from updater.__main__ import main
 
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
 '''
 
 COMPILE = """\

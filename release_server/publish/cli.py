@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console
+from agent_core.leaving import leave
 from release_server.publish.profile import server_options
 
 if TYPE_CHECKING:
@@ -61,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())
