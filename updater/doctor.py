@@ -243,7 +243,7 @@ def _clock_by(host: Host, timestamp: bytes) -> Iterator[Finding]:
 
 
 def _trust(host: Host) -> Iterator[Finding]:
-    from updater.catalog import follow_roots
+    from updater.trusted_metadata import follow_roots
 
     try:
         bootstrap = disk.read_file(host.layout.trust_root)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FULL_REFRESH_AFTER = timedelta(hours=6)
 TIMESTAMP_PATH = "/metadata/timestamp.json"
 TIMESTAMP_MAX = 16_384
+MAX_CLOCK_STEP = timedelta(days=7)
 
 
 @late_dataclass(frozen=True)
@@ -93,6 +94,23 @@ def remember(path: Path, memory: Memory) -> None:
 def trusted_time(memory: Memory, now: datetime) -> datetime:
     """`max(wall clock, highest signed time seen)`: a clock set back makes nothing old fresh again."""
     return now if memory.high_water is None else max(now, memory.high_water)
+
+
+def raise_high_water(
+    high_water: datetime | None, signed_at: datetime | None, now: datetime
+) -> datetime | None:
+    """The highest signed time seen, after one more verified timestamp.
+
+    It never falls, never passes `signed_at`, and one step goes at most 7 days beyond what was known: a stolen
+    timestamp key cannot throw a fleet years ahead. The first reading has nothing to be measured by but the
+    wall clock; a host that boots in 1970 takes it whole, and `Catalog.refresh` refuses one past any expiry.
+    """
+    if signed_at is None:
+        return high_water
+    if high_water is None:
+        behind = now < signed_at - MAX_CLOCK_STEP
+        return signed_at if behind else min(signed_at, now + MAX_CLOCK_STEP)
+    return max(high_water, min(signed_at, max(high_water, now) + MAX_CLOCK_STEP))
 
 
 def is_fresh(

@@ -14,7 +14,7 @@ import pytest
 
 from tests.attacks.victim import NEW, SEQ, bundle
 from tests.http_origin import ContentRange, Endless, Gzip, Raw, Slow, Status, Truncated
-from updater import catalog
+from updater import trusted_metadata
 
 METADATA = ("timestamp.json", "2.snapshot.json", "2.targets.json", "2.cohorts.json")
 BUNDLE = ("any.index.json", "any.tar.zst")
@@ -95,7 +95,7 @@ def test_a_line_that_is_cut_in_the_middle(victim, ending):
 )
 def test_one_byte_and_then_another_in_what_is_small(victim, ending, headers, monkeypatch):
     offers_news(victim)
-    monkeypatch.setattr(catalog, "METADATA_DEADLINE_S", 0.3)
+    monkeypatch.setattr(trusted_metadata, "METADATA_DEADLINE_S", 0.3)
     victim.settings["server_timeout_s"] = 0.1
     victim.between.misbehave(ending, Slow(piece=1, pause_s=0.02, headers=headers))
     victim.refuses("offline")

@@ -1,9 +1,9 @@
 """Drives the classes that an agent runs the way the public TUF conformance suite asks for.
 
 A refresh is the agent's: one conditional GET by `freshness`, and when something changed python-tuf under the
-strict rules, limits and durable files of `catalog`, over `transport`. Left out is only what the agent wants
-beyond TUF: which roles may be delegated, and what a release and a directive say. State lies in the metadata
-directory; what is not metadata has names that do not end in `.json`.
+strict rules, limits and durable files of `trusted_metadata`, over `transport`. Left out is only what the
+agent wants beyond TUF: which roles may be delegated, and what a release and a directive say. State lies in
+the metadata directory; what is not metadata has names that do not end in `.json`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from updater import freshness
-from updater.catalog import Catalog, sorted_errors
+from updater.catalog import Catalog
 
 # isort: split
 from agent_core import clock
 from agent_core.errors import NotFoundError, RelfleetError, UsageError
 from updater import download
 from updater.transport import Transport
+from updater.trusted_metadata import sorted_errors
 
 BOOTSTRAP = "trusted_root"
 MEMORY = "poll"

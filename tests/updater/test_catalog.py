@@ -19,9 +19,9 @@ from agent_core.errors import ConflictError, DiskError, TrustError, UnreachableE
 from tests.http_origin import Endless, Gzip, Origin, Slow, Status, Truncated, WithoutEtag
 from tests.repository_simulator import PRODUCT, RepositorySimulator
 from updater import catalog as catalog_module
-from updater import freshness
-from updater.catalog import Catalog, raise_high_water
-from updater.freshness import Memory, is_fresh, is_unchanged, recall, remember
+from updater import freshness, trusted_metadata
+from updater.catalog import Catalog
+from updater.freshness import Memory, is_fresh, is_unchanged, raise_high_water, recall, remember
 from updater.transport import Transport
 
 if TYPE_CHECKING:
@@ -627,8 +627,8 @@ def test_lies_of_the_network_are_refused(
 def test_a_length_announced_by_an_online_key_has_a_ceiling(
     device: Device, repository: RepositorySimulator, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "METADATA_MAX", 100_000)
-    monkeypatch.setattr(catalog_module, "METADATA_DEADLINE_S", 1.0)
+    monkeypatch.setattr(trusted_metadata, "METADATA_MAX", 100_000)
+    monkeypatch.setattr(trusted_metadata, "METADATA_DEADLINE_S", 1.0)
     repository.snapshot.meta["cohorts.json"].length = 10**15
     repository.write_snapshot()
     repository.write_timestamp()
@@ -660,7 +660,7 @@ def test_a_server_that_is_away_is_unreachable(
 
 
 def test_a_drip_is_unreachable(device: Device, origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_module, "METADATA_DEADLINE_S", 0.3)
+    monkeypatch.setattr(trusted_metadata, "METADATA_DEADLINE_S", 0.3)
     origin.misbehave("timestamp.json", Slow(pause_s=0.02))
     with pytest.raises(UnreachableError):
         device.refresh()
