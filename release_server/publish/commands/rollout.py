@@ -67,10 +67,16 @@ def show_rollout(answer: Mapping[str, Any], done: str) -> None:
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What a rollout is to do: the same words for the rehearsal and for the real one."""
+    command = click.option("--cohort", required=True, help="The cohort it goes through.")(
+        gate_options(command)
+    )
+    return click.argument("version")(command)
+
+
+def gate_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """By which steps and gates a rollout goes, and on what terms."""
     for option in reversed(
         (
-            click.argument("version"),
-            click.option("--cohort", required=True, help="The cohort it goes through."),
             click.option(
                 "--steps",
                 type=STEPS,
@@ -167,9 +173,12 @@ def plan_body(
 def start(version: str, *, supersede: bool, draft: bool, reason: str | None, **plan: Any) -> None:
     """Take VERSION through a cohort in steps; it stops by itself when too many agents fail."""
     body = plan_body(version, **plan) | given(reason=reason, supersede=supersede or None, draft=draft or None)
-    answer = client().post("/rollouts", body)
-    name = render.name_of(answer)
-    show_rollout(answer, BEGUN.get(answer["state"], BEGUN[""]).format(name))
+    tell_begun(client().post("/rollouts", body))
+
+
+def tell_begun(answer: Mapping[str, Any]) -> None:
+    """Show a rollout that has just been asked for, with what to type next."""
+    show_rollout(answer, BEGUN.get(answer["state"], BEGUN[""]).format(render.name_of(answer)))
 
 
 BEGUN = {
