@@ -642,6 +642,7 @@ def test_killed_at_any_statement_it_ends_where_it_would_have_ended(
         clock.step(days=8)
     backlog(world, sessions, clock, 3)
     monkeypatch.setattr(room, "BATCH", 2)
+    sessions.close()  # no connection is shared with a child
     deaths = (run_child(partial(prune_and_die, config, clock(), at)) for at in cycle(range(2, 14, 2)))
     kills = sum(1 for _ in takewhile(bool, deaths))
     assert kills > 6

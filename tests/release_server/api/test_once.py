@@ -220,9 +220,11 @@ def ask_and_die(app, text, statement):
 def test_killed_at_any_statement_and_sent_again_it_is_done_once(world, sessions, config, clock, token, call):
     app = create_app(config, clock=clock)  # it opens nothing here: each child has its own connections
     text, statement = token("admin", name="pipeline"), 3
+    sessions.close()  # no connection is shared with a child
     while ask_and_die(app, text, statement):
         assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 0
         statement += 5
+        sessions.close()
     assert statement > 20
     assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 1
     (made,) = call("GET", "/rollouts").json["items"]
