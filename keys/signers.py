@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from securesystemslib.exceptions import KeyMismatchError
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signer, SSlibKey
 
+from agent_core import secret_file
 from agent_core.clock import iso
 from agent_core.errors import (
     ConflictError,
@@ -454,13 +455,13 @@ def passphrase_source(
         if named == STDIN:
             return from_stdin()
         if named is not None:
-            return _first_line(named)
+            return _first_line(secret_file.read(named, "passphrase"))
         if (said := environ.get("RELFLEET_PASSPHRASE")) is not None:
             return said
         if directory := environ.get("CREDENTIALS_DIRECTORY"):
             credential = Path(directory) / CREDENTIAL
             if credential.is_file():
-                return _decode(credential, credential.read_bytes())
+                return _first_line(secret_file.read(credential, "passphrase"))
         if ask is not None:
             return ask(prompt)
         raise NotAllowedError(
@@ -473,18 +474,5 @@ def passphrase_source(
     return get
 
 
-def _first_line(path: Path) -> str:
-    try:
-        return _decode(path, path.read_bytes())
-    except OSError as error:
-        raise NotFoundError(
-            f"the passphrase file {path} cannot be read", why=error.strerror or "", reason="no-file"
-        ) from None
-
-
-def _decode(path: Path, body: bytes) -> str:
-    try:
-        lines = body.decode().splitlines()
-    except UnicodeDecodeError:
-        raise MalformedError(f"the passphrase in {path} is not text") from None
-    return lines[0] if lines else ""
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""

@@ -504,14 +504,15 @@ def retry_after_s(text: str | None) -> float | None:
 
 
 def _parse(address: str, what: str, *, bare: bool = True) -> SplitResult:
-    """Split an address; `bare` ones carry no credentials, query or fragment."""
+    """Split an address; `bare` ones carry no credentials, query or fragment. No error repeats credentials."""
+    shown = address.rpartition("@")[2]
     try:
         url = urlsplit(address)
         port = url.port
-    except ValueError as error:
-        raise SettingsError(f"the {what} {address!r} cannot be used", why=str(error)) from error
+    except ValueError:
+        raise SettingsError(f"the {what} {shown!r} cannot be used", why="it is no URL") from None
     if url.scheme not in DEFAULT_PORTS or not url.hostname or port == 0 or not address.isascii():
-        raise SettingsError(f"the {what} {address!r} cannot be used", then="write it as https://host[:port]")
+        raise SettingsError(f"the {what} {shown!r} cannot be used", then="write it as https://host[:port]")
     if bare and ("@" in url.netloc or url.query or url.fragment or " " in address):
         raise SettingsError(f"the {what} must be a plain address", then="leave out credentials, ? and #")
     return url

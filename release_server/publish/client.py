@@ -78,6 +78,10 @@ class Client:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         parts = urlsplit(url)
+        if "@" in parts.netloc:  # which would take the token's place in each request, and be in every error
+            raise UsageError(
+                "the URL of the server has credentials in it", then="leave them out: the token says who asks"
+            )
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
             raise UsageError(f"{url!r} is not the URL of a server", then="write it as https://HOST[:PORT]")
         self.url = url.rstrip("/")

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from agent_core import console
+from agent_core import console, secret_file
 from agent_core.errors import (
-    NotAllowedError,
     NotFoundError,
     RelfleetError,
     SettingsError,
@@ -353,12 +352,7 @@ def given_token(words: Said, environ: Mapping[str, str], stdin: Callable[[], str
     if named == "-":
         return _token(stdin())
     if named:
-        try:
-            return _token(Path(named).read_text())
-        except OSError as error:
-            raise NotAllowedError(
-                f"the token file {named} cannot be read", why=error.strerror or ""
-            ) from None
+        return _token(secret_file.read(Path(named), "token"))
     return _token(environ.get("RELFLEET_TOKEN", "")) or None
 
 

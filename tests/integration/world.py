@@ -453,11 +453,11 @@ class World:
 
 
 @contextmanager
-def running(home: Path) -> Iterator[World]:
+def running(home: Path, kind: type[World] = World) -> Iterator[World]:
     """A world below `home`, on PostgreSQL where that is wanted; none of its processes outlives it."""
     with ExitStack() as stack:
         url = stack.enter_context(postgres.cluster().database()) if postgres.WANTED else ""
-        world = World(home, url)
+        world = kind(home, url)
         try:
             world.make()
             yield world

@@ -287,6 +287,8 @@ def test_with_nobody_to_ask_the_message_names_what_to_use():
     assert "RELFLEET_PASSPHRASE" in caught.value.then
 
 
-def test_a_passphrase_file_that_is_not_there_is_not_found(tmp_path):
-    with pytest.raises(NotFoundError):
-        signers.passphrase_source(tmp_path / "none", {}, None)("?")
+def test_a_passphrase_in_the_place_of_its_file_is_not_repeated():
+    with pytest.raises(NotFoundError) as caught:
+        signers.passphrase_source(Path(WORDS), {}, None)("?")
+    assert caught.value.reason == "no-file"
+    assert WORDS not in str(caught.value)

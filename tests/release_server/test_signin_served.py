@@ -64,7 +64,10 @@ def test_a_person_signs_in_follows_every_redirect_and_signs_out(server, provider
     assert browser.post(f"{server.url}/signout", headers=headers, timeout=60).status_code == 204
     assert browser.get(f"{server.url}/api/v1/whoami", timeout=60).status_code == 401
     said = server.log.read_text()
-    for secret in (openid_provider.SECRET, *re.findall(r"code=([^&]+)", page.history[1].headers["Location"])):
+    cookies = [cookie.value for step in page.history for cookie in step.cookies if cookie.value]
+    codes = re.findall(r"code=([^&]+)", page.history[1].headers["Location"])
+    assert (len(cookies), len(codes)) == (2, 1)
+    for secret in (openid_provider.SECRET, *cookies, *codes):
         assert secret not in said
 
 

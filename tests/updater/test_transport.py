@@ -297,8 +297,17 @@ def test_the_settings_name_the_proxy_and_the_environment_what_they_leave_open(
 
 
 def test_an_unsupported_proxy_is_a_settings_error(origin: Origin) -> None:
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=r"127\.0\.0\.1:9"):
         Transport(origin.url, proxies={"http": "socks5://127.0.0.1:9"}).get("/file")
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://me:hidden@proxy", "http://me:hidden@proxy:x", "http://hidd€n@proxy"]
+)
+def test_an_address_with_a_password_is_refused_without_it(origin: Origin, proxy: str) -> None:
+    with pytest.raises(SettingsError, match="proxy") as caught:
+        Transport(origin.url, proxies={"http": proxy}).get("/file")
+    assert "hidd" not in str(caught.value)
 
 
 # --- TLS -----------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import IO
 
 import click
 
-from agent_core import console
+from agent_core import console, secret_file
 from agent_core.errors import Exit, UsageError
 from agent_core.layout import Layout
 from updater import install
@@ -23,7 +22,7 @@ from updater.device import Device
 @root_option
 @click.option("--server", required=True, metavar="URL", help="The release server.")
 @click.option("--product", required=True, help="What this host is to run.")
-@click.option("--token-file", type=click.File("r"), help="Enrolment token; `-` reads standard input.")
+@click.option("--token-file", metavar="FILE", help="Enrolment token; `-` reads standard input.")
 @click.option("--offline", is_flag=True, help="No server is in reach: releases will come by `agent install`.")
 @click.option(
     "--trust",
@@ -40,7 +39,7 @@ def enroll(
     root: Path,
     server: str,
     product: str,
-    token_file: IO[str] | None,
+    token_file: str | None,
     trust: Path,
     name: str,
     labels: tuple[str, ...],
@@ -55,7 +54,7 @@ def enroll(
             "say how this host is enrolled",
             then="--token-file FILE; without a server in reach --offline",
         )
-    token = token_file.read(4096).strip() if token_file else None
+    token = _token(token_file) if token_file else None
     pairs = dict(_pair(label) for label in labels)
     device = install.enroll(
         Layout(root), server, product, token, trust.read_bytes(), name, pairs, gate, new_key=new_key
@@ -93,6 +92,11 @@ def rotate_key(root: Path) -> None:
         {"agent_id": device.identity.agent_id, "public_key": public_key},
         text=f"{device.identity.agent_id} has the key {public_key} now",
     )
+
+
+def _token(named: str) -> str:
+    text = sys.stdin.read(secret_file.MOST) if named == "-" else secret_file.read(Path(named), "token")
+    return text.strip()
 
 
 def _pair(label: str) -> tuple[str, str]:

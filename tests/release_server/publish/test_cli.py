@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent_core import bundle
-from agent_core.errors import Exit, NotAllowedError, NotFoundError, SettingsError, TrustError, UsageError
+from agent_core.errors import Exit, NotFoundError, SettingsError, TrustError, UsageError
 from keys import ceremony, signers
 from release_server.publish import profile
 from release_server.publish.cli import COMMANDS, main
@@ -132,6 +132,12 @@ def test_a_token_comes_from_stdin(origin, run, tmp_path, monkeypatch):
     assert run("whoami")[0] == Exit.DONE
 
 
+def test_a_token_in_the_place_of_its_file_is_not_repeated(origin, run):
+    code, out, said = run("login", origin.url, "--token-file", TOKEN)
+    assert (code, TOKEN in out + said) == (Exit.NOT_FOUND, False)
+    assert "name a file that holds the token" in said
+
+
 def test_a_token_is_not_kept_when_the_server_does_not_take_it(origin, run, home, monkeypatch):
     monkeypatch.setenv("RELFLEET_TOKEN", "wrong")
     assert run("login", origin.url)[0] == Exit.NOT_ALLOWED
@@ -195,7 +201,7 @@ def test_the_token_comes_from_the_first_place_that_has_one(tmp_path):
     assert resolve(Said(), environ, tmp_path).token == "from-file"
     assert resolve(Said(token_file=str(tmp_path / "flag")), environ, tmp_path).token == "from-flag"
     assert resolve(Said(token_file="-"), environ, tmp_path, stdin=lambda: "piped\n").token == "piped"
-    with pytest.raises(NotAllowedError):
+    with pytest.raises(NotFoundError):
         resolve(Said(token_file=str(tmp_path / "none")), environ, tmp_path)
     with pytest.raises(UsageError):
         resolve(Said(token_file="-"), environ, tmp_path, stdin=lambda: "two words")

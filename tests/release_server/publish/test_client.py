@@ -299,6 +299,12 @@ def test_what_is_no_server_is_a_usage_error(url):
         Client(url)
 
 
+def test_an_address_with_credentials_is_refused_without_them():
+    with pytest.raises(UsageError, match="credentials") as caught:
+        Client("https://ada:hidden@releases.example.org")
+    assert "hidden" not in str(caught.value)
+
+
 def test_the_client_loads_no_server():
     program = (
         "import sys, release_server.publish.push, release_server.publish.commands.release\n"
