@@ -77,4 +77,4 @@ lock: ## renew requirements.lock: every dependency's version and hashes
 	@scripts/lock $(PYTHON)
 
 clean: ## remove what the other targets made
-	@rm -rf $(VENV) dist build relfleet-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	@rm -rf $(VENV) dist build relfleet-demo .relfleet-demo.before .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

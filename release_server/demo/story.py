@@ -54,6 +54,7 @@ def demo(agents: int, data: Path, leave: bool) -> None:
     story = Story(data.absolute(), data, agents)
     try:
         story.tell()
+        story.forget_before()
         if not leave:
             story.linger()
     finally:
@@ -84,7 +85,8 @@ class Story:
         self.home, self.shown = home, shown
         self.names = [f"demo-{number:02d}" for number in range(1, count + 1)]
         self.began = time.monotonic()
-        self._mark = _make_anew(home)
+        self._before = home.with_name(f".{home.name}.before")
+        self._mark = _make_anew(home, self._before)
         self.log = home / "demo.log"
         self.token = home / "enroll.token"
         self.processes = Processes(home, self.log)
@@ -162,7 +164,7 @@ class Story:
         token = self.processes.begin("release", "token", "create", *words, cwd=self.project)
         self._publish("1.0.0")
         self._begin_push("1.1.0")  # before there is an agent to look at it
-        every = ("--poll", "2s", "--report", "10s")
+        every = ("--poll", "2s", "--report", "20s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
         self.processes.finish(token)
 
@@ -371,6 +373,11 @@ class Story:
         click.echo(f"       release rollout status r-2 · release agents why {self.bad} · open the link")
         self._write_env()
 
+    def forget_before(self) -> None:
+        """Remove what an earlier demo left; while this one is told, agents have better things to do."""
+        if self._before.exists():
+            _remove(self._before)
+
     def _write_env(self) -> None:
         names = (
             "XDG_CONFIG_HOME",
@@ -405,16 +412,23 @@ def _platform() -> str:
     return host_platforms()[0]
 
 
-def _make_anew(home: Path) -> IO[str]:
-    """An empty directory; only one that an earlier demo made is ever removed."""
+def _make_anew(home: Path, before: Path) -> IO[str]:
+    """An empty directory; only what an earlier demo made is ever set aside, and removed from there."""
     if home.exists() and any(home.iterdir()):
-        if not (home / MARK).exists():
-            raise UsageError(f"{home} is not empty and no demo made it", then="choose another --data")
-        _lock(home).close()
-        _remove(home)
+        _refuse_foreign(home)
+        with _lock(home):
+            if before.exists():  # of a demo that was interrupted
+                _refuse_foreign(before)
+                _remove(before)
+            home.rename(before)
     home.mkdir(parents=True, exist_ok=True)
     (home / MARK).touch()
     return _lock(home)
+
+
+def _refuse_foreign(home: Path) -> None:
+    if not (home / MARK).exists():
+        raise UsageError(f"{home} is not empty and no demo made it", then="choose another --data")
 
 
 def _lock(home: Path) -> IO[str]:
@@ -432,9 +446,12 @@ def _text(file: Path) -> str:
 
 
 def _remove(home: Path) -> None:
-    """Remove a tree whose installed versions are read-only directories."""
+    """Remove a tree whose installed versions are read-only directories; its mark stays until the end."""
     for directory in home.glob("agents/*/versions/**/"):
         directory.chmod(0o755)
+    for entry in home.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
     shutil.rmtree(home)
 
 

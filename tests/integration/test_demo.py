@@ -11,6 +11,8 @@ import sys
 import pytest
 
 from agent_core import slots
+from agent_core.errors import UsageError
+from release_server.demo.story import Story
 
 AGENTS = 6
 
@@ -116,6 +118,23 @@ def test_a_directory_that_no_demo_made_is_left_alone(tmp_path):
     assert done.returncode == 2
     assert "no demo made it" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_an_earlier_demo_left_is_set_aside_and_removed_after_the_story(tmp_path):
+    home, before = tmp_path / "demo", tmp_path / ".demo.before"
+    for left in ("of the first", "of the second", "of the third"):
+        story = Story(home, home, 3)
+        assert not any(home.glob("of *"))
+        (home / left).touch()
+        story._mark.close()
+    assert [file.name for file in before.glob("of *")] == ["of the second"]
+    story.forget_before()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
+    before.mkdir()
+    (before / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError):
+        Story(home, home, 3)
+    assert (before / "thesis.txt").exists()
 
 
 def test_ctrl_c_ends_it_and_all_it_started_also_where_a_shell_had_it_ignored(tmp_path):
