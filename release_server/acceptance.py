@@ -19,6 +19,7 @@ from keys.roles import COHORT_PATHS, COHORTS, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server import audit, releases
 from release_server.models import Bundle, Product, Release
 from release_server.repository import forget_run_forward, newest, read, store
+from release_server.webhooks import events, outbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -297,6 +298,8 @@ def _add_release(
     session.add(release)
     session.flush()
     audit.record(session, now, actor, "release.publish", f"{product.name}/{facts.version}", seq=facts.seq)
+    said = {"version": facts.version, "seq": facts.seq, "actor": actor}
+    outbox.tell(session, now, events.RELEASE_PUBLISHED, product.name, **said)
     return release
 
 

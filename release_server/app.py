@@ -112,6 +112,7 @@ def _register(app: OpenAPI) -> None:
         tokens,
         trust,
         uploads,
+        webhooks,
     )
     from release_server.dashboard import signin
 
@@ -128,6 +129,7 @@ def _register(app: OpenAPI) -> None:
         cohorts,
         plans,
         rollouts,
+        webhooks,
     )
     for module in parts:
         app.register_api(module.blueprint)

@@ -24,6 +24,7 @@ from release_server.models import (
 )
 from release_server.queries import parse
 from release_server.rollout import FINISHED, StageState, State
+from release_server.webhooks import standstill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,8 +251,11 @@ def freeze(
     if until is not None and until <= now:
         raise UsageError("the freeze would be over already", then="give a time in the future")
     cohort = find(session, product, name)
+    stood = newest_spec(session, cohort.id).frozen
     _change(session, now, actor, cohort, reason=reason, frozen=True, frozen_until=until)
     _note(session, now, actor, "cohort.freeze", cohort, until=until, reason=reason)
+    if not stood:
+        standstill.tell_frozen(session, now, actor, cohort, frozen=True, until=until, reason=reason)
     return cohort
 
 
@@ -260,8 +264,11 @@ def unfreeze(
 ) -> Cohort:
     """End a freeze; what was going on goes on."""
     cohort = find(session, product, name)
+    stood = newest_spec(session, cohort.id).frozen
     _change(session, now, actor, cohort, reason=reason, frozen=False, frozen_until=None)
     _note(session, now, actor, "cohort.unfreeze", cohort, reason=reason)
+    if stood:
+        standstill.tell_frozen(session, now, actor, cohort, frozen=False, reason=reason)
     return cohort
 
 

@@ -105,6 +105,12 @@ TABLE = Table(
             "who may read /metrics without a reader's token: addresses and networks (`10.0.0.0/8`)",
         ),
         Setting(
+            "webhooks.ca_file",
+            str,
+            "",
+            "PEM certificates to verify receivers of webhooks with; empty: the public ones",
+        ),
+        Setting(
             "limits.head_s",
             float,
             30.0,
@@ -227,6 +233,11 @@ class Config:
         return self.data / "trust" / "online.json"
 
     @property
+    def webhook_key(self) -> Path:
+        """What secrets of webhooks follow from; in a directory that replicas share and backups have."""
+        return self.trust.with_name("webhooks.key")
+
+    @property
     def signer_state(self) -> Path:
         """What the signer remembers, and its log."""
         return self.data / "signer"
@@ -307,6 +318,11 @@ class Config:
     @property
     def metrics_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
         return tuple(ip_network(text) for text in self.settings["metrics.networks"])
+
+    @property
+    def webhook_ca_file(self) -> str | None:
+        named = str(self.settings["webhooks.ca_file"])
+        return str(self.data / named) if named else None
 
     @cached_property
     def oidc(self) -> Oidc | None:

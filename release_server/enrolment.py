@@ -13,6 +13,7 @@ from agent_core.errors import ConflictError, NotAllowedError
 from agent_core.wire import EnrollAnswer, EnrollRequest, KeyChange, Reason, key_text
 from release_server import agents, audit, auth, cohorts, membership, releases, reports
 from release_server.models import Agent, Token
+from release_server.webhooks import events, outbox
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -67,6 +68,9 @@ def enroll(session: Session, now: datetime, token: str, request: EnrollRequest) 
     _settle(session, agent, terms)
     said = {"pending": True} if agent.pending else {}
     audit.record(session, now, person.name, "agent.enroll", agent.id, product=product.name, **said)
+    if agent.pending:
+        waits = {"agent": agent.id, "platform": agent.platform, "actor": person.name}
+        outbox.tell(session, now, events.AGENT_WAITING, product.name, **waits)
     return _answer(session, agent)
 
 

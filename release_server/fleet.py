@@ -37,6 +37,7 @@ from release_server.rollout import (
 )
 from release_server.stages import Stage
 from release_server.terms import Terms, plan_digest
+from release_server.webhooks import events, outbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -250,7 +251,7 @@ def _store(session: Session, now: datetime, row: RolloutStatus, status: Status) 
         raise ConflictError(f"r-{row.rollout_id} was changed meanwhile", then="look at it and try again")
 
 
-def _record(session: Session, now: datetime, rollout_id: int, events: Sequence[Event], actor: str) -> None:
+def _record(session: Session, now: datetime, rollout_id: int, happened: Sequence[Event], actor: str) -> None:
     session.add_all(
         RolloutEvent(
             rollout_id=rollout_id,
@@ -262,13 +263,37 @@ def _record(session: Session, now: datetime, rollout_id: int, events: Sequence[E
             numbers=dict(event.numbers),
             actor=actor,
         )
-        for event in events
+        for event in happened
     )
-    for event in events:
+    for event in happened:
         if event.name == "halted":
             said = {"stage": event.stage, "reason": event.reason, "detail": event.detail}
             audit.record(session, now, audit.SERVER, "rollout.halt", f"r-{rollout_id}", **said)
     session.flush()
+    for event in happened:
+        _tell(session, now, rollout_id, event, actor)
+
+
+def _tell(session: Session, now: datetime, rollout_id: int, event: Event, actor: str) -> None:
+    kind = events.OF_ROLLOUTS.get(event.name)
+    if kind is None:
+        return
+    rollout = session.get_one(Rollout, rollout_id)
+    outbox.tell(
+        session,
+        now,
+        kind,
+        rollout.cohort.product.name,
+        rollout=f"r-{rollout_id}",
+        cohort=rollout.cohort.name,
+        version=rollout.version,
+        base=rollout.base,
+        stage=event.stage + 1,
+        reason=event.reason,
+        detail=event.detail,
+        numbers=dict(event.numbers),
+        actor=actor or audit.SERVER,
+    )
 
 
 # --- what people ask -------------------------------------------------------------------------------------

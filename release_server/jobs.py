@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,10 @@ from release_server.models import Lease
 from release_server.retention.pruner import Pruner
 from release_server.signer import follow_public
 from release_server.signing.client import SignerClient, over_socket
+from release_server.webhooks.sender import Sender
+from release_server.webhooks.vault import Vault
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
     from sqlalchemy.orm import Session
@@ -38,6 +40,10 @@ log = logging.getLogger(__name__)
 
 LEASE = "jobs"
 MOST_BACKOFF_S = 30.0
+SEND_EVERY_S = 1.0
+"""How often the outbox of webhooks is looked into."""
+STOP_S = 2.0
+"""How long the sender may go on when the process is to end; what it has not noted is sent again."""
 KEYS_EVERY = timedelta(minutes=1)
 """How soon keys that were made to take the place of others are offered to a ceremony."""
 WAITING = 1
@@ -132,6 +138,7 @@ class Jobs:
         self.signer = signer or over_socket(config.signer_socket)
         self.pruner = Pruner(self.sessions, self.blobs, config.repository, config.retention)
         self.holder = make_holder()
+        self.fence: int | None = None
         self._restored = False
         self._leading = False
         self._waiting = False
@@ -147,6 +154,7 @@ class Jobs:
         now = self.clock()
         with self.sessions.write() as session:
             fence = take_lease(session, self.holder, now, self.config.lease)
+        self.fence = fence
         self._note(leading=fence is not None)
         if fence is None:
             return False
@@ -210,8 +218,37 @@ class Jobs:
             log.info("the jobs lease is ours" if leading else "another process holds the jobs lease")
         self._leading = leading
 
+    def sender(self) -> Sender:
+        """What sends webhooks while the lease is ours; its notes are guarded by the same fence."""
+        return Sender(
+            self.sessions,
+            Vault(self.config.webhook_key),
+            guard=self._check_own_fence,
+            leads=lambda: self.fence is not None,
+            clock=self.clock,
+            ca_file=self.config.webhook_ca_file,
+        )
+
+    def _check_own_fence(self, session: Session) -> None:
+        if self.fence is None:
+            raise LostLeaseError
+        check_fence(session, self.holder, self.fence)
+
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; whatever goes wrong is logged, and the next tick comes later."""
+        sender = self.sender()
+        # A daemon: a receiver that is being waited for keeps no process from its end.
+        sending = threading.Thread(target=sender.run, args=(SEND_EVERY_S,), name="webhooks", daemon=True)
+        sending.start()
+        try:
+            self._tick_until(stop)
+        finally:
+            sender.stop.set()
+            sending.join(STOP_S)
+            self.fence = None
+            self.close()
+
+    def _tick_until(self, stop: threading.Event) -> None:
         failures = 0
         while not stop.is_set():
             try:
@@ -226,7 +263,6 @@ class Jobs:
                 failures += 1
                 log.exception("a tick failed", extra={"failures": failures})
             stop.wait(min(self.config.tick_s * 2 ** min(failures, 10), MOST_BACKOFF_S))
-        self.close()
 
     def _wait_for_signer(self, error: UnreachableError) -> None:
         if not self._waiting:

@@ -30,6 +30,7 @@ from release_server.jobs import LEASE
 from release_server.models import Cohort, Lease, Product, Pruning, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import FINISHED, State
 from release_server.signing.client import over_socket
+from release_server.webhooks import outbox, subscriptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -158,6 +159,8 @@ class Reading:
     rollouts: tuple[tuple[str, int], ...] = ()
     agents: tuple[tuple[Any, ...], ...] = ()
     prunings: tuple[Pruning, ...] = ()
+    deliveries: tuple[tuple[str, str, int], ...] = ()
+    oldest_delivery: float = 0.0
 
 
 def read(config: Config, sessions: Sessions, published: Published, now: datetime) -> Reading:
@@ -169,6 +172,9 @@ def read(config: Config, sessions: Sessions, published: Published, now: datetime
             reading.rollouts = _rollouts(session)
             reading.agents = _agents(session)
             reading.prunings = tuple(session.scalars(select(Pruning).order_by(Pruning.kind)))
+            reading.deliveries = _deliveries(session)
+            waits_since = outbox.oldest_pending(session)
+            reading.oldest_delivery = (now - waits_since).total_seconds() if waits_since else 0.0
         reading.database = True
     except SQLAlchemyError:
         reading.database = False
@@ -212,6 +218,16 @@ def _agents(session: Session) -> tuple[tuple[Any, ...], ...]:
     )
 
 
+def _deliveries(session: Session) -> tuple[tuple[str, str, int], ...]:
+    """What webhooks have not taken, by webhook and state; what was sent costs nothing."""
+    counted = outbox.counts(session)
+    return tuple(
+        (str(webhook.id), str(state), of.get(webhook.id, 0))
+        for webhook in subscriptions.list_all(session)
+        for state, of in counted.items()
+    )
+
+
 def gauges(reading: Reading, now: datetime) -> Iterator[Metric]:
     """A reading in Prometheus's words."""
     expiry = GaugeMetricFamily(
@@ -242,6 +258,7 @@ def gauges(reading: Reading, now: datetime) -> Iterator[Metric]:
         agents.add_metric(labels, count)
     yield agents
     yield from _retention(reading.prunings, now)
+    yield from _outbox(reading)
 
 
 def _retention(prunings: Iterable[Pruning], now: datetime) -> Iterator[Metric]:
@@ -257,6 +274,22 @@ def _retention(prunings: Iterable[Pruning], now: datetime) -> Iterator[Metric]:
             age.add_metric([row.kind], max(0.0, (now - row.finished_at).total_seconds()))
     yield removed
     yield age
+
+
+def _outbox(reading: Reading) -> Iterator[GaugeMetricFamily]:
+    deliveries = GaugeMetricFamily(
+        "relfleet_webhook_deliveries",
+        "Deliveries that a webhook has not taken yet, and those given up.",
+        labels=["webhook", "state"],
+    )
+    for *labels, count in reading.deliveries:
+        deliveries.add_metric(labels, count)
+    yield deliveries
+    yield GaugeMetricFamily(
+        "relfleet_webhook_oldest_pending_seconds",
+        "Since the delivery happened that has waited longest.",
+        value=reading.oldest_delivery,
+    )
 
 
 # --- the answer ------------------------------------------------------------------------------------------

@@ -488,3 +488,58 @@ class Lease(Base):
     holder: Mapped[str] = mapped_column(String(128))
     fence: Mapped[int] = mapped_column(default=0)
     until: Mapped[datetime]
+
+
+class Webhook(Base):
+    """Who elsewhere is told of what; `sequence` counts what it was told, and `failures` those in a row.
+
+    Nothing is sent to it before `due_at`. Its secret is not here: see `WebhookSecret`.
+    """
+
+    __tablename__ = "webhooks"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    url: Mapped[str] = mapped_column(String(2048))
+    events: Mapped[list[Any]]
+    product: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(128))
+    sequence: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime]
+
+
+class WebhookSecret(Base):
+    """What a webhook's secret is made of, together with a key that is not in the database.
+
+    `mark` tells whether it still is the secret that was shown; the newest one has no `until`.
+    """
+
+    __tablename__ = "webhook_secrets"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    webhook_id: Mapped[int] = mapped_column(ForeignKey("webhooks.id"), index=True)
+    salt: Mapped[str] = mapped_column(String(64))
+    mark: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    until: Mapped[datetime | None]
+
+
+class WebhookDelivery(Base):
+    """One event for one webhook, written in the transaction in which it happened; sent after its commit."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("webhook_id", "sequence", name="uq_webhook_deliveries_sequence"),
+        Index("ix_webhook_deliveries_state", "state", "webhook_id", "sequence"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    webhook_id: Mapped[int] = mapped_column(ForeignKey("webhooks.id"))
+    event_id: Mapped[str] = mapped_column(String(64), unique=True)
+    sequence: Mapped[int]
+    type: Mapped[str] = mapped_column(String(64))
+    body: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime]
+    state: Mapped[str] = mapped_column(String(16))
+    tries: Mapped[int] = mapped_column(default=0)
+    tried_at: Mapped[datetime | None]
+    answer: Mapped[str] = mapped_column(String(128), default="")

@@ -63,6 +63,7 @@ def show_logs(level: str) -> None:
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.INFO)  # it tells whole URLs, and some hold what lets one in
 
 
 def run_web(config: Config) -> int:

@@ -46,12 +46,15 @@ OTHER_SUCCESS = {
     ("post", "/cohorts"): "201",
     ("post", "/rollouts"): "201",
     ("post", "/proposals"): "201",
+    ("post", "/webhooks"): "201",
+    ("post", "/webhooks/{id}/test"): "202",
     ("post", "/metadata/targets"): "202",
     ("put", "/trust/root"): "202",
     ("put", "/trust/ceremony"): "202",
     ("patch", "/uploads/{sha256}"): "204",
     ("delete", "/tokens/{id}"): "204",
     ("delete", "/sessions/{id}"): "204",
+    ("delete", "/webhooks/{id}"): "204",
     ("delete", "/cohorts/{product}/{name}"): "204",
 }
 """Routes whose success is not 200 and that do not declare it themselves."""

@@ -39,6 +39,7 @@ COMMANDS = {
     "apply": (f"{HERE}.fleet:apply", "Make cohorts, pins and freezes as a fleet file says."),
     "token": (f"{HERE}.token:token", "Make, list and revoke tokens."),
     "session": (f"{HERE}.session:session", "See who is signed in at the page, and end it."),
+    "webhook": (f"{HERE}.webhook:webhook", "Tell others of rollouts, releases and agents."),
     "audit": (f"{HERE}.audit:audit", "Who did what, and when."),
     "doctor": (f"{HERE}.here:doctor", "Look at what `release` needs on this machine."),
     "open": (f"{HERE}.here:open_page", "Open the page that shows the fleet."),

@@ -32,6 +32,7 @@ KINDS = [
     _days("targets", 365, "the same of targets; an older backup cannot follow what was published since"),
     _days("proposals", 90, "how long a proposal is kept that was published, withdrawn or has expired"),
     _days("tokens", 90, "how long a token is kept that is revoked, expired or used up, and enrolled nobody"),
+    _days("deliveries", 30, "how long it is kept what a webhook has taken, and what was given up"),
     _days("uploads", 7, "how long an upload that did not arrive whole is kept"),
 ]
 TABLE = [

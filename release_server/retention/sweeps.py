@@ -27,11 +27,14 @@ from release_server.models import (
     RolloutEvent,
     RolloutStatus,
     Token,
+    WebhookDelivery,
+    WebhookSecret,
 )
 from release_server.proposals import OPEN
 from release_server.retention.settings import ANSWERS
 from release_server.rollout import FINISHED, StageState
 from release_server.signing.policy import MOST_FIRST
+from release_server.webhooks.outbox import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -306,6 +309,21 @@ def kept_answers(session: Session, turn: Turn) -> Step:
     return Step(len(keys), "" if len(keys) == turn.most else None)
 
 
+# --- webhooks --------------------------------------------------------------------------------------------
+
+
+def ended_deliveries(session: Session, turn: Turn) -> Step:
+    """What a webhook has taken, or what was given up; its number goes on by the webhook's own count."""
+    ended = WebhookDelivery.state.in_([Kept.SENT, Kept.DEAD])
+    over = and_(ended, WebhookDelivery.created_at < turn.before)
+    return _all_of(session, WebhookDelivery.id, turn, turn.most, over)
+
+
+def ended_secrets(session: Session, turn: Turn) -> Step:
+    """What secrets of webhooks were made of that have ended; nothing is signed with them any more."""
+    return _all_of(session, WebhookSecret.id, turn, turn.most, WebhookSecret.until <= turn.now)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -319,7 +337,9 @@ SWEEPS = {
     "leases": Sweep(ended_leases, timed=False),
     "sessions": Sweep(ended_sessions, timed=False),
     "answers": Sweep(kept_answers, timed=False),
+    "secrets": Sweep(ended_secrets, timed=False),
     "tokens": Sweep(dead_tokens),
+    "deliveries": Sweep(ended_deliveries),
     "proposals": Sweep(closed_proposals),
     "uploads": Sweep(files=abandoned_uploads),
     "metadata": Sweep(online_metadata),

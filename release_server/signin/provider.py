@@ -21,8 +21,8 @@ from joserfc.errors import BadSignatureError, ClaimError, ExpiredTokenError, Inv
 from joserfc.jwk import KeySet
 from requests import RequestException
 
-from agent_core.errors import NotAllowedError
-from release_server.signin.fetch import guard, unavailable
+from agent_core.errors import NotAllowedError, UnreachableError
+from release_server import outgoing
 from release_server.signin.rules import MOST_SUBJECT
 from release_server.signin.settings import is_loopback, is_safe
 
@@ -48,6 +48,8 @@ OLDEST_S = 600
 AT_ONCE = 4
 """Requests of this process to the provider; a slow one must not hold all the threads that answer agents."""
 BLAMED = {"iss": "signin-issuer", "aud": "signin-audience", "azp": "signin-audience", "nonce": "signin-nonce"}
+LONGEST_S = 6.0
+"""For one answer of the provider as a whole."""
 CODE_WORD = re.compile(r"[a-z_]{1,40}")
 
 
@@ -247,7 +249,11 @@ class Provider:
             redirect_uri=self.oidc.callback,
             code_challenge_method="S256",
         )
-        guard(client, str(self.oidc.ca_file) if self.oidc.ca_file else None)
+        outgoing.guard(
+            client,
+            lambda: outgoing.Bounded(unavailable, LONGEST_S),
+            str(self.oidc.ca_file) if self.oidc.ca_file else None,
+        )
         return client
 
 
@@ -258,3 +264,12 @@ def word(said: object) -> str:
 
 def refused(why: str, reason: str) -> NotAllowedError:
     return NotAllowedError("you are not signed in", why=why, then="sign in again", reason=reason)
+
+
+def unavailable(why: str) -> UnreachableError:
+    return UnreachableError(
+        "the provider cannot be asked",
+        why=why,
+        then="try again later; a token works without it",
+        reason="signin-unavailable",
+    )

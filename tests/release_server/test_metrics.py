@@ -264,6 +264,7 @@ ALARMS = {
     "RelfleetRootExpires": ('relfleet_role_expires_in_seconds{role="root"}', 5_183_999, 5_184_001),
     "RelfleetSignerAway": ("relfleet_signer_up", 0, 1),
     "RelfleetJobsAway": ("relfleet_jobs_lease_age_seconds", 121, 120),
+    "RelfleetWebhookWaits": ("relfleet_webhook_oldest_pending_seconds", 3601, 3600),
     "RelfleetMetricsAway": ('up{job="relfleet"}', 0, None),
 }
 

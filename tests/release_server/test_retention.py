@@ -527,7 +527,7 @@ def test_zero_keeps_a_kind_for_ever(sessions, prune):
         assert (
             set(session.scalars(select(Pruning.kind)))
             == set(SWEEPS) - set(kinds)
-            == {"leases", "sessions", "answers"}
+            == {"leases", "sessions", "answers", "secrets"}
         )
 
 

@@ -16,7 +16,6 @@ from agent_core.clock import iso
 from release_server import auth
 from release_server.app import create_app
 from release_server.models import AuditEntry, PersonSession
-from release_server.signin import fetch
 from release_server.signin import provider as provider_module
 from tests import openid_provider
 from tests.certificates import Authority
@@ -592,7 +591,7 @@ def test_a_provider_that_is_slow_holds_four_threads_and_no_more(app, browser, pr
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n{"], ids=["in the head", "in the body"])
 def test_a_provider_that_drips_is_cut_at_the_deadline(make_app, token, monkeypatch, head):
-    monkeypatch.setattr(fetch.Bounded.__init__, "__defaults__", (0.3,))
+    monkeypatch.setattr(provider_module, "LONGEST_S", 0.3)
     with dripping(head) as url:
         browser = Browser(make_app(url))
         assert_unavailable(browser.ask("GET", "/signin"), "took too long")

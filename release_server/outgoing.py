@@ -1,4 +1,4 @@
-"""Talks to the provider over HTTP, bounded in time and size whatever it answers."""
+"""This module asks servers elsewhere over HTTP, bounded in time and size whatever they answer."""
 
 from __future__ import annotations
 
@@ -14,39 +14,53 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from agent_core.clock import boot_s
-from agent_core.errors import UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from requests import Session
 
-LONGEST_S = 6.0
-"""For one answer as a whole; `requests` knows a timeout per read only, so a drip would last for ever."""
+    Refuse = Callable[[str], Exception]
+
 CONNECT_S = 3.0
 MOST_BYTES = 512 * 1024
 """The key sets of the largest providers have some ten thousand bytes."""
 
 
 class Bounded(HTTPAdapter):
-    """Sends over connections that are cut at the deadline, and reads no more than `MOST_BYTES`."""
+    """Sends over connections that are cut at the deadline, and reads no more than `MOST_BYTES`.
 
-    def __init__(self, longest_s: float = LONGEST_S) -> None:
+    Args:
+        refuse: makes what is raised of why; it is the caller's word for a server that serves badly.
+        longest_s: for one answer as a whole; `requests` knows a timeout per read only, so a drip would last
+            for ever.
+        check_peer: looks at the address that a connection was made to, before anything is sent there, and
+            raises OSError when it is not to be talked to: a name may lead anywhere, and elsewhere next time.
+    """
+
+    def __init__(
+        self,
+        refuse: Refuse,
+        longest_s: float,
+        check_peer: Callable[[str], None] | None = None,
+    ) -> None:
+        self.refuse = refuse
         self.longest_s = longest_s
+        self.check_peer = check_peer
         self._open: list[socket.socket] = []
         super().__init__(max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        opened = self._open
+        watch = self._watch
 
         class Plain(HTTPConnection):
             def _new_conn(self) -> socket.socket:
-                return _watched(super()._new_conn(), opened)
+                return watch(super()._new_conn())
 
         class Secure(HTTPSConnection):
             def _new_conn(self) -> socket.socket:
-                return _watched(super()._new_conn(), opened)
+                return watch(super()._new_conn())
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain
@@ -60,8 +74,8 @@ class Bounded(HTTPAdapter):
         """The whole answer, read.
 
         Raises:
-            RequestException: the provider is away, or was cut at the deadline.
-            UnreachableError: it was too slow, or says too much.
+            RequestException: the other server is away, or was cut at the deadline.
+            Exception: of `refuse`: it was too slow, or says too much.
         """
         kwargs |= {"stream": True, "timeout": (min(CONNECT_S, self.longest_s), self.longest_s)}
         ends = boot_s() + self.longest_s
@@ -70,16 +84,16 @@ class Bounded(HTTPAdapter):
         cutter.start()
         try:
             response = super().send(request, *args, **kwargs)
-            response.raw = io.BytesIO(b"".join(_pieces(response)))
+            response.raw = io.BytesIO(b"".join(self._pieces(response)))
         except (RequestException, OSError) as error:
             if boot_s() >= ends:
-                raise unavailable("it took too long to answer") from error
+                raise self.refuse("it took too long to answer") from error
             raise
         finally:
             cutter.cancel()
             self._forget()
         if boot_s() >= ends:  # cut in the middle, which an answer without a length does not show
-            raise unavailable("it took too long to answer")
+            raise self.refuse("it took too long to answer")
         return response
 
     def _cut(self) -> None:
@@ -91,37 +105,32 @@ class Bounded(HTTPAdapter):
         while self._open:
             self._open.pop().close()
 
+    def _watch(self, sock: socket.socket) -> socket.socket:
+        if self.check_peer is not None:
+            try:
+                self.check_peer(sock.getpeername()[0])
+            except OSError:
+                sock.close()
+                raise
+        # A copy, since TLS takes the socket itself over before it has shaken hands.
+        self._open.append(sock.dup())
+        return sock
 
-def _watched(sock: socket.socket, opened: list[socket.socket]) -> socket.socket:
-    # A copy, since TLS takes the socket itself over before it has shaken hands.
-    opened.append(sock.dup())
-    return sock
+    def _pieces(self, response: Response) -> Iterator[bytes]:
+        length = 0
+        while piece := response.raw.read(16_384, decode_content=False):
+            length += len(piece)
+            if length > MOST_BYTES:
+                response.close()
+                raise self.refuse("its answer has no end")
+            yield piece
+        response.close()
 
 
-def _pieces(response: Response) -> Iterator[bytes]:
-    length = 0
-    while piece := response.raw.read(16_384, decode_content=False):
-        length += len(piece)
-        if length > MOST_BYTES:
-            response.close()
-            raise unavailable("its answer has no end")
-        yield piece
-    response.close()
-
-
-def guard(session: Session, ca_file: str | None = None) -> None:
-    """Have a session send by `Bounded` alone, certificates verified; its callers follow no redirect."""
+def guard(session: Session, adapter: Callable[[], HTTPAdapter], ca_file: str | None = None) -> None:
+    """Have a session send by such adapters alone, certificates verified; its callers follow no redirect."""
     session.trust_env = False  # no .netrc, no proxy, no other authorities than the settings name
     session.verify = ca_file or True
     session.headers["Accept-Encoding"] = "identity"
     for scheme in ("http://", "https://"):
-        session.mount(scheme, Bounded())
-
-
-def unavailable(why: str) -> UnreachableError:
-    return UnreachableError(
-        "the provider cannot be asked",
-        why=why,
-        then="try again later; a token works without it",
-        reason="signin-unavailable",
-    )
+        session.mount(scheme, adapter())

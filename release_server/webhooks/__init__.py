@@ -1,0 +1,1 @@
+"""What others are told of rollouts, releases and agents, by signed requests of the jobs process."""
