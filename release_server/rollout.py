@@ -267,7 +267,8 @@ def reconcile(spec: Spec, status: Status, counters: Counters, now: datetime) -> 
 
 def _after_end(spec: Spec, status: Status, counters: Counters, now: datetime) -> Next:
     """Some ends are taken back when asked, and completion is watched for a while; else an end is an end."""
-    if status.state in RETURNABLE and _asks(spec, status, Wanted.ABORT_ROLLBACK):
+    returnable = status.state in RETURNABLE and status.stage_state is not StageState.PENDING
+    if returnable and _asks(spec, status, Wanted.ABORT_ROLLBACK):
         return _abort(spec, status, counters, now)
     if status.watch_until is not None:
         return _watch(_Step(spec, _lapse(status, spec, counters), counters, now))

@@ -67,8 +67,17 @@ class Model:
         if before.stage_state is StageState.HALTED and after.state is State.RUNNING:
             assert self.spec.wanted is Wanted.RESUME
             assert self.spec.revision > self.halted_at, "a wish from before the halt ended it"
-        if after.state in FINISHED or after.state is State.PAUSED:
+        if before.stage_state is StageState.PENDING and after.stage_state is not StageState.PENDING:
+            self.check_may_begin()
+        if after.state in FINISHED or after.state is State.PAUSED or after.stage_state is StageState.PENDING:
             self.check_offers_nothing()
+
+    def check_may_begin(self):
+        """Only what was submitted and approved begins, and not before its time nor in a frozen cohort."""
+        assert not self.spec.approval or self.spec.approved
+        assert self.spec.not_before is None or self.now >= self.spec.not_before
+        assert not self.spec.frozen
+        assert not self.spec.pinned
 
     def check_offers_nothing(self):
         """A stopped rollout gives its release to nobody who has another."""
@@ -94,7 +103,8 @@ EVENTS = st.one_of(
     st.tuples(st.just("ask"), st.sampled_from([Wanted.RUN, Wanted.PAUSE, Wanted.RESUME, Wanted.RESUME])),
     st.tuples(st.just("advance")),
     st.tuples(st.just("end"), st.sampled_from([Wanted.ABORT, Wanted.ABORT_ROLLBACK, Wanted.SUPERSEDE])),
-    st.tuples(st.just("cohort"), st.sampled_from(["pinned", "frozen"]), st.booleans()),
+    st.tuples(st.just("cohort"), st.sampled_from(["pinned", "frozen", "window_open"]), st.booleans()),
+    st.tuples(st.just("approve")),
     st.tuples(st.just("wait"), st.integers(0, 10_000)),
     st.tuples(st.just("figures"), st.sampled_from([(), (Worse("rss", 3, 4),)])),
     st.tuples(st.just("settle")),
@@ -121,6 +131,8 @@ def apply(model, event):
             model.ask(wanted)
         case ("cohort", fact, value):
             model.spec = replace(model.spec, **{fact: value})
+        case ("approve",):
+            model.ask(model.spec.wanted, approved=True)
         case ("wait", seconds):
             model.now += timedelta(seconds=seconds)
         case ("figures", worse):
@@ -129,10 +141,20 @@ def apply(model, event):
             model.settle()
 
 
-@settings(max_examples=250, deadline=None)
-@given(st.lists(EVENTS, max_size=60))
-def test_whatever_happens_halts_hold_progress_grows_and_a_stopped_rollout_offers_nothing(events):
-    model = Model(attempts={f"agent-{number}": None for number in range(8)})
+PLANS = st.fixed_dictionaries(
+    {
+        "approval": st.booleans(),
+        "not_before": st.sampled_from([None, Model.now + timedelta(seconds=5_000)]),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([State.SCHEDULED, State.SCHEDULED, State.DRAFT]), PLANS, st.lists(EVENTS, max_size=60))
+def test_whatever_happens_halts_hold_progress_grows_and_a_stopped_rollout_offers_nothing(state, plan, events):
+    """Drafts, approvals, windows, freezes, pins, wishes and reports in any order, looked at now and then."""
+    model = Model(attempts={f"agent-{number}": None for number in range(8)}, status=Status(state))
+    model.spec = replace(model.spec, **plan)
     for event in events:
         apply(model, event)
     model.settle()
