@@ -12,7 +12,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from agent_core import clock as wall
 from release_server.api import PREFIX, Services, contract, problems
-from release_server.auth import COOKIE
+from release_server.api.access import COOKIE
 from release_server.blobs import Blobs
 from release_server.config import COUNTERS_VARIABLE, Config, data_directory
 from release_server.database import Sessions, make_engine

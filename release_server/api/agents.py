@@ -22,10 +22,10 @@ from agent_core.wire import (
     Report,
 )
 from release_server import agents, auth, enrolment, explain, membership, queries, reports
-from release_server.api import PREFIX, problems, services
+from release_server.api import PREFIX, access, problems, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def enroll() -> dict[str, Any]:
     hub = services()
     now = hub.clock()
     with hub.limits.counting_strangers(request.remote_addr, now):
-        token = auth.bearer()
+        token = access.bearer()
         wanted = EnrollRequest.from_json(_body(request.get_data()))
         with hub.sessions.read() as session:  # who has no token makes no row, not even one that counts
             known = auth.check_token(session, token, now)
@@ -108,7 +108,7 @@ def _proof(body: bytes) -> reports.Signed | reports.Bearer:
     agent_id = request.headers.get(HEADER_AGENT, "")
     signature = request.headers.get(HEADER_SIGNATURE)
     if signature is None:
-        return reports.Bearer(agent_id, auth.bearer())
+        return reports.Bearer(agent_id, access.bearer())
     return reports.Signed(
         agent_id=agent_id,
         method=request.method,

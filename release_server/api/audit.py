@@ -12,8 +12,8 @@ from agent_core.clock import parse_iso
 from agent_core.errors import MalformedError
 from release_server import audit
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 blueprint = APIBlueprint(
     "audit", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="audit")], abp_security=SECURITY

@@ -11,6 +11,7 @@ from flask_openapi3.models.tag import Tag
 from release_server import cohort_view, cohorts
 from release_server import preview as whom
 from release_server.api import PREFIX, editions, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import (
     Because,
     CohortChange,
@@ -25,7 +26,6 @@ from release_server.api.fleet_schemas import (
     render_preview,
 )
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from collections.abc import Callable

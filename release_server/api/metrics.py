@@ -9,7 +9,7 @@ from flask import Blueprint, Response, current_app, request
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from release_server.api import services
-from release_server.auth import requires
+from release_server.api.access import requires
 from release_server.metrics import ROUTE, Metrics, Traffic
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from flask_openapi3.models.tag import Tag
 
 from agent_core.clock import iso
 from release_server.api import PREFIX
-from release_server.auth import requires
+from release_server.api.access import requires
 
 SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"session": []}]
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from release_server import cohort_view, plans
 from release_server.api import PREFIX, editions, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import (
     NAME_FORM,
     VERSION_FORM,
@@ -23,7 +24,6 @@ from release_server.api.fleet_schemas import (
     render_cohort,
 )
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -13,10 +13,10 @@ from agent_core.errors import NotFoundError
 from agent_core.wire import SHA256
 from release_server import proposals, signer
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
 from release_server.api.trust import signed_body
-from release_server.auth import requires
 
 blueprint = APIBlueprint(
     "proposals", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="proposals")], abp_security=SECURITY

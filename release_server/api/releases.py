@@ -15,10 +15,10 @@ from agent_core.wire import NAME
 from keys.roles import TARGETS
 from release_server import acceptance, releases, repository, signer, yanks
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
 from release_server.api.trust import signed_body
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -10,6 +10,7 @@ from flask_openapi3.models.tag import Tag
 
 from release_server import explain, fleet, launch, rehearsal, rollout_view
 from release_server.api import PREFIX, editions, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import (
     Abort,
     Approve,
@@ -21,7 +22,6 @@ from release_server.api.fleet_schemas import (
     render_rollout,
 )
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from collections.abc import Callable

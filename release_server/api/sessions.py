@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 
 from agent_core.clock import iso
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 from release_server.signin import sessions
 
 if TYPE_CHECKING:

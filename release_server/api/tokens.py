@@ -14,9 +14,10 @@ from agent_core.clock import iso
 from agent_core.wire import NAME, Getter
 from release_server import audit, auth, cohorts
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import Label  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
-from release_server.auth import Role, requires
+from release_server.auth import Role  # noqa: TC001 - read when a request comes
 
 if TYPE_CHECKING:
     from release_server.api import Services

@@ -13,8 +13,8 @@ from agent_core.errors import MalformedError
 from keys.roles import ROOT, TARGETS
 from release_server import acceptance, repository, signer
 from release_server.api import PREFIX, problems, services
+from release_server.api.access import requires
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 
 if TYPE_CHECKING:
     from release_server.api import Services

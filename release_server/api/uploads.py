@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from agent_core.errors import MalformedError, NotFoundError
 from agent_core.wire import SHA256
 from release_server.api import PREFIX, problems, services
+from release_server.api.access import requires
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 from release_server.blobs import UploadConflictError
 
 OFFSET = "Upload-Offset"

@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from agent_core.clock import iso
 from release_server.api import PREFIX, services
+from release_server.api.access import requires
 from release_server.api.fleet_schemas import NAME_FORM, Because, Shape
 from release_server.api.people import SECURITY
-from release_server.auth import requires
 from release_server.webhooks import outbox, subscriptions
 from release_server.webhooks.outbox import Kept  # noqa: TC001 - read when a request comes
 from release_server.webhooks.vault import Vault

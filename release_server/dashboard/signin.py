@@ -13,8 +13,8 @@ from flask import Blueprint, Response, redirect, request
 from markupsafe import Markup
 
 from agent_core.errors import NotAllowedError, NotFoundError, RelfleetError, UnreachableError, UsageError
-from release_server import audit, auth
-from release_server.api import problems, services
+from release_server import audit
+from release_server.api import access, problems, services
 from release_server.limits import RATE_LIMITED
 from release_server.signin import sessions
 from release_server.signin.flow import Attempt
@@ -66,7 +66,7 @@ def finish() -> Response:
         claims = provider.redeem(attempt, _code(oidc), now)
     secret = _begin_session(hub, oidc, attempt, claims, now)
     response = cast("Response", redirect(f"{oidc.site}/", 303))
-    response.set_cookie(auth.COOKIE, secret, secure=True, httponly=True, samesite="Strict")
+    response.set_cookie(access.COOKIE, secret, secure=True, httponly=True, samesite="Strict")
     response.delete_cookie(ATTEMPT, secure=True, httponly=True, samesite="Lax")
     return response
 
@@ -76,13 +76,13 @@ def end() -> Response:
     """End the session that asks for it; the cookie is worth nothing from then on, wherever a copy is."""
     hub = services()
     now = hub.clock()
-    person = auth.whoever(hub, now)
+    person = access.whoever(hub, now)
     if not person.session_id:
         raise UsageError("this is a token, not a session", then=f"release token revoke {person.token_id}")
     with hub.sessions.write() as session:
         sessions.end(session, now, person.session_id, person.name)
     response = Response(status=204)
-    response.delete_cookie(auth.COOKIE, secure=True, httponly=True, samesite="Strict")
+    response.delete_cookie(access.COOKIE, secure=True, httponly=True, samesite="Strict")
     return response
 
 

@@ -270,7 +270,7 @@ def tokens(raw: bytes) -> None:
     from flask import Flask
 
     from release_server import auth
-    from release_server.api import agents
+    from release_server.api import access, agents
 
     text = raw.decode("latin-1")
     names = ("HTTP_AUTHORIZATION", "HTTP_RELFLEET_AGENT", "HTTP_RELFLEET_SIGNATURE", "HTTP_RELFLEET_COUNTER")
@@ -278,7 +278,7 @@ def tokens(raw: bytes) -> None:
     with Flask("fuzz").test_request_context("/", environ_overrides=said), suppress(RelfleetError):
         proof = agents._proof(b"")
         assert not isinstance(proof, Signed) or 0 <= proof.counter <= agents.MOST_COUNTER
-        assert len(auth.hash_token(auth.bearer())) == 64
+        assert len(auth.hash_token(access.bearer())) == 64
 
 
 def server_settings(raw: bytes) -> None:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from agent_core.errors import NotAllowedError, NotFoundError, UsageError
 from release_server import auth
+from release_server.api import access
 from release_server.auth import Person, Role
 from release_server.models import AuditEntry, Token
 
@@ -135,7 +136,7 @@ def guarded(app):
     """A view for operators only."""
 
     @app.get("/guarded")
-    @auth.requires("operator")
+    @access.requires("operator")
     def show():
         return {"name": g.person.name}
 

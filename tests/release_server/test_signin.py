@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import select
 
 from agent_core.clock import iso
-from release_server import auth
+from release_server.api import access
 from release_server.app import create_app
 from release_server.models import AuditEntry, PersonSession
 from release_server.signin import provider as provider_module
@@ -129,8 +129,8 @@ def test_a_person_signs_in_sees_the_fleet_and_signs_out(browser, deeds):
     assert browser.ask("GET", "/api/v1/agents").status_code == 200
     cookies = {line.split("=")[0]: line for line in answer.headers.getlist("Set-Cookie")}
     for wanted in ("Secure", "HttpOnly", "SameSite=Strict", "Path=/"):
-        assert wanted in cookies[auth.COOKIE]
-    assert "Domain" not in cookies[auth.COOKIE]
+        assert wanted in cookies[access.COOKIE]
+    assert "Domain" not in cookies[access.COOKIE]
     assert "Max-Age=0" in cookies[ATTEMPT]
     assert browser.ask("POST", "/signout").status_code == 204
     assert_nobody(browser)
@@ -159,7 +159,7 @@ def test_each_sign_in_has_a_session_of_its_own(browser):
     secrets = set()
     for _ in range(2):
         browser.sign_in()
-        secrets.add(browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value)
+        secrets.add(browser.client.get_cookie(access.COOKIE, domain="fleet.example.org").value)
     assert len(secrets) == 2
     assert all(len(secret.removeprefix("rfs_")) == 43 for secret in secrets)
 
@@ -341,11 +341,11 @@ def test_guesses_are_limited_before_the_provider_is_asked(app, browser, provider
 
 def test_what_the_rules_say_now_counts_for_sessions_that_began_before(make_app, browser, provider, clock):
     browser.sign_in()
-    secret = browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value
+    secret = browser.client.get_cookie(access.COOKIE, domain="fleet.example.org").value
 
     def later(**changed):
         there = Browser(make_app(changed.pop("issuer", provider.issuer), **changed))
-        there.client.set_cookie(auth.COOKIE, secret, domain="fleet.example.org")
+        there.client.set_cookie(access.COOKIE, secret, domain="fleet.example.org")
         answer = there.who()
         return answer.json.get("role") or answer.json["reason"]
 
@@ -426,13 +426,13 @@ def test_the_commands_show_who_is_in_and_end_it(browser, app, token, tmp_path, m
 
 def test_nothing_in_the_database_is_a_session(browser, sessions):
     browser.sign_in()
-    secret = browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value
+    secret = browser.client.get_cookie(access.COOKIE, domain="fleet.example.org").value
     with sessions.read() as session:
         row = session.scalars(select(PersonSession)).one()
         found = [str(value) for name, value in vars(row).items() if not name.startswith("_")]
     assert not [text for text in found if secret in text]
     for text in found:
-        browser.client.set_cookie(auth.COOKIE, text, domain="fleet.example.org")
+        browser.client.set_cookie(access.COOKIE, text, domain="fleet.example.org")
         assert browser.who().status_code == 401
         browser.client.set_cookie(ATTEMPT, text, domain="fleet.example.org")
         assert browser.ask("GET", "/signin/callback?code=x&state=y").status_code == 403
@@ -622,7 +622,7 @@ def test_without_a_provider_there_is_nothing_to_sign_in_with(make_app, token):
     assert browser.ask("GET", "/signin").status_code == 404
     assert browser.ask("GET", "/signin/callback?code=x&state=y").status_code == 404
     assert browser.ask("GET", "/api/v1/signin").json == {"provider": None}
-    browser.client.set_cookie(auth.COOKIE, "rfs_guess", domain="fleet.example.org")
+    browser.client.set_cookie(access.COOKIE, "rfs_guess", domain="fleet.example.org")
     assert browser.who().json["reason"] == "session-unknown"
     assert_tokens_work(browser, token)
 
@@ -636,7 +636,7 @@ def test_no_secret_of_a_sign_in_is_logged(browser, provider, caplog):
     back = browser.go()
     attempt = browser.client.get_cookie(ATTEMPT, domain="fleet.example.org").value
     browser.come_back(back)
-    secret = browser.client.get_cookie(auth.COOKIE, domain="fleet.example.org").value
+    secret = browser.client.get_cookie(access.COOKIE, domain="fleet.example.org").value
     provider.spoil = by_secret
     assert browser.come_back(browser.go()).status_code == 403
     assert "cannot be used (UnsupportedAlgorithmError) (signin-token)" in caplog.text
