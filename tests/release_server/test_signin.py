@@ -125,7 +125,8 @@ def assert_nobody(browser):
 
 def test_a_person_signs_in_sees_the_fleet_and_signs_out(browser, deeds):
     answer = browser.sign_in()
-    assert browser.who().json == {"name": "ada@example.org", "role": "operator"}
+    who = browser.who().json
+    assert (who["name"], who["role"], who["product"]) == ("ada@example.org", "operator", None)
     assert browser.ask("GET", "/api/v1/agents").status_code == 200
     cookies = {line.split("=")[0]: line for line in answer.headers.getlist("Set-Cookie")}
     for wanted in ("Secure", "HttpOnly", "SameSite=Strict", "Path=/"):
