@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent_core import console
-from agent_core.errors import ConflictError, Exit, NotFoundError, UnreachableError
+from agent_core.errors import ConflictError, NotFoundError
 from release_server.config import FILE, TABLE, Config, first_file
 from release_server.database_commands import db
 from release_server.options import data_option
@@ -18,11 +18,6 @@ from release_server.signing.cli import signer as signer_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
-
-    from sqlalchemy import Engine
-    from sqlalchemy.orm import Session
-
-    from release_server.repository import Lifetime
 
 
 def listen_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -286,184 +281,16 @@ def export_trust(data: Path, output: Path | None) -> None:
 
 # --- doctor ----------------------------------------------------------------------------------------------
 
-LEAST_FREE = 512 * 2**20
-OK, NOTE, BAD = "ok", "note", "bad"
-
 
 @cli.command()
 @data_option
 def doctor(data: Path) -> int:
     """Look at everything the server needs; each check is fine, or says what to do."""
-    config = Config.load(data)
-    findings = examine(config)
-    console.emit(findings, lambda: "\n".join(_line(finding) for finding in findings))
-    return Exit.FAILED if any(finding["state"] == BAD for finding in findings) else Exit.DONE
+    from release_server import doctor as examiner
 
-
-def _line(finding: dict[str, str]) -> str:
-    text = f"{finding['state']:<5} {finding['check']:<12} {finding['detail']}"
-    return text + (f"\n{'':<19}next: {finding['then']}" if finding["then"] else "")
-
-
-def examine(config: Config) -> list[dict[str, str]]:
-    """All findings, `{check, state: ok|note|bad, detail, then}`; a check that itself fails is a finding."""
-    from release_server.database import make_engine
-
-    engine = make_engine(config.database_url)
-    checks: list[tuple[str, Callable[[Config, Engine], list[dict[str, str]]]]] = [
-        ("permissions", _examine_permissions),
-        ("disk", _examine_disk),
-        ("keys", _examine_keys),
-        ("signer", _examine_signer),
-        ("database", _examine_schema),
-        ("metadata", _examine_expiries),
-        ("jobs", _examine_lease),
-        ("retention", _examine_retention),
-    ]
-    findings = []
-    try:
-        for name, check in checks:
-            try:
-                findings += check(config, engine)
-            except Exception as error:  # noqa: BLE001 - whatever keeps a check from running is what it found
-                findings.append(_finding(name, BAD, str(error).splitlines()[0], "read the server's log"))
-    finally:
-        engine.dispose()
-    return findings
-
-
-def _finding(check: str, state: str, detail: str, then: str = "") -> dict[str, str]:
-    return {"check": check, "state": state, "detail": detail, "then": then}
-
-
-def _examine_permissions(config: Config, _engine: Engine) -> list[dict[str, str]]:
-    open_to_others = [
-        place for place in (config.data, config.keys) if place.exists() and place.stat().st_mode & 0o077
-    ]
-    if open_to_others:
-        return [
-            _finding(
-                "permissions",
-                BAD,
-                f"others can open {open_to_others[0]}",
-                f"chmod 700 {open_to_others[0]}",
-            )
-        ]
-    token = config.data / "admin.token"
-    if token.exists():
-        then = "keep the token elsewhere, then delete the file"
-        return [_finding("permissions", NOTE, "the first admin token still lies in admin.token", then)]
-    return [_finding("permissions", OK, "only the owner can open the data directory")]
-
-
-def _examine_disk(config: Config, _engine: Engine) -> list[dict[str, str]]:
-    import shutil
-
-    free = shutil.disk_usage(config.data).free
-    text = f"{free / 2**30:.1f} GiB free"
-    if free < LEAST_FREE:
-        return [_finding("disk", BAD, text, "make room: uploads and the database need it")]
-    return [_finding("disk", OK, text)]
-
-
-def _examine_keys(config: Config, _engine: Engine) -> list[dict[str, str]]:
-    from release_server import signer
-
-    public = signer.read_public(config.trust)
-    if not config.has_own_signer:
-        return [_finding("keys", OK, "they are with a signer of its own user")]
-    halves = signer.public_halves(config.keys)
-    for role in signer.ONLINE:
-        if getattr(halves, role) != getattr(public, role):
-            then = "restore both from one backup"
-            return [_finding("keys", BAD, f"the {role} key is not the one in trust/online.json", then)]
-    return [_finding("keys", OK, f"{', '.join(signer.ONLINE)}: private, and as published")]
-
-
-def _examine_signer(config: Config, _engine: Engine) -> list[dict[str, str]]:
-    from release_server import signer
-    from release_server.signing.client import over_socket
-
-    try:
-        known = over_socket(config.signer_socket).known()
-    except UnreachableError as error:
-        state, then = (NOTE, "release-server run") if config.has_own_signer else (BAD, "start the signer")
-        return [_finding("signer", state, f"nothing is signed: {error.why}", then)]
-    if known.keys != signer.read_public(config.trust):
-        return [_finding("signer", BAD, "its keys are not those in trust/online.json", "restore both")]
-    return [_finding("signer", OK, f"it answers; its log has {known.entries} entries")]
-
-
-def _examine_schema(_config: Config, engine: Engine) -> list[dict[str, str]]:
-    from release_server.database import current_revision, newest_revision
-
-    found, wanted = current_revision(engine), newest_revision()
-    if found != wanted:
-        then = "release-server db upgrade"
-        return [_finding("database", BAD, f"its schema is {found or 'empty'}, wanted is {wanted}", then)]
-    return [_finding("database", OK, f"it answers; its schema is {found}")]
-
-
-def _examine_expiries(_config: Config, engine: Engine) -> list[dict[str, str]]:
-    from agent_core.clock import now
-    from release_server import repository
-
-    with _session(engine) as session:
-        found = repository.lifetimes(session, now())
-    if not any(lifetime.role == "root" for lifetime in found):
-        then = "release key gen"
-        return [_finding("metadata", NOTE, "there is no root yet, so no agent can be told anything", then)]
-    return [_examine_lifetime(lifetime) for lifetime in found]
-
-
-RENEWAL = {
-    "root": "release key rotate, where the root keys are",
-    "targets": "release renew, where the release keys are",
-}
-"""What people type to make a role last longer; the others the jobs process signs."""
-
-
-def _examine_lifetime(lifetime: Lifetime) -> dict[str, str]:
-    from agent_core.clock import iso
-
-    then = RENEWAL.get(lifetime.role, "look at the jobs process: it signs this by itself")
-    until = iso(lifetime.expires_at)
-    days, hours = lifetime.left.days, int(lifetime.left.total_seconds()) // 3600
-    left = f"{days} days" if days > 1 else f"{hours} h"
-    if lifetime.is_expired:
-        return _finding(lifetime.role, BAD, f"expired at {until}: agents take nothing new", then)
-    if lifetime.is_due:
-        return _finding(lifetime.role, NOTE, f"expires in {left}, at {until}", then)
-    return _finding(lifetime.role, OK, f"good for {left}, until {until}")
-
-
-def _examine_lease(_config: Config, engine: Engine) -> list[dict[str, str]]:
-    from agent_core.clock import iso, now
-    from release_server.jobs import LEASE
-    from release_server.models import Lease
-
-    with _session(engine) as session:
-        lease = session.get(Lease, LEASE)
-    if lease is None or lease.until <= now():
-        then = "release-server run, or release-server worker"
-        return [_finding("jobs", NOTE, "no jobs process is running", then)]
-    return [_finding("jobs", OK, f"{lease.holder} works, its lease ends {iso(lease.until)}")]
-
-
-def _examine_retention(config: Config, engine: Engine) -> list[dict[str, str]]:
-    from agent_core.clock import now
-    from release_server.retention.pruner import standing
-
-    with _session(engine) as session:
-        found = standing(session, config.retention, now())
-    then = "look at the log of the jobs process: old records stay" if found.behind else ""
-    return [_finding("retention", NOTE if found.behind else OK, str(found), then)]
-
-
-def _session(engine: Engine) -> Session:
-    from sqlalchemy.orm import Session
-
-    return Session(engine)
+    findings = examiner.examine(Config.load(data))
+    console.emit(findings, lambda: "\n".join(map(examiner.line, findings)))
+    return examiner.exit_code(findings)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ class Authority:
         self.file = directory / f"{name}.pem"
         self.file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """The certificate's file and the key's."""
+    def issue(
+        self, name: str, *, since: timedelta = timedelta(hours=1), left: timedelta = timedelta(hours=1)
+    ) -> tuple[Path, Path]:
+        """The certificate's file and the key's; it holds for as long as is left."""
         key = ec.generate_private_key(ec.SECP256R1())
-        made = _certificate(name, key, self.certificate.subject, self.key)
+        made = _certificate(name, key, self.certificate.subject, self.key, since=since, left=left)
         files = (self.directory / f"{name}.pem", self.directory / f"{name}.key")
         files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
         files[1].write_bytes(pem(key))
@@ -48,6 +50,9 @@ def _certificate(
     key: ec.EllipticCurvePrivateKey,
     issuer: x509.Name | None = None,
     issuer_key: ec.EllipticCurvePrivateKey | None = None,
+    *,
+    since: timedelta = timedelta(hours=1),
+    left: timedelta = timedelta(hours=1),
 ) -> x509.Certificate:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = clock.now()
@@ -58,8 +63,8 @@ def _certificate(
         .issuer_name(issuer or subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
+        .not_valid_before(now - since)
+        .not_valid_after(now + left)
         .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(

@@ -9,8 +9,9 @@ import pytest
 from agent_core.errors import Exit
 from keys.roles import ROLES
 from release_server import acceptance, repository
-from release_server.cli import _examine_lifetime, main
+from release_server.cli import main
 from release_server.database import newest_revision
+from release_server.doctor import examine_lifetime
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def made(tmp_path, monkeypatch):
     """A directory that `init` made."""
     monkeypatch.delenv("RELFLEET_SERVER_DATA", raising=False)
     directory = tmp_path / "made"
-    assert main(["init", "--data", str(directory), "--url", "https://updates.example", "--port", "0"]) == 0
+    assert main(["init", "--data", str(directory), "--url", "https://127.0.0.1:9", "--port", "0"]) == 0
     return directory
 
 
@@ -99,7 +100,7 @@ def test_config_show_says_where_each_value_came_from(made, call, monkeypatch):
     found = {row["name"]: (row["value"], row["from"]) for row in rows}
     assert code == 0
     assert found["server.workers"] == (7, "environment RELFLEET_SERVER_WORKERS")
-    assert found["server.url"] == ("https://updates.example", str(made / "server.toml"))
+    assert found["server.url"] == ("https://127.0.0.1:9", str(made / "server.toml"))
     assert found["jobs.tick_s"] == (1.0, "default")
 
 
@@ -142,9 +143,9 @@ def states(findings):
     return {finding["check"]: finding["state"] for finding in findings}
 
 
-def test_doctor_finds_a_fresh_server_well_and_says_what_comes_next(made, call):
+def test_doctor_finds_a_fresh_server_well_but_down_and_says_what_comes_next(made, call):
     code, findings = call("doctor", "--data", str(made))
-    assert code == 0
+    assert code == Exit.UNREACHABLE
     assert states(findings) == {
         "permissions": "note",
         "disk": "ok",
@@ -154,8 +155,10 @@ def test_doctor_finds_a_fresh_server_well_and_says_what_comes_next(made, call):
         "metadata": "note",
         "jobs": "note",
         "retention": "ok",
+        "web": "bad",
+        "certificate": "note",
     }
-    assert all(finding["then"] for finding in findings if finding["state"] == "note")
+    assert all(finding["then"] for finding in findings if finding["state"] != "ok")
 
 
 def expose_directory(made):
@@ -221,7 +224,7 @@ def test_doctor_warns_before_a_role_expires_and_says_what_to_type(
         with sessions.read() as session:
             now = found[role].expires_at - left
             lifetime = next(each for each in repository.lifetimes(session, now) if each.role == role)
-        finding = _examine_lifetime(lifetime)
+        finding = examine_lifetime(lifetime)
         assert finding["state"] == state
         assert bool(finding["then"]) is (state != "ok")
 
@@ -233,7 +236,7 @@ def test_doctor_counts_the_hours_of_the_last_two_days_whole(sessions, trusted, a
         (root,) = (each for each in repository.lifetimes(session, clock()) if each.role == "root")
         then = root.expires_at - timedelta(days=1, hours=5)
         (root,) = (each for each in repository.lifetimes(session, then) if each.role == "root")
-    assert _examine_lifetime(root)["detail"].startswith("expires in 29 h,")
+    assert examine_lifetime(root)["detail"].startswith("expires in 29 h,")
 
 
 def test_a_backup_is_restored_by_the_command_once_it_is_said_what_agents_have_seen(made, call, tmp_path):

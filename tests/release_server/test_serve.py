@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent_core.errors import RelfleetError
+from agent_core.errors import Exit, RelfleetError
 from release_server import serve
 from release_server.cli import main
 
@@ -145,13 +145,14 @@ def test_no_path_leads_out_over_the_real_web_server(running, path):
 
 
 def test_a_jobs_process_works_beside_it(running, capsys):
-    def lease_is_held():
+    def is_well():
+        """By doctor: jobs process, signer and web server are there, and nothing is bad."""
         capsys.readouterr()
-        main(["doctor", "--data", str(running.data), "--json"])
-        findings = json.loads(capsys.readouterr().out)
-        return [finding["state"] for finding in findings if finding["check"] == "jobs"] == ["ok"]
+        code = main(["doctor", "--data", str(running.data), "--json"])
+        found = {finding["check"]: finding["state"] for finding in json.loads(capsys.readouterr().out)}
+        return (code, found["jobs"], found["signer"], found["web"]) == (Exit.DONE, "ok", "ok", "ok")
 
-    wait_for("the lease being taken", lease_is_held)
+    wait_for("the lease being taken", is_well)
 
 
 @pytest.mark.parametrize("command", ["signer", "worker", "web"])
