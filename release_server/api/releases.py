@@ -13,7 +13,7 @@ from agent_core.clock import iso
 from agent_core.errors import NotFoundError
 from agent_core.wire import NAME
 from keys.roles import TARGETS
-from release_server import acceptance, releases, repository, signer, yanks
+from release_server import acceptance, comparison, releases, repository, signer, yanks
 from release_server.api import PREFIX, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
@@ -38,6 +38,14 @@ class NewProduct(BaseModel):
 class ReleaseQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
     product: str | None = Field(None, max_length=64)
+
+
+class CompareQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    product: str = Field(max_length=64)
+    a: str = Field(max_length=64)
+    b: str = Field(max_length=64)
+    by: comparison.By | None = None
 
 
 class ReleasePath(BaseModel):
@@ -107,6 +115,14 @@ def show_release(path: ReleasePath) -> dict[str, Any]:
     """One release, and who has to do with it now."""
     with services().sessions.read() as session:
         return _show(session, releases.get_release(session, path.product, path.version))
+
+
+@blueprint.get("/compare")
+@requires("reader")
+def compare(query: CompareQuery) -> dict[str, Any]:
+    """Two releases, or two cohorts, side by side: agents, failures and health figures."""
+    with services().sessions.read() as session:
+        return comparison.compare(session, query.product, (query.a, query.b), query.by)
 
 
 def _show(session: Session, release: Release) -> dict[str, Any]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "export": (f"{HERE}.export:export", "Put a release into a file, for hosts out of reach."),
     "list": (f"{HERE}.release:list_releases", "List releases, and what waits for signatures."),
     "show": (f"{HERE}.release:show", "Show one release and its bundles."),
+    "compare": (f"{HERE}.compare:compare", "Hold two releases or two cohorts against each other."),
     "promote": (f"{HERE}.promote:promote", "Take what one cohort completed to the next."),
     "cohort": (f"{HERE}.cohort:cohort", "Name sets of agents and say what holds them."),
     "rollout": (f"{HERE}.rollout:rollout", "Take a release through a cohort, step by step."),
