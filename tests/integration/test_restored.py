@@ -65,8 +65,8 @@ def test_an_agent_goes_on_with_a_restored_server_and_takes_its_next_release(worl
     assert {"targets", "snapshot", "timestamp"} <= said["taken_over"].keys()
     world.start_server()
 
-    # It is believed. What it leads to is what the cohort was on when the backup was made, for the rollout that
-    # came after is lost; no host goes back to that unless somebody says so.
+    # It is believed. What it leads to is what the cohort was on when the backup was made, for the rollout
+    # that came after is lost; no host goes back to that unless somebody says so.
     until("the device to verify what is newer", lambda: versions_on(host)["timestamp"] > seen["timestamp"])
     assert all(versions_on(host)[role] >= version for role, version in seen.items())
     host.await_look("older")
