@@ -520,16 +520,22 @@ class Live:
     Args:
         load: reads all layers; raises SettingsError.
         apply: called with settings that differ from the last ones.
+        current: those in force so far; loaded when not given.
 
     Attributes:
         current: the settings in force.
         problem: why the files are not in force, for the status; empty when they are.
     """
 
-    def __init__(self, load: Callable[[], AgentSettings], apply: Callable[[AgentSettings], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], AgentSettings],
+        apply: Callable[[AgentSettings], None],
+        current: AgentSettings | None = None,
+    ) -> None:
         self._load = load
         self._apply = apply
-        self.current = load()
+        self.current = current or load()
         self.problem = ""
 
     def reload(self) -> None:

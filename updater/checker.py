@@ -27,11 +27,10 @@ def serve(root: Path) -> int:
     while line := _next_line(IDLE_S):
         verb, _, rest = line.partition(" ")
         try:
-            device = Device.load(root)
             if verb == "check":
-                answer(_check(device))
+                answer(_check(Device.load(root)))
             else:
-                answer(_report(device, rest))
+                answer(_report(Device.load_anyway(root), rest))
         except (RelfleetError, OSError, ValueError) as error:
             answer({"problem": str(error)})
     return Exit.DONE
@@ -40,7 +39,7 @@ def serve(root: Path) -> int:
 def report_once(root: Path) -> int:
     """Report under the host's key, while the checker is busy; the figures come on stdin."""
     _log_to_stderr()
-    answer(_report(Device.load(root), sys.stdin.buffer.read(MOST_LINE).decode()))
+    answer(_report(Device.load_anyway(root), sys.stdin.buffer.read(MOST_LINE).decode()))
     return Exit.DONE
 
 

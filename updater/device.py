@@ -17,6 +17,7 @@ from agent_core.layout import Layout
 from agent_core.settings import AgentSettings, load_agent
 from agent_core.wire import Directive, Getter, Reason, ReleaseFacts
 from updater import identity as identities
+from updater import last_good
 from updater.decide import Action, Hold, Running
 
 if TYPE_CHECKING:
@@ -126,6 +127,16 @@ class Device:
         """
         layout = Layout(root)
         return cls(layout, load_agent(layout), identities.load(layout))
+
+    @classmethod
+    def load_anyway(cls, root: Path) -> Self:
+        """The same, whatever stands in the settings files: for what has to go on, and installs nothing.
+
+        Raises:
+            NotFoundError, MalformedError, DiskError: as of `load`.
+        """
+        layout = Layout(root)
+        return cls(layout, last_good.load(layout), identities.load(layout))
 
     @property
     def server(self) -> str:

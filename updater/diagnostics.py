@@ -26,7 +26,7 @@ from agent_core.bundle import INDEX_NAME, Index, host_platforms
 from agent_core.errors import RelfleetError
 from agent_core.layout import Layout, read_json, write_durable
 from agent_core.settings import load_agent
-from updater import doctor, known, launchers
+from updater import doctor, known, last_good, launchers
 from updater.commands.status import look, told
 from updater.commands.why import explained
 
@@ -104,7 +104,8 @@ def secrets_of(layout: Layout) -> set[str]:
     """Every secret this host has, as far as it can be read: key, session, proxies, the environment's."""
     found: set[str] = set()
     keys = (layout.key, layout.next_key)
-    for path in (*keys, layout.state / "session.json", layout.settings, *_pieces(layout)):
+    notes = (layout.state / "session.json", last_good.note(layout))
+    for path in (*keys, *notes, layout.settings, *_pieces(layout)):
         try:
             text = disk.read_file(path).decode("utf-8", "replace")
         except OSError:

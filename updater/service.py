@@ -30,7 +30,7 @@ from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from agent_core.workload import BoundedLog, Place, Workload
 from updater import attempt as attempts
-from updater import checker, control, poll, report, stage
+from updater import checker, control, last_good, poll, report, stage
 from updater import identity as identities
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
@@ -62,7 +62,7 @@ def serve(root: Path) -> int:
     Raises:
         RelfleetError: it cannot even start; the launcher counts that as a boot.
     """
-    device = Device.load(root)
+    device = Device.load_anyway(root)
     _log_to(device.settings)
     version_dir = Path(__file__).resolve().parents[2]
     index = Index.from_bytes((version_dir / INDEX_NAME).read_bytes())
@@ -111,7 +111,8 @@ class Service:
         self._forced = self.in_trial or news
         self._polls = self.runtime.repeat("poll", self._poll, first_s=self._first_poll_s(news=news))
         self._reports = self.runtime.repeat("report", self._heartbeat, first_s=poll.report_s(device))
-        self._live = Live(lambda: load_agent(device.layout), self._apply)
+        self._live = Live(lambda: load_agent(device.layout), self._apply, device.settings)
+        self._read_settings()
         self._watcher = Watcher(
             [device.layout.settings, device.layout.settings_dir],
             lambda: self.runtime.call_soon(self._reload_settings),
@@ -463,8 +464,13 @@ class Service:
             except (slots.IllegalTransitionError, OSError) as error:
                 log.warning("boot not given back", extra={"why": str(error)})
 
-    def _reload_settings(self) -> None:
+    def _read_settings(self) -> None:
         self._live.reload()
+        if not self._live.problem:
+            last_good.keep(self.device.layout, self._live.current)
+
+    def _reload_settings(self) -> None:
+        self._read_settings()
         self._show()  # a file that cannot be used shows at once, not with the next poll that finds something
 
     def _apply(self, settings: AgentSettings) -> None:

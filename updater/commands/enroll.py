@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from agent_core import console, secret_file
+from agent_core import console, secret_file, slots
 from agent_core.errors import Exit, UsageError
 from agent_core.layout import Layout
 from updater import install
@@ -117,5 +117,7 @@ def run(root: Path, supervise: bool) -> int:
     """Run the agent; installs the first version if there is none."""
     # The first process of a container gets no signal that it did not ask for. The launcher asks for its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.DONE))
-    install.wait_for_first_version(Device.load(root), progress=console.progress_line("download"))
+    device = Device.load_anyway(root)
+    if slots.recover(device.layout.root) is None:
+        install.wait_for_first_version(Device.load(root), progress=console.progress_line("download"))
     return install.exec_launcher(Layout(root), supervise=supervise)

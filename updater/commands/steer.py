@@ -32,7 +32,7 @@ def rollback(root: Path, version: str | None) -> None:
     With --to, any version that is whole on this host, did not fail here, and is allowed by the release keys.
     In a trial it goes back to the good version.
     """
-    device = Device.load(root)
+    device = Device.load_anyway(root)
     record = slots.read(root)
     if record is None:
         raise NotFoundError(
@@ -117,7 +117,7 @@ def _check_allowed(device: Device, record: slots.Record, name: str) -> None:
 @root_option
 def retry(root: Path) -> None:
     """Let bundles that failed here be tried once more."""
-    device = Device.load(root)
+    device = Device.load_anyway(root)
     after = ask(device, control.Request(control.RETRY), lambda now: not now.skip)
     console.emit({"good": after.good, "skipped": []}, text="nothing is skipped any more")
 
@@ -128,7 +128,7 @@ def retry(root: Path) -> None:
 @click.option("--reason", default="", help="For whoever finds this host held.")
 def hold(root: Path, until: str | None, reason: str) -> None:
     """Take nothing new. A rollback still works."""
-    device = Device.load(root)
+    device = Device.load_anyway(root)
     moment = _moment(until) if until is not None else None
     reason = reason or f"by {os.environ.get('USER', 'an operator')}"
     device.set_hold(Hold(moment, reason))
@@ -159,7 +159,7 @@ def _moment(text: str) -> datetime:
 @root_option
 def unhold(root: Path) -> None:
     """End a hold."""
-    device = Device.load(root)
+    device = Device.load_anyway(root)
     disk.remove(device.layout.hold)
     control.wake(device.layout)
     console.emit({"held": False}, text="not held")

@@ -1,0 +1,41 @@
+"""A host whose settings are broken: real programs, started anew as after a reboot."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from agent_core.settings import load_agent
+from tests.crash.rig import GOOD, NEW, Rig
+from updater import control, last_good
+
+
+@pytest.fixture(scope="module")
+def rig():
+    with Rig() as made:
+        made.installed(made.home / "installed")
+        yield made
+
+
+def comes(claim):
+    until_s = time.monotonic() + 40
+    while not (found := claim()) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    return found
+
+
+def test_a_slip_in_the_settings_keeps_the_product_running_and_new_versions_away_until_it_is_mended(rig):
+    host = rig.copy(rig.home / "installed", rig.home / "host")
+    assert host.settle(GOOD) == ""
+    host.lead_to(NEW)
+    last_good.keep(host.layout, load_agent(host.layout))
+    good = host.layout.settings.read_text()
+    host.layout.settings.write_text(f"{good}\n[moon]\nphase = 1\n")
+    with host.running():
+        assert comes(lambda: host.rests_on(GOOD))
+        assert comes(lambda: "moon" in control.read_status(host.layout)["poll"])
+        status = control.read_status(host.layout)
+        assert ("moon" in status["settings"], status["workload_pid"] is not None) == (True, True)
+        host.layout.settings.write_text(good)
+        assert comes(lambda: host.rests_on(NEW))
