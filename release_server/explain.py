@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, func, not_, select
-from tuf.api.metadata import Targets
+from tuf.api.metadata import Metadata, Targets
 
 from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason, Window
 from release_server import agents, census, cohorts, fleet, leases, repository, rollout_view, rollout_why, why
@@ -139,10 +140,18 @@ def _releases(session: Session, agent: Agent, directive: Directive | None) -> di
 def policy_of(session: Session, product: str) -> Policy:
     """The floor and what is revoked, by the newest signed targets."""
     row = repository.newest(session, Targets.type)
-    if row is None:
-        return Policy()
-    found = repository.read(row, Targets).signed.targets.get(f"policy/{product}.json")
-    return Policy.from_json(found.custom) if found is not None and found.custom else Policy()
+    return Policy() if row is None else policies(row.body).get(f"policy/{product}.json", Policy())
+
+
+@lru_cache(maxsize=2)
+def policies(body: bytes) -> dict[str, Policy]:
+    """The policies in signed targets, by path. Reading these takes longer than all the rest of a `why`."""
+    targets = Metadata[Targets].from_bytes(body).signed.targets
+    return {
+        path: Policy.from_json(found.custom)
+        for path, found in targets.items()
+        if path.startswith("policy/") and found.custom
+    }
 
 
 def _best(release: Release | None, platform: str) -> why.Bundle | None:

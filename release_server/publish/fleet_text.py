@@ -68,8 +68,9 @@ def shown(name: str, value: Any) -> str:
 
 
 def _most(lease: Mapping[str, Any]) -> str:
-    share = lease.get("share_bp")
-    return f"{share / 100:g}%" if share is not None else str(lease.get("limit"))
+    limit, share = lease.get("limit"), lease.get("share_bp")
+    said = [None if limit is None else str(limit), None if share is None else f"{share / 100:g}%"]
+    return ",".join(filter(None, said))
 
 
 def _quoted(text: str) -> str:

@@ -190,14 +190,20 @@ def window(text: str) -> dict[str, Any] | str:
 
 
 def lease(text: str) -> dict[str, Any] | str:
-    """Read `site=2`, `rack=10%`, or `none`: how many of one failure domain may be at it at once."""
+    """Read `site=2`, `rack=10%`, `site=2,10%` (the smaller of both), or `none`.
+
+    It is how many of one failure domain may be at it at once.
+    """
     if text.strip() == NONE:
         return NONE
     scope, equals, most = text.partition("=")
-    size = amount(most) if equals else Amount()
-    if not equals or not LABEL_KEY.fullmatch(scope.strip()) or 0 in (size.count, size.share_bp):
-        raise ValueError(f"{text!r} is not a lease such as site=2 or rack=10%")
-    return {"scope": scope.strip(), **given(limit=size.count, share_bp=size.share_bp)}
+    sizes = [amount(part) for part in most.split(",")] if equals else []
+    said: dict[str, int] = {}
+    for size in sizes:
+        said |= given(limit=size.count, share_bp=size.share_bp)
+    if not LABEL_KEY.fullmatch(scope.strip()) or not said or len(said) < len(sizes) or 0 in said.values():
+        raise ValueError(f"{text!r} is not a lease such as site=2, rack=10% or site=2,10%")
+    return {"scope": scope.strip(), **said}
 
 
 def match(text: str) -> str:

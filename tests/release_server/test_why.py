@@ -8,12 +8,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from agent_core.directive import bucket
 from agent_core.wire import PROGRESS_FULL, Directive, Mode, Policy, Reason, ReleaseFacts, Window
-from release_server import why
+from release_server import explain, why
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.freezes import Freeze
+from release_server.models import MetadataFile
 from release_server.rollout import State
 from release_server.stages import Stage
 from updater import decide as device
@@ -264,3 +266,22 @@ def test_a_download_that_failed_blocks_without_being_called_skipped():
         if link.code == "failed"
     ]
     assert (link.ok, link.says) == (False, None)
+
+
+def signed(floor):
+    """Targets that hold a policy, as they lie in the table; nobody looks at signatures any more there."""
+    targets = Targets(expires=NOW + timedelta(days=9))
+    held = TargetFile.from_data("policy/demo.json", b"{}", ["sha256"])
+    held.unrecognized_fields["custom"] = Policy(floor).to_json()
+    targets.targets["policy/demo.json"] = held
+    return Metadata(targets).to_bytes()
+
+
+def test_the_policy_is_that_of_the_newest_targets_also_when_others_were_just_read(sessions):
+    for version, floor in ((1, 2), (2, 7)):
+        row = {"role": "targets", "version": version, "expires_at": NOW, "created_at": NOW}
+        with sessions.write() as session:
+            session.add(MetadataFile(**row, body=signed(floor)))
+        with sessions.read() as session:
+            assert explain.policy_of(session, "demo").floor_seq == floor
+            assert explain.policy_of(session, "another") == Policy()

@@ -298,6 +298,10 @@ function eventRow(event) {
     cell(event.version, "any"), make("td", {}, state(event.state), soft(why && ` ${why}`)));
 }
 
+function factRow([name, fact]) {
+  return make("tr", {}, heading(name), cell(`${fact.value}`, "any"), cell(fact.origin, "soft"));
+}
+
 async function showAgent(id) {
   const name = encodeURIComponent(id);
   const [agent, why] = await Promise.all([ask(`/api/v1/agents/${name}`), ask(`/api/v1/agents/${name}/why`)]);
@@ -305,6 +309,7 @@ async function showAgent(id) {
   setText("agent-title", id);
   setText("agent-summary", why.summary);
   mendChildren(at("agent-why"), why.chain.map(linkItem));
+  showRows("agent-facts", Object.entries(agent.facts).map(factRow), "Nothing is known of it.");
   showRows("agent-events", agent.events.map(eventRow), "It has reported no step yet.");
   if (!at("agent").open) at("agent").showModal();
 }

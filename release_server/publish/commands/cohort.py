@@ -58,7 +58,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--lease",
             type=LEASE,
-            help="How many of one label's value may change version at once: site=2, rack=10%, none.",
+            help="How many of one label's value may change version at once: site=2, rack=10%, none;"
+            " site=2,10% is the smaller of both.",
         ),
         click.option(
             "--calendar",

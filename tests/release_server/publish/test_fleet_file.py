@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent_core.errors import Exit, SettingsError
 from release_server import cohort_view, cohorts
-from release_server.publish import fleet_file, fleet_plan, fleet_text
+from release_server.publish import fleet_file, fleet_plan, fleet_text, words
 from release_server.publish.commands import fleet as fleet_commands
 from tests.release_server.fleet_world import World
 from tests.release_server.operator_desk import desk
@@ -196,6 +196,36 @@ def test_what_the_file_does_not_name_is_left_alone_unless_pruned():
     assert pruned.seen == {"old": 7}
 
 
+LEASES = [
+    None,
+    {"scope": "site", "limit": 2},
+    {"scope": "rack", "share_bp": 1050},
+    {"scope": "site", "limit": 2, "share_bp": 1000},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("none", "none"),
+        ("site=2", LEASES[1]),
+        ("rack=10.5%", LEASES[2]),
+        ("site=2,10%", LEASES[3]),
+        ("site=10%,2", LEASES[3]),
+    ],
+)
+def test_a_lease_is_a_count_a_share_or_both(text, read):
+    assert words.lease(text) == read
+
+
+@pytest.mark.parametrize(
+    "text", ["", "site", "site=", "site=2,3", "site=1%,2%", "site=0", "site=2,0%", "=2", "site=2,"]
+)
+def test_a_lease_that_cannot_be_meant_is_refused(text):
+    with pytest.raises(ValueError, match="is n"):
+        words.lease(text)
+
+
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,8}", fullmatch=True)
 WINDOWS = {"days": ["mon", "tue"], "from": "22:00", "to": "04:00", "zone": "Europe/Berlin"}
 PRESENT = st.fixed_dictionaries(
@@ -203,7 +233,7 @@ PRESENT = st.fixed_dictionaries(
         "match": st.sampled_from(["", "region=eu", 'a="b c", !d', "version<1.4"]),
         "priority": st.integers(-5, 5),
         "window": st.sampled_from([None, WINDOWS]),
-        "lease": st.sampled_from([None, {"scope": "site", "limit": 2}, {"scope": "rack", "share_bp": 1050}]),
+        "lease": st.sampled_from(LEASES),
         "poll_s": st.integers(1, 90_000),
         "report_s": st.integers(1, 90_000),
         "splay_s": st.integers(0, 90_000),
