@@ -21,6 +21,7 @@ COMMANDS = {
     "whoami": (f"{HERE}.release:whoami", "Say who the server takes you for."),
     "key": (f"{HERE}.key:key", "Make and show the keys that say what may run."),
     "build": (f"{HERE}.release:build", "Make a bundle of a product's source."),
+    "sign": (f"{HERE}.sign:sign", "Sign a release where there is no network."),
     "verify": (f"{HERE}.release:verify", "Check a bundle as a device would; needs no server."),
     "push": (f"{HERE}.release:push", "Sign, upload and publish a release."),
     "approve": (f"{HERE}.trust:approve", "Verify what somebody else proposes, and sign it."),

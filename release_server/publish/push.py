@@ -24,7 +24,7 @@ from agent_core.errors import (
     UsageError,
 )
 from agent_core.wire import Reason
-from release_server.publish import propose, sign
+from release_server.publish import offline, propose, sign
 from release_server.publish.build import open_bundle
 from release_server.publish.deltas import Workshop
 from release_server.publish.export import download
@@ -33,7 +33,7 @@ from release_server.publish.sign import Blob, Release, Trusted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from tuf.api.metadata import Targets
+    from tuf.api.metadata import Metadata, Targets
 
     from release_server.publish.client import Client
 
@@ -107,6 +107,7 @@ def push(
     trust: bytes,
     state: Path,
     signers: Callable[[Trusted], Sequence[Any]],
+    signed: Metadata[Targets] | None = None,
     dry_run: bool = False,
     wait_s: float = PUBLISH_S,
     must_publish: bool = False,
@@ -121,6 +122,7 @@ def push(
         trust: the first root, from `sign.read_trust`.
         state: where verified metadata is remembered.
         signers: opens the release keys; called only when there is something to sign, before any upload.
+        signed: the next targets, signed elsewhere; nothing is signed here then, and no delta made.
         wait_s: how long to wait until the server has published it.
         must_publish: still unpublished after that is an error, not a note.
         wait_for_others: wait as well when other people have to sign first.
@@ -137,6 +139,8 @@ def push(
     trusted = sign.fetch(client, trust, cache)
     missing = [release for release in releases if not sign.is_published(trusted.targets.signed, release)]
     outcome = _outcome(releases, trusted, product, version)
+    if missing and signed is not None:
+        offline.check(trusted, signed, missing, clock.now())
     if not missing or dry_run:
         outcome.state = "dry-run" if missing else "already"
         outcome.targets_version += 1 if missing else 0
@@ -148,15 +152,16 @@ def push(
     outcome.targets_version = trusted.version + 1
     outcome.proposal = propose.find_staged(client, trusted, lambda targets: _holds(targets, missing))
     if outcome.proposal is None:
-        opened = signers(trusted)
+        opened = signers(trusted) if signed is None else ()
         ensure_product(client, product)
         blobs = [blob for release in missing for blob in (release.archive, release.index)]
         with tempfile.TemporaryDirectory(prefix="relfleet-push-") as place:
             workshop = Workshop(state / "bundles", Path(place), download(client, None))
-            made = workshop.make(trusted.targets.signed, missing, deltas) if deltas else []
+            with_deltas = deltas and signed is None
+            made = workshop.make(trusted.targets.signed, missing, deltas) if with_deltas else []
             blobs += [delta.blob for delta in made]
             outcome.uploaded = sum(upload(client, blob, progress) for blob in blobs)
-        metadata = sign.with_releases(trusted, missing, clock.now(), made)
+        metadata = signed or sign.with_releases(trusted, missing, clock.now(), made)
         outcome.deltas = [{"from": delta.facts.from_version, "length": delta.blob.length} for delta in made]
         try:
             outcome.proposal = propose.deliver(client, trusted, metadata, opened).proposal

@@ -215,6 +215,11 @@ def verify(bundle: tuple[Path, ...]) -> None:
 @click.option("--gate", "gates", multiple=True, metavar="NAME", help="Only for agents behind this gate.")
 @click.option("--dry-run", is_flag=True, help="Check everything and change nothing.")
 @click.option(
+    "--signed",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Sign nothing here: bring what `release sign` wrote.",
+)
+@click.option(
     "--wait",
     is_flag=True,
     help="Fail when it is not published in time (--timeout, else 60 s), approvals included.",
@@ -232,6 +237,7 @@ def push(
     trust: Path | None,
     keys_dir: Path | None,
     passphrase_file: Path | None,
+    signed: Path | None,
     dry_run: bool,
     wait: bool,
 ) -> None:
@@ -242,6 +248,7 @@ def push(
     Where others have to sign as well, it ends when it is staged; with --to it ends with 8 then, and the same
     command starts the rollout once they have signed.
     """
+    from keys import ceremony
     from release_server.publish import push as pushing
     from release_server.publish import sign
 
@@ -249,7 +256,7 @@ def push(
     client = connect(found)
     root = sign.read_trust(found.trust)
     text = notes.read() if notes else ""
-    releases = _releases(bundle or (Path(),), version, gates, text)
+    releases = releases_of(bundle or (Path(),), version, gates, text)
 
     def opened(trusted: Trusted) -> Sequence[Any]:
         return sign.release_signers(found.keys_dir, trusted.root.signed, passphrases(passphrase_file))
@@ -261,6 +268,7 @@ def push(
             trust=root,
             state=found.state,
             signers=opened,
+            signed=ceremony.parse_targets(signed.read_bytes()) if signed else None,
             dry_run=dry_run,
             wait_s=console.options().timeout_s or pushing.PUBLISH_S,
             must_publish=wait or cohort is not None,
@@ -292,7 +300,10 @@ def _deltas() -> int:
     return builder.read_project(Path()).deltas if Path(PROJECT_FILE).exists() else builder.DELTAS
 
 
-def _releases(paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str) -> list[Release]:
+def releases_of(
+    paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str
+) -> list[Release]:
+    """The bundles of a call, read and checked; a directory stands for its one bundle, or is built."""
     from release_server.publish import build as builder
     from release_server.publish import push as pushing
 
