@@ -56,3 +56,18 @@ def test_a_report_loads_no_tuf_and_a_check_does(enrolled: Path) -> None:
 def test_a_host_that_is_not_enrolled_is_an_answer_too(tmp_path: Path) -> None:
     *answers, _ = asked(tmp_path, "check\n")
     assert "problem" in json.loads(answers[0])
+
+
+LOOKED_AT = """
+import gc, pathlib
+gc.disable()
+import updater.service
+from updater import internal
+updater.service.serve = lambda root: any(one is updater.service.Service for one in gc.get_objects())
+print(internal.run(pathlib.Path()), gc.isenabled())
+"""
+
+
+def test_the_collector_never_looks_at_what_agent_and_checker_share() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKED_AT], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
