@@ -8,6 +8,7 @@ process, so that no request and no poll costs more in a larger fleet.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from release_server.models import Agent, Cohort, CohortSpec, Resettling
 from release_server.queries import Query, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from typing import Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """How many agents one transaction places."""
+TOGETHER = "relfleet_resettle"
 OWN = ("id", "version", "platform")
 """Facts that no label takes the place of."""
 
@@ -132,6 +134,9 @@ def resettle(session: Session, product_id: int) -> int:
     Returns:
         How many of the first batch moved; the jobs process goes on with `resettle_some`.
     """
+    if TOGETHER in session.info:
+        session.info[TOGETHER].add(product_id)
+        return 0
     row = session.get(Resettling, product_id, with_for_update=True)
     if row is None:
         row = Resettling(product_id=product_id)
@@ -139,6 +144,19 @@ def resettle(session: Session, product_id: int) -> int:
     row.cursor = ""
     session.flush()
     return _step(session, row)
+
+
+@contextmanager
+def resettling_once(session: Session) -> Iterator[None]:
+    """Place agents once, at the end of the block, however many cohorts change in it: all writers wait."""
+    waiting: set[int] = set()
+    session.info[TOGETHER] = waiting
+    try:
+        yield
+    finally:
+        del session.info[TOGETHER]
+    for product_id in sorted(waiting):
+        resettle(session, product_id)
 
 
 def is_resettling(session: Session) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from release_server import cohort_view, cohorts
+from release_server import cohort_view, cohorts, membership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,9 @@ def carry_out(
     Raises:
         RelfleetError: what the service of a step refuses.
     """
-    for step in steps:
-        VERBS[step.verb](session, now, actor, product=product, name=step.cohort, **step.said)
+    with membership.resettling_once(session):
+        for step in steps:
+            VERBS[step.verb](session, now, actor, product=product, name=step.cohort, **step.said)
     gone = {step.cohort for step in steps if step.verb == "delete"}
     left = dict.fromkeys(step.cohort for step in steps if step.cohort not in gone)
     return [cohort_view.show(session, now, product, name) for name in left]

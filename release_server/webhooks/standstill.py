@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import aliased
 
 from agent_core.clock import iso
-from release_server.models import Cohort, CohortSpec
+from release_server.models import Cohort, CohortSpec, Webhook
 from release_server.webhooks import events, outbox
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def tell_frozen(
     reason: str = "",
 ) -> None:
     """Tell that a cohort was frozen or unfrozen by hand just now, and what that makes of its fleet."""
+    if session.execute(select(Webhook.id).limit(1)).first() is None:
+        return
     said = {"reason": reason, "actor": actor}
     ends = None if until is None else iso(until)
     kind = events.COHORT_FROZEN if frozen else events.COHORT_UNFROZEN

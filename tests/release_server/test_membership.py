@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, event, select
 
 from agent_core.errors import NotFoundError
-from release_server import agents, cohorts, membership
+from release_server import agents, cohorts, membership, plans
 from release_server.membership import Candidate, choose
 from release_server.models import Agent, Cohort
 from release_server.preview import preview
@@ -209,3 +209,27 @@ def test_a_preview_names_the_first_and_counts_all(world, monkeypatch):
     with world.read() as session:
         found = preview(session, world.clock(), "demo", "all")
     assert (found.inside.count, found.inside.names) == (3, ["web-00", "web-01"])
+
+
+def test_a_plan_places_agents_once_however_many_cohorts_it_changes(world, sessions):
+    """Each change placed the first thousand anew, under the lock that all who write wait for."""
+    world.cohort("rest")
+    hosts = [world.enroll(f"web-{number}", labels={"site": str(number)}) for number in range(3)]
+    read = []
+
+    def note(*call):
+        if "FROM agents" in call[2] and "ORDER BY agents.id" in call[2]:
+            read.append(call[2])
+
+    event.listen(sessions.engine, "before_cursor_execute", note)
+    steps = [plans.Step("create", f"site-{number}", {"match": f"site={number}"}) for number in range(3)]
+    world.call(plans.carry_out, "demo", steps)
+    assert len(read) == 1
+    assert [world.agent(host.id).cohort for host in hosts] == ["site-0", "site-1", "site-2"]
+
+
+def test_a_plan_that_fails_leaves_the_placing_of_others_as_it_was(world):
+    with world.write() as session:
+        with pytest.raises(NotFoundError):
+            plans.carry_out(session, world.clock(), "olga", "demo", [plans.Step("delete", "x", {})])
+        assert membership.TOGETHER not in session.info
