@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -108,15 +109,38 @@ def said(entry: AuditEntry) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which deeds to list; what is None does not matter.
+
+    Attributes:
+        until: what was done at that time is not among them.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    actor: str | None = None
+    action: str | None = None
+    subject: str | None = None
+
+
+ALL = Wanted()
+
+
 def entries(
-    session: Session, *, since: datetime | None = None, actor: str | None = None, limit: int = 100
+    session: Session, wanted: Wanted = ALL, *, limit: int = 100, after: int | None = None
 ) -> Sequence[AuditEntry]:
-    """The newest deeds first."""
-    query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(max(1, min(limit, MOST)))
-    if since is not None:
-        query = query.where(AuditEntry.at >= since)
-    if actor is not None:
-        query = query.where(AuditEntry.actor == actor)
+    """The newest deeds first, at most `limit`, those that come after the number `after`."""
+    query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(limit)
+    if after is not None:
+        query = query.where(AuditEntry.id < after)
+    if wanted.since is not None:
+        query = query.where(AuditEntry.at >= wanted.since)
+    if wanted.until is not None:
+        query = query.where(AuditEntry.at < wanted.until)
+    for column in (AuditEntry.actor, AuditEntry.action, AuditEntry.subject):
+        if (value := getattr(wanted, column.key)) is not None:
+            query = query.where(column == value)
     return session.scalars(query).all()
 
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, not_, or_, select, update
 
 from agent_core.errors import NotAllowedError, NotFoundError, UsageError
 from release_server import audit
@@ -133,8 +133,32 @@ def add_token(
     return token, text
 
 
-def list_tokens(session: Session) -> Sequence[Token]:
-    return session.scalars(select(Token).order_by(Token.id)).all()
+def list_tokens(
+    session: Session,
+    now: datetime,
+    *,
+    name: str | None = None,
+    role: Role | None = None,
+    works: bool | None = None,
+    limit: int | None = None,
+    after: int = 0,
+) -> Sequence[Token]:
+    """Tokens by number, at most `limit`, those that come after the number `after`.
+
+    Args:
+        works: those that `check_token` takes, or those that it refuses.
+    """
+    query = select(Token).where(Token.id > after).order_by(Token.id).limit(limit)
+    if name is not None:
+        query = query.where(Token.name == name)
+    if role is not None:
+        query = query.where(Token.role == str(role))
+    if works is not None:
+        living = or_(Token.expires_at.is_(None), Token.expires_at > now)
+        unused = or_(Token.uses_left.is_(None), Token.uses_left > 0)
+        good = and_(Token.revoked_at.is_(None), living, unused)
+        query = query.where(good if works else not_(good))
+    return session.scalars(query).all()
 
 
 def revoke_token(session: Session, now: datetime, token_id: int, actor: str) -> None:

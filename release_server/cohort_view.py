@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, or_, select
 
 from release_server import cohorts, releases
 from release_server.membership import is_newest
@@ -31,12 +31,31 @@ class View:
     by_hand: bool
 
 
-def list_cohorts(session: Session, now: datetime, product: str | None = None) -> list[View]:
-    """All cohorts, or those of one product, by name."""
+def list_cohorts(
+    session: Session,
+    now: datetime,
+    product: str | None = None,
+    *,
+    pinned: bool | None = None,
+    limit: int | None = None,
+    after: tuple[int, str] | None = None,
+) -> list[View]:
+    """All cohorts, or those of one product, by name.
+
+    Args:
+        after: product and name of the cohort that they come after.
+    """
     query = _views()
     if product is not None:
         query = query.where(Cohort.product_id == releases.find_product(session, product).id)
-    return [_view(row, now) for row in session.execute(query.order_by(Cohort.product_id, Cohort.name))]
+    if pinned is not None:
+        query = query.where(CohortSpec.pin.is_not(None) if pinned else CohortSpec.pin.is_(None))
+    if after is not None:
+        owner, name = after
+        later = and_(Cohort.product_id == owner, Cohort.name > name)
+        query = query.where(or_(Cohort.product_id > owner, later))
+    query = query.order_by(Cohort.product_id, Cohort.name).limit(limit)
+    return [_view(row, now) for row in session.execute(query)]
 
 
 def show(session: Session, now: datetime, product: str, name: str) -> View:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 HOLDS = timedelta(days=7)
 MOST_OPEN = 32
 """More than people will ever look at; one token cannot fill the database."""
+MOST_LISTED = 100
+"""Each is as large as the targets, and is read to be shown."""
 OPEN, PUBLISHED, WITHDRAWN = "open", "published", "withdrawn"
 EXPIRED, OUTDATED = "expired", "outdated"
 """What an open proposal becomes without anybody's doing: too old, or made from targets that are gone by."""
@@ -90,13 +92,25 @@ def find(session: Session, number: int) -> Proposal:
     return row
 
 
-def list_proposals(session: Session, now: datetime, *, everything: bool = False) -> list[View]:
-    """Those that wait for signatures, the newest first; with `everything` the last hundred of all."""
-    query = select(Proposal).order_by(Proposal.id.desc()).limit(100)
+def list_proposals(
+    session: Session,
+    now: datetime,
+    *,
+    everything: bool = False,
+    limit: int = MOST_LISTED,
+    after: int | None = None,
+) -> list[View]:
+    """Those that wait for signatures, the newest first; with `everything` all of them.
+
+    At most `limit`, those that come after the number `after`.
+    """
+    query = select(Proposal).order_by(Proposal.id.desc()).limit(limit)
     if not everything:
-        query = query.where(Proposal.state == OPEN)
-    found = [show(session, now, row) for row in session.scalars(query)]
-    return found if everything else [view for view in found if view.state == OPEN]
+        open_still = (Proposal.state == OPEN, Proposal.expires_at > now)
+        query = query.where(*open_still, Proposal.version == newest_version(session, TARGETS) + 1)
+    if after is not None:
+        query = query.where(Proposal.id < after)
+    return [show(session, now, row) for row in session.scalars(query)]
 
 
 def show(session: Session, now: datetime, row: Proposal) -> View:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import selectinload
 
 from agent_core.errors import ConflictError, MalformedError, NotFoundError
@@ -32,8 +32,10 @@ def find_product(session: Session, name: str) -> Product:
     return product
 
 
-def list_products(session: Session) -> Sequence[Product]:
-    return session.scalars(select(Product).order_by(Product.name)).all()
+def list_products(session: Session, *, limit: int | None = None, after: str = "") -> Sequence[Product]:
+    """Products by name, at most `limit`, those that come after `after`."""
+    query = select(Product).where(Product.name > after).order_by(Product.name)
+    return session.scalars(query.limit(limit)).all()
 
 
 def make_product(session: Session, name: str, now: datetime, actor: str) -> Product:
@@ -82,8 +84,19 @@ def get_release(session: Session, product: str, version: str) -> Release:
     return release
 
 
-def list_releases(session: Session, product: str | None = None) -> Sequence[Release]:
-    """Releases with their bundles, the newest first; of all products when none is named."""
+def list_releases(
+    session: Session,
+    product: str | None = None,
+    *,
+    yanked: bool | None = None,
+    limit: int | None = None,
+    after: tuple[int, int] | None = None,
+) -> Sequence[Release]:
+    """Releases with their bundles, the newest of each product first; of all products when none is named.
+
+    Args:
+        after: product and seq of the release that they come after.
+    """
     query = (
         select(Release)
         .options(selectinload(Release.bundles), selectinload(Release.product))
@@ -91,7 +104,13 @@ def list_releases(session: Session, product: str | None = None) -> Sequence[Rele
     )
     if product is not None:
         query = query.where(Release.product_id == find_product(session, product).id)
-    return session.scalars(query).all()
+    if yanked is not None:
+        query = query.where(Release.yanked_at.is_not(None) if yanked else Release.yanked_at.is_(None))
+    if after is not None:
+        owner, seq = after
+        older = and_(Release.product_id == owner, Release.seq < seq)
+        query = query.where(or_(Release.product_id > owner, older))
+    return session.scalars(query.limit(limit)).all()
 
 
 # --- yanking ---------------------------------------------------------------------------------------------

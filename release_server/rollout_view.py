@@ -45,17 +45,23 @@ def list_rollouts(
     *,
     product: str | None = None,
     cohort: str | None = None,
+    version: str | None = None,
+    state: str | None = None,
     limit: int = 100,
-    before: int | None = None,
+    after: int | None = None,
 ) -> list[View]:
-    """Rollouts, the newest first, at most `limit`, beginning before the id `before`."""
+    """Rollouts, the newest first, at most `limit`, those that come after the one of id `after`."""
     conditions: list[ColumnElement[bool]] = []
     if product is not None:
         conditions.append(Cohort.product_id == releases.find_product(session, product).id)
     if cohort is not None:
         conditions.append(Cohort.name == cohort)
-    if before is not None:
-        conditions.append(Rollout.id < before)
+    if version is not None:
+        conditions.append(Rollout.version == version)
+    if state is not None:
+        conditions.append(RolloutStatus.state == state)
+    if after is not None:
+        conditions.append(Rollout.id < after)
     return _views(session, conditions, limit)
 
 

@@ -8,11 +8,10 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
-from agent_core.clock import parse_iso
-from agent_core.errors import MalformedError
 from release_server import audit
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
+from release_server.api.fleet_schemas import moment
 from release_server.api.people import SECURITY
 
 blueprint = APIBlueprint(
@@ -20,24 +19,33 @@ blueprint = APIBlueprint(
 )
 
 
-class AuditQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class AuditQuery(pages.PageQuery):
     since: str | None = Field(None, max_length=32)
+    until: str | None = Field(None, max_length=32)
     actor: str | None = Field(None, max_length=128)
+    action: str | None = Field(None, max_length=64)
+    subject: str | None = Field(None, max_length=256)
     limit: int = Field(100, ge=1, le=audit.MOST)
 
 
 @blueprint.get("/audit")
 @requires("reader")
 def list_entries(query: AuditQuery) -> dict[str, Any]:
-    """Who did what to what."""
-    try:
-        since = parse_iso(query.since) if query.since else None
-    except ValueError:
-        raise MalformedError("since is not a time", why="it must look like 2026-01-31T12:00:00Z") from None
+    """Who did what to what, the newest first."""
+    wanted = audit.Wanted(
+        since=moment(query.since, "since"),
+        until=moment(query.until, "until"),
+        actor=query.actor,
+        action=query.action,
+        subject=query.subject,
+    )
     with services().sessions.read() as session:
-        found = audit.entries(session, since=since, actor=query.actor, limit=query.limit)
-        return {"items": [audit.said(entry) for entry in found]}
+        return pages.page(
+            query,
+            lambda most: audit.entries(session, wanted, limit=most, after=query.number),
+            audit.said,
+            lambda entry: entry.id,
+        )
 
 
 class ChainQuery(BaseModel):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
+from pydantic import Field
 
 from release_server import cohort_view, cohorts
 from release_server import preview as whom
-from release_server.api import PREFIX, editions, services
+from release_server.api import PREFIX, editions, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import (
     Because,
@@ -20,7 +21,6 @@ from release_server.api.fleet_schemas import (
     NewCohort,
     Pin,
     PreviewQuery,
-    ProductQuery,
     moment,
     render_cohort,
     render_preview,
@@ -38,6 +38,12 @@ blueprint = APIBlueprint(
 )
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 ONE = "/cohorts/<product>/<name>"
+
+
+class CohortQuery(pages.PageQuery):
+    product: str | None = Field(None, max_length=64)
+    pinned: bool | None = None
+    frozen: bool | None = None
 
 
 def _change(path: CohortPath, service: Callable[..., Any], **said: Any) -> Answer:
@@ -62,12 +68,23 @@ def _show(session: Session, now: datetime, product: str, name: str, status: int 
 
 @blueprint.get("/cohorts")
 @requires("reader")
-def list_cohorts(query: ProductQuery) -> dict[str, Any]:
-    """Cohorts with what people want of them and what is so."""
+def list_cohorts(query: CohortQuery) -> dict[str, Any]:
+    """Cohorts by name, with what people want of them and what is so.
+
+    `frozen` says who takes nothing new just now, by whatever freezes it. A page that it thins out may be
+    short or empty, and have a next one.
+    """
     hub = services()
     with hub.sessions.read() as session:
-        found = cohort_view.list_cohorts(session, hub.clock(), query.product)
-        return {"items": [render_cohort(view) for view in found]}
+        return pages.page(
+            query,
+            lambda most: cohort_view.list_cohorts(
+                session, hub.clock(), query.product, pinned=query.pinned, limit=most, after=query.place
+            ),
+            render_cohort,
+            lambda view: f"{view.cohort.product_id}.{view.cohort.name}",
+            lambda view: query.frozen in (None, view.freeze is not None),
+        )
 
 
 @blueprint.post("/cohorts")

@@ -75,10 +75,6 @@ class CohortPath(Shape):
     name: str = Field(max_length=64)
 
 
-class ProductQuery(Shape):
-    product: str | None = Field(None, max_length=64)
-
-
 class PreviewQuery(Shape):
     match: str | None = Field(None, max_length=4000)
     priority: int | None = Field(None, ge=-(10**6), le=10**6)
@@ -211,13 +207,6 @@ class Abort(Because):
 
 class RolloutPath(Shape):
     id: int = Field(ge=1, lt=2**31)
-
-
-class RolloutQuery(Shape):
-    product: str | None = Field(None, max_length=64)
-    cohort: str | None = Field(None, max_length=64)
-    limit: int = Field(100, ge=1, le=1000)
-    before: int | None = Field(None, ge=1, lt=2**31)
 
 
 def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_core.errors import NotFoundError
 from agent_core.wire import SHA256
 from release_server import proposals, signer
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
@@ -31,9 +31,9 @@ class BlobPath(ProposalPath):
     sha256: str = Field(pattern=f"^{SHA256.pattern}$")
 
 
-class ProposalQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ProposalQuery(pages.PageQuery):
     state: Literal["open", "all"] = "open"
+    limit: int = Field(proposals.MOST_LISTED, ge=1, le=proposals.MOST_LISTED)
 
 
 class NewSignature(BaseModel):
@@ -45,11 +45,17 @@ class NewSignature(BaseModel):
 @blueprint.get("/proposals")
 @requires("reader")
 def list_proposals(query: ProposalQuery) -> dict[str, Any]:
-    """What waits for signatures, the newest first; or everything of late."""
+    """What waits for signatures, the newest first; or everything."""
     hub = services()
     with hub.sessions.read() as session:
-        found = proposals.list_proposals(session, hub.clock(), everything=query.state == "all")
-        return {"items": [view.to_json() for view in found]}
+        return pages.page(
+            query,
+            lambda most: proposals.list_proposals(
+                session, hub.clock(), everything=query.state == "all", limit=most, after=query.number
+            ),
+            proposals.View.to_json,
+            lambda view: view.row.id,
+        )
 
 
 @blueprint.post("/proposals")

@@ -14,7 +14,7 @@ from agent_core.errors import NotFoundError
 from agent_core.wire import NAME
 from keys.roles import TARGETS
 from release_server import acceptance, comparison, releases, repository, signer, yanks
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
@@ -35,9 +35,9 @@ class NewProduct(BaseModel):
     name: str = Field(pattern=f"^{NAME.pattern}$")
 
 
-class ReleaseQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ReleaseQuery(pages.PageQuery):
     product: str | None = Field(None, max_length=64)
+    yanked: bool | None = None
 
 
 class CompareQuery(BaseModel):
@@ -84,10 +84,15 @@ def render_release(release: Release) -> dict[str, Any]:
 
 @blueprint.get("/products")
 @requires("reader")
-def list_products() -> dict[str, Any]:
-    """All products."""
+def list_products(query: pages.PageQuery) -> dict[str, Any]:
+    """Products by name."""
     with services().sessions.read() as session:
-        return {"items": [render_product(product) for product in releases.list_products(session)]}
+        return pages.page(
+            query,
+            lambda most: releases.list_products(session, limit=most, after=query.after or ""),
+            render_product,
+            lambda product: product.name,
+        )
 
 
 @blueprint.post("/products")
@@ -103,10 +108,17 @@ def make_product(body: NewProduct) -> tuple[dict[str, Any], int]:
 @blueprint.get("/releases")
 @requires("reader")
 def list_releases(query: ReleaseQuery) -> dict[str, Any]:
-    """Releases, the newest first."""
+    """Releases, the newest of each product first."""
+    after = None if query.place is None else (query.place[0], pages.number_of(query.place[1]))
     with services().sessions.read() as session:
-        found = releases.list_releases(session, query.product)
-        return {"items": [render_release(release) for release in found]}
+        return pages.page(
+            query,
+            lambda most: releases.list_releases(
+                session, query.product, yanked=query.yanked, limit=most, after=after
+            ),
+            render_release,
+            lambda release: f"{release.product_id}.{release.seq}",
+        )
 
 
 @blueprint.get("/releases/<product>/<version>")

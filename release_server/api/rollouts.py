@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
+from pydantic import Field
 
 from release_server import explain, fleet, launch, rehearsal, rollout_view
-from release_server.api import PREFIX, editions, services
+from release_server.api import PREFIX, editions, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import (
     Abort,
@@ -18,10 +19,10 @@ from release_server.api.fleet_schemas import (
     NewRollout,
     Rehearsal,
     RolloutPath,
-    RolloutQuery,
     render_rollout,
 )
 from release_server.api.people import SECURITY
+from release_server.rollout import State  # noqa: TC001 - read when a request comes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 blueprint = APIBlueprint(
     "rollouts", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="rollouts")], abp_security=SECURITY
 )
+
+
+class RolloutQuery(pages.PageQuery):
+    product: str | None = Field(None, max_length=64)
+    cohort: str | None = Field(None, max_length=64)
+    version: str | None = Field(None, max_length=64)
+    state: State | None = None
+    limit: int = Field(100, ge=1, le=pages.MOST)
+
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 
@@ -55,9 +65,14 @@ def _ask(path: RolloutPath, service: Callable[..., None], **said: Any) -> Answer
 @requires("reader")
 def list_rollouts(query: RolloutQuery) -> dict[str, Any]:
     """Rollouts, the newest first."""
+    wanted = query.model_dump(exclude={"limit", "after"})
     with services().sessions.read() as session:
-        found = rollout_view.list_rollouts(session, **query.model_dump())
-        return {"items": [render_rollout(view) for view in found]}
+        return pages.page(
+            query,
+            lambda most: rollout_view.list_rollouts(session, **wanted, limit=most, after=query.number),
+            render_rollout,
+            lambda view: view.rollout.id,
+        )
 
 
 @blueprint.post("/rollouts")

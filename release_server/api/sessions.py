@@ -10,7 +10,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
 
 from agent_core.clock import iso
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.people import SECURITY
 from release_server.signin import sessions
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from release_server.models import PersonSession
 
 blueprint = APIBlueprint("sessions", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="sessions")])
+
+
+class SessionQuery(pages.PageQuery):
+    name: str | None = Field(None, max_length=128)
 
 
 class SessionPath(BaseModel):
@@ -50,11 +54,18 @@ def how() -> dict[str, Any]:
 
 @blueprint.get("/sessions", security=SECURITY)
 @requires("admin")
-def list_sessions() -> dict[str, Any]:
+def list_sessions(query: SessionQuery) -> dict[str, Any]:
     """Who has signed in with the provider, but for sessions that are past their date."""
     hub = services()
     with hub.sessions.read() as session:
-        return {"items": [render(row) for row in sessions.list_all(session, hub.clock())]}
+        return pages.page(
+            query,
+            lambda most: sessions.list_all(
+                session, hub.clock(), name=query.name, limit=most, after=query.number or 0
+            ),
+            render,
+            lambda row: row.id,
+        )
 
 
 @blueprint.delete("/sessions/<int:id>", security=SECURITY)

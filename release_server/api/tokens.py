@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_core.clock import iso
 from agent_core.wire import NAME, Getter
 from release_server import audit, auth, cohorts
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Label  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
@@ -38,6 +38,12 @@ class NewToken(BaseModel):
     approve: bool = False
     cohort: str | None = Field(None, pattern=f"^{NAME.pattern}$")
     labels: dict[Label, Label] = Field(default_factory=dict, max_length=64)
+
+
+class TokenQuery(pages.PageQuery):
+    name: str | None = Field(None, max_length=128)
+    role: Role | None = None
+    works: bool | None = None
 
 
 class TokenPath(BaseModel):
@@ -78,10 +84,19 @@ def render(token: Token) -> dict[str, Any]:
 
 @blueprint.get("/tokens")
 @requires("admin")
-def list_tokens() -> dict[str, Any]:
-    """All tokens, without their secrets."""
-    with _hub().sessions.read() as session:
-        return {"items": [render(token) for token in auth.list_tokens(session)]}
+def list_tokens(query: TokenQuery) -> dict[str, Any]:
+    """Tokens by number, without their secrets."""
+    hub = _hub()
+    wanted = query.model_dump(exclude={"limit", "after"})
+    with hub.sessions.read() as session:
+        return pages.page(
+            query,
+            lambda most: auth.list_tokens(
+                session, hub.clock(), **wanted, limit=most, after=query.number or 0
+            ),
+            render,
+            lambda token: token.id,
+        )
 
 
 @blueprint.post("/tokens")

@@ -11,7 +11,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field, StringConstraints
 
 from agent_core.clock import iso
-from release_server.api import PREFIX, services
+from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import NAME_FORM, Because, Shape
 from release_server.api.people import SECURITY
@@ -51,9 +51,8 @@ class WebhookPath(BaseModel):
     id: int = Field(ge=1, lt=2**31)
 
 
-class DeliveriesQuery(Shape):
+class DeliveriesQuery(pages.PageQuery):
     state: Kept | None = None
-    before: int | None = Field(None, ge=1, lt=2**31)
     limit: int = Field(100, ge=1, le=500)
 
 
@@ -95,11 +94,16 @@ def _show(session: Session, now: datetime, webhook_id: int) -> dict[str, Any]:
 
 @blueprint.get("/webhooks")
 @requires("admin")
-def list_webhooks() -> dict[str, Any]:
-    """All webhooks, with how much each has not taken."""
+def list_webhooks(query: pages.PageQuery) -> dict[str, Any]:
+    """Webhooks by number, with how much each has not taken."""
     with services().sessions.read() as session:
         counted = outbox.counts(session)
-        return {"items": [render(webhook, counted) for webhook in subscriptions.list_all(session)]}
+        return pages.page(
+            query,
+            lambda most: subscriptions.list_all(session, limit=most, after=query.number or 0),
+            lambda webhook: render(webhook, counted),
+            lambda webhook: webhook.id,
+        )
 
 
 @blueprint.post("/webhooks")
@@ -180,9 +184,14 @@ def retry_dead(path: WebhookPath, body: Because) -> dict[str, Any]:
 @blueprint.get("/webhooks/<int:id>/deliveries")
 @requires("admin")
 def list_deliveries(path: WebhookPath, query: DeliveriesQuery) -> dict[str, Any]:
-    """What a webhook was and is to be told, the newest first; `next` goes on behind it as `before`."""
+    """What a webhook was and is to be told, the newest first."""
     with services().sessions.read() as session:
         subscriptions.find(session, path.id)
-        found = outbox.deliveries(session, path.id, **query.model_dump())
-        following = found[-1].sequence if len(found) == query.limit else None
-        return {"items": [render_delivery(row) for row in found], "next": following}
+        return pages.page(
+            query,
+            lambda most: outbox.deliveries(
+                session, path.id, state=query.state, limit=most, after=query.number
+            ),
+            render_delivery,
+            lambda row: row.sequence,
+        )

@@ -103,12 +103,19 @@ class Client:
         return self._json(self.call("GET", path, params=params))
 
     def items(self, path: str, **params: Any) -> list[dict[str, Any]]:
-        """The entries of a list."""
-        found = self.get(path, **params)
-        entries = found.get("items") if isinstance(found, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _bad_answer(self.url, f"{path} is no list")
-        return entries
+        """The entries of a list: of its first page where `limit` is given, else of all of them."""
+        after: str | None = None
+        everything: list[dict[str, Any]] = []
+        seen: set[str | None] = set()
+        while after not in seen:
+            seen.add(after)
+            found = self.get(path, **params, **({} if after is None else {"after": after}))
+            entries = found.get("items") if isinstance(found, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise _bad_answer(self.url, f"{path} is no list")
+            everything += entries
+            after = found.get("next") if "limit" not in params else None
+        return everything
 
     def post(self, path: str, body: Any = None) -> Any:
         """Send JSON, or bytes as they are; with a key by which it is done once however often it is sent."""

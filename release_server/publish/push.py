@@ -410,11 +410,15 @@ def size(length: int) -> str:
 # --- rollouts ----------------------------------------------------------------------------------------------
 
 
+LOOKED_AT = 100
+"""The newest so many rollouts are looked at for one that is under way."""
+
+
 def start_rollout(
     client: Client, product: str, version: str, cohort: str, *, reason: str = ""
 ) -> dict[str, Any]:
     """Start a rollout in the default stages, or find the one of this version that is under way."""
-    for entry in client.items("/rollouts", product=product, cohort=cohort):
+    for entry in client.items("/rollouts", product=product, cohort=cohort, limit=LOOKED_AT):
         if entry.get("version") == version and entry.get("state") not in ENDED:
             return entry
     body = {

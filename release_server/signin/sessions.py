@@ -107,10 +107,17 @@ def touch(session: Session, number: int, now: datetime) -> None:
     session.execute(update(PersonSession).where(PersonSession.id == number).values(used_at=now))
 
 
-def list_all(session: Session, now: datetime) -> Sequence[PersonSession]:
-    """Sessions that are not past their date, those that were ended before it among them."""
-    query = select(PersonSession).where(PersonSession.expires_at > now).order_by(PersonSession.id)
-    return session.scalars(query).all()
+def list_all(
+    session: Session, now: datetime, *, name: str | None = None, limit: int | None = None, after: int = 0
+) -> Sequence[PersonSession]:
+    """Sessions that are not past their date, those that were ended before it among them.
+
+    By number, at most `limit`, those that come after the number `after`.
+    """
+    query = select(PersonSession).where(PersonSession.expires_at > now, PersonSession.id > after)
+    if name is not None:
+        query = query.where(PersonSession.name == name)
+    return session.scalars(query.order_by(PersonSession.id).limit(limit)).all()
 
 
 def end(session: Session, now: datetime, number: int, actor: str) -> None:

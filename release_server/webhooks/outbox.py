@@ -168,19 +168,19 @@ def deliveries(
     webhook_id: int,
     *,
     state: Kept | None = None,
-    before: int | None = None,
+    after: int | None = None,
     limit: int = 100,
 ) -> Sequence[WebhookDelivery]:
     """What a webhook was and is to be told, the newest first.
 
     Args:
-        before: only what has a smaller sequence, to go on behind a page.
+        after: only what has a smaller sequence, to go on behind a page.
     """
     query = select(WebhookDelivery).where(WebhookDelivery.webhook_id == webhook_id)
     if state is not None:
         query = query.where(WebhookDelivery.state == state)
-    if before is not None:
-        query = query.where(WebhookDelivery.sequence < before)
+    if after is not None:
+        query = query.where(WebhookDelivery.sequence < after)
     return session.scalars(query.order_by(WebhookDelivery.sequence.desc()).limit(limit)).all()
 
 

@@ -101,8 +101,9 @@ def check_url(url: str, *, plain: bool = False) -> None:
         )
 
 
-def list_all(session: Session) -> Sequence[Webhook]:
-    return session.scalars(select(Webhook).order_by(Webhook.id)).all()
+def list_all(session: Session, *, limit: int | None = None, after: int = 0) -> Sequence[Webhook]:
+    """Webhooks by number, at most `limit`, those that come after the number `after`."""
+    return session.scalars(select(Webhook).where(Webhook.id > after).order_by(Webhook.id).limit(limit)).all()
 
 
 def find(session: Session, webhook_id: int) -> Webhook:

@@ -659,7 +659,7 @@ def test_rollouts_are_listed_the_newest_first_with_their_counters(world):
         (view,) = rollout_view.list_rollouts(session, product="demo", cohort="all")
         assert (view.members, view.counters["healthy"], len(view.counters)) == (1, 1, 9)
         assert [view.rollout.id for view in rollout_view.list_rollouts(session, limit=1)] == [second]
-        assert [view.rollout.id for view in rollout_view.list_rollouts(session, before=second)] == [first]
+        assert [view.rollout.id for view in rollout_view.list_rollouts(session, after=second)] == [first]
 
 
 def test_a_recount_finds_a_counter_that_is_wrong(world):

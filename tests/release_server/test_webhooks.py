@@ -598,7 +598,7 @@ def test_deliveries_are_shown_a_page_at_a_time(sign_in, world, heard, subscribe,
         tell(world)
     call = sign_in("admin")
     first = call("GET", "/webhooks/1/deliveries?limit=3").json
-    second = call("GET", f"/webhooks/1/deliveries?limit=3&before={first['next']}").json
+    second = call("GET", f"/webhooks/1/deliveries?limit=3&after={first['next']}").json
     assert [row["sequence"] for row in first["items"] + second["items"]] == [5, 4, 3, 2, 1]
     assert second["next"] is None
     assert call("GET", "/webhooks/1/deliveries?state=sent").json["items"] == []

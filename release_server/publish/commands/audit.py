@@ -45,6 +45,8 @@ def read(**wanted: Any) -> list[dict[str, Any]]:
     "--since", type=PAST, help="From this time on: 2026-01-31T12:00:00Z, or 2h for the last two hours."
 )
 @click.option("--actor", help="Only what this one did.")
+@click.option("--action", metavar="VERB", help="Only deeds of this kind, e.g. cohort.pin.")
+@click.option("--subject", help="Only what was done to this, e.g. warehouse-agent/main.")
 @click.option(
     "--limit",
     type=click.IntRange(1, MOST),
@@ -54,16 +56,16 @@ def read(**wanted: Any) -> list[dict[str, Any]]:
 )
 @click.option("--follow", "-f", is_flag=True, help="Stay, and print what comes; --timeout ends it.")
 @click.option("--every", type=SECONDS, default="2s", show_default=True, help="How often --follow looks.")
-def log(since: str | None, actor: str | None, limit: int, *, follow: bool, every: int) -> None:
+def log(since: str | None, limit: int, *, follow: bool, every: int, **wanted: str | None) -> None:
     """Print the audit log, the oldest entry first. With --follow --json each entry is one line of JSON."""
-    found = read(since=since, actor=actor, limit=limit)
+    found = read(since=since, limit=limit, **wanted)
     if follow:
-        _follow(found, actor, every)
+        _follow(found, wanted, every)
     else:
         console.emit(found, lambda: "\n".join(map(line, found)) or "nothing yet")
 
 
-def _follow(found: list[dict[str, Any]], actor: str | None, every_s: float) -> None:
+def _follow(found: list[dict[str, Any]], wanted: Mapping[str, str | None], every_s: float) -> None:
     """Print entries as they come; a server that is away for a while is waited for."""
     timeout_s = console.options().timeout_s
     began_s = clock.boot_s()
@@ -78,7 +80,7 @@ def _follow(found: list[dict[str, Any]], actor: str | None, every_s: float) -> N
             return
         time.sleep(every_s)
         try:
-            found = read(since=since, actor=actor, limit=MOST)
+            found = read(since=since, limit=MOST, **wanted)
         except UnreachableError as error:
             console.say(f"{error.what}; still trying")
             found = []

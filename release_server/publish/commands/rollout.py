@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0
 """How long a watch without --timeout puts up with a server that does not answer."""
+LOOKED_AT = 100
+"""The newest so many rollouts are looked at for the one that people mean."""
 BUSY = frozenset({"draft", "awaiting_approval", "scheduled", "running", "paused", "rolling_back"})
 ENDS: dict[str, Exit] = {
     "completed": Exit.DONE,
@@ -54,7 +56,7 @@ def read(number: int) -> dict[str, Any]:
 
 def newest(cohort: str | None) -> int:
     """The rollout people mean when they name none: the newest that is not over, else the newest."""
-    found = client().items("/rollouts", product=product(), **given(cohort=cohort))
+    found = client().items("/rollouts", product=product(), limit=LOOKED_AT, **given(cohort=cohort))
     if not found:
         raise NotFoundError("there is no rollout yet", then="release rollout start VERSION --cohort NAME")
     return int(max(found, key=lambda entry: (entry["state"] in BUSY, entry["id"]))["id"])
@@ -201,12 +203,14 @@ def rehearse(version: str, **plan: Any) -> None:
 
 @rollout.command("list", short_help="List rollouts, the newest first.")
 @click.option("--cohort", help="Of this cohort only.")
+@click.option("--state", help="In this state only, e.g. paused.")
+@click.option("--version", metavar="VERSION", help="Of this version only.")
 @click.option(
     "--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many."
 )
-def list_rollouts(cohort: str | None, limit: int) -> None:
+def list_rollouts(limit: int, **wanted: str | None) -> None:
     """List the rollouts of a product, the newest first."""
-    found = client().items("/rollouts", product=product(), limit=limit, **given(cohort=cohort))
+    found = client().items("/rollouts", product=product(), limit=limit, **given(**wanted))
     found.sort(key=lambda entry: -int(entry["id"]))
     console.emit(found, lambda: render.rollout_table(found, clock.now()))
 

@@ -192,7 +192,7 @@ def _wait_for(number: int, sequence: int) -> dict[str, Any]:
     ends = clock.boot_s() + (console.options().timeout_s or WAIT_S)
     why = "it has not been tried yet"
     while clock.boot_s() < ends:
-        page = client().get(f"/webhooks/{number}/deliveries", before=sequence + 1, limit=1)
+        page = client().get(f"/webhooks/{number}/deliveries", after=sequence + 1, limit=1)
         newest = entries(page)[0]
         if newest["state"] == "sent":
             return newest

@@ -57,6 +57,26 @@ def test_parameters_that_are_none_are_left_out(client, origin):
     assert origin.seen[0].query == {"product": ["p"]}
 
 
+def test_a_list_is_followed_to_its_last_page_unless_a_limit_is_asked_for(client, origin):
+    def answer(items, following):
+        body = json.dumps({"items": items, "next": following}).encode()
+        return Answer(200, body, {"Content-Type": "application/json"})
+
+    pages = [answer([{"n": 1}], "1"), answer([], "2"), answer([{"n": 2}], None)]
+    origin.instead.extend(pages)
+    assert client.items("/tokens", role="reader") == [{"n": 1}, {"n": 2}]
+    asked = [seen.query for seen in origin.seen]
+    assert asked == [{"role": ["reader"]}, *({"role": ["reader"], "after": [n]} for n in "12")]
+    origin.instead.append(answer([{"n": 1}], "1"))
+    assert client.items("/tokens", limit=1) == [{"n": 1}]
+
+
+def test_a_list_that_goes_in_circles_ends(client, origin):
+    page = json.dumps({"items": [{"n": 1}], "next": "1"}).encode()
+    origin.instead.extend(Answer(200, page, {"Content-Type": "application/json"}) for _ in range(2))
+    assert len(client.items("/tokens")) == 2
+
+
 STATUSES = [
     (400, MalformedError, Exit.USAGE),
     (401, NotAllowedError, Exit.NOT_ALLOWED),

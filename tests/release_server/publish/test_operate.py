@@ -987,7 +987,7 @@ def test_status_without_an_id_takes_the_newest_that_is_not_over(release: Release
     assert "r-31" in release("rollout", "status").out
     fleet.on("GET", "/rollouts", {"items": [COMPLETED, COMPLETED | {"id": 30}]})
     release("rollout", "status", "--cohort", "eu-web")
-    assert fleet.seen[-2].query == {"product": [PRODUCT], "cohort": ["eu-web"]}
+    assert fleet.seen[-2].query == {"product": [PRODUCT], "cohort": ["eu-web"], "limit": ["100"]}
     assert fleet.seen[-1].path == "/api/v1/rollouts/31"
 
 
