@@ -6,23 +6,20 @@ Nothing here knows of requests (`api.access` does): commands and the jobs proces
 from __future__ import annotations
 
 import hmac
-import secrets
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from sqlalchemy import and_, not_, or_, select, update
 
 from agent_core.errors import NotAllowedError, NotFoundError, UsageError
-from release_server import audit
+from release_server import audit, bearer
 from release_server.models import Token
 from release_server.signin import sessions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
 
     from sqlalchemy.orm import Session
 
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 
 PREFIX = "rft_"
 """Lets scanners find a token that was committed by mistake."""
-TOUCH_EVERY = timedelta(minutes=1)
 
 
 class Role(StrEnum):
@@ -71,15 +67,6 @@ class Person:
         return self.role in roles or (Role.READER in roles and self.role in MAY_READ)
 
 
-def make_token() -> str:
-    """A new secret of 256 random bits; shown once and kept only as its hash."""
-    return PREFIX + secrets.token_urlsafe(32)
-
-
-def hash_token(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
-
-
 def add_token(
     session: Session,
     now: datetime,
@@ -111,11 +98,11 @@ def add_token(
         )
     if cohort is not None and product is None:
         raise UsageError("a cohort belongs to a product", then="name the product too")
-    text = make_token()
+    text = bearer.make(PREFIX)
     token = Token(
         name=name,
         role=str(role),
-        hash=hash_token(text),
+        hash=bearer.hash_of(text),
         product=product,
         uses_left=uses,
         approve=approve,
@@ -183,7 +170,7 @@ def check_token(session: Session, text: str, now: datetime) -> Person:
     Raises:
         NotAllowedError: reason `token-unknown`, `token-revoked`, `token-expired` or `token-used-up`.
     """
-    digest = hash_token(text)
+    digest = bearer.hash_of(text)
     token = session.scalar(select(Token).where(Token.hash == digest))
     if token is None or not hmac.compare_digest(token.hash, digest):
         raise NotAllowedError("the token is not known here", then="release login", reason="token-unknown")
@@ -201,7 +188,7 @@ def check_token(session: Session, text: str, now: datetime) -> Person:
         token_id=token.id,
         product=token.product,
         expires_at=token.expires_at,
-        touch_due=token.used_at is None or now - token.used_at >= TOUCH_EVERY,
+        touch_due=token.used_at is None or now - token.used_at >= bearer.TOUCH_EVERY,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from sqlalchemy import select, update
 
 from agent_core.errors import NotAllowedError
 from agent_core.wire import AttemptState, Reason, Report, ReportAnswer, Transition, signed_text
-from release_server import agents, attempts, auth, cohorts, leases, membership
+from release_server import agents, attempts, bearer, cohorts, leases, membership
 from release_server.models import Agent, AgentEvent, Cohort, Rollout, RolloutStatus
 from release_server.rollout import State
 
@@ -119,7 +118,7 @@ def prove(session: Session, now: datetime, proof: Signed | Bearer) -> Agent:
 
 
 def _check_session(agent: Agent, token: str, now: datetime) -> None:
-    digest = auth.hash_token(token)
+    digest = bearer.hash_of(token)
     known = agent.session_hash or ""
     if not hmac.compare_digest(known, digest) or agent.session_until is None or agent.session_until <= now:
         raise NotAllowedError("the session is over", then="send a signed report", reason="session-over")
@@ -193,8 +192,8 @@ def _renew(agent: Agent, now: datetime, report: Report) -> str | None:
     holds = agent.session_until is not None and agent.session_until - now > RENEW
     if holds and report.transitions:
         return None
-    token = secrets.token_urlsafe(32)
-    agent.session_hash = auth.hash_token(token)
+    token = bearer.make()
+    agent.session_hash = bearer.hash_of(token)
     agent.session_until = now + SESSION
     return token
 

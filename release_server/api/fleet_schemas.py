@@ -10,6 +10,7 @@ from agent_core.clock import iso, parse_iso
 from agent_core.errors import MalformedError
 from agent_core.wire import NAME, PROGRESS_FULL, VERSION
 from release_server import fleet, freezes, membership
+from release_server.api.shapes import when
 from release_server.sequential import FALSE_HALT_BP
 from release_server.stages import DEADLINE_S, LONGEST_S, MAX_STAGES, Stage
 from release_server.terms import WATCH_S, Terms
@@ -106,9 +107,9 @@ def render_cohort(view: cohort_view.View) -> dict[str, Any]:
         "priority": spec.priority,
         "pin": spec.pin,
         "frozen": view.freeze is not None,
-        "frozen_until": _iso(view.freeze.until if view.freeze else None),
+        "frozen_until": when(view.freeze.until if view.freeze else None),
         "frozen_by": view.freeze.by if view.freeze else "",
-        "freeze": {"until": _iso(spec.frozen_until)} if view.by_hand else None,
+        "freeze": {"until": when(spec.frozen_until)} if view.by_hand else None,
         "calendar": spec.calendar,
         "window": spec.window,
         "splay_s": spec.splay_s,
@@ -235,11 +236,11 @@ def render_rollout(view: rollout_view.View, events: Iterable[RolloutEvent] | Non
         "tolerated": status.tolerated,
         "created_at": iso(rollout.created_at),
         "created_by": rollout.created_by,
-        "opened_at": _iso(status.opened_at),
-        "soaking_since": _iso(status.soaking_since),
-        "finished_at": _iso(status.finished_at),
-        "watch_until": _iso(status.watch_until),
-        "pruned_at": _iso(rollout.pruned_at),
+        "opened_at": when(status.opened_at),
+        "soaking_since": when(status.soaking_since),
+        "finished_at": when(status.finished_at),
+        "watch_until": when(status.watch_until),
+        "pruned_at": when(rollout.pruned_at),
     }
     if events is not None:
         shown["events"] = [_render_event(event) for event in events]
@@ -307,7 +308,7 @@ def render_agent(view: agents.View, events: Iterable[AgentEvent] | None = None) 
         "figures": agent.figures,
         "enrolled_at": iso(agent.enrolled_at),
         "seen_at": iso(agent.seen_at),
-        "retired_at": _iso(agent.retired_at),
+        "retired_at": when(agent.retired_at),
         "state": view.state,
     }
     if events is not None:
@@ -325,7 +326,3 @@ def _render_step(event: AgentEvent) -> dict[str, Any]:
         "reason": event.reason,
         "detail": event.detail,
     }
-
-
-def _iso(moment: datetime | None) -> str | None:
-    return None if moment is None else iso(moment)

@@ -8,9 +8,9 @@ from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from agent_core.clock import iso
 from release_server.api import PREFIX
 from release_server.api.access import requires
+from release_server.api.shapes import when
 
 SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"session": []}]
 
@@ -26,7 +26,7 @@ def whoami() -> dict[str, Any]:
         "name": person.name,
         "role": str(person.role),
         "product": person.product,
-        "expires_at": iso(person.expires_at) if person.expires_at else None,
+        "expires_at": when(person.expires_at),
     }
 
 

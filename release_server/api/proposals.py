@@ -16,6 +16,7 @@ from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
+from release_server.api.shapes import NumberPath
 from release_server.api.trust import signed_body
 
 blueprint = APIBlueprint(
@@ -23,11 +24,7 @@ blueprint = APIBlueprint(
 )
 
 
-class ProposalPath(BaseModel):
-    id: int = Field(ge=1, lt=2**31)
-
-
-class BlobPath(ProposalPath):
+class BlobPath(NumberPath):
     sha256: str = Field(pattern=f"^{SHA256.pattern}$")
 
 
@@ -72,7 +69,7 @@ def make_proposal() -> tuple[dict[str, Any], int]:
 
 @blueprint.get("/proposals/<id>")
 @requires("reader")
-def show_proposal(path: ProposalPath) -> dict[str, Any]:
+def show_proposal(path: NumberPath) -> dict[str, Any]:
     """One proposal."""
     hub = services()
     with hub.sessions.read() as session:
@@ -81,7 +78,7 @@ def show_proposal(path: ProposalPath) -> dict[str, Any]:
 
 @blueprint.get("/proposals/<id>/metadata")
 @requires("reader")
-def fetch_proposal(path: ProposalPath) -> Response:
+def fetch_proposal(path: NumberPath) -> Response:
     """The proposed targets with the signatures so far."""
     with services().sessions.read() as session:
         row = proposals.find(session, path.id)
@@ -102,7 +99,7 @@ def fetch_blob(path: BlobPath) -> Response:
 
 @blueprint.post("/proposals/<id>/signatures")
 @requires("releaser")
-def sign_proposal(path: ProposalPath, body: NewSignature) -> dict[str, Any]:
+def sign_proposal(path: NumberPath, body: NewSignature) -> dict[str, Any]:
     """Add a signature; the last one that is needed publishes the targets."""
     hub = services()
     online = signer.read_public(hub.config.trust)
@@ -121,7 +118,7 @@ def sign_proposal(path: ProposalPath, body: NewSignature) -> dict[str, Any]:
 
 @blueprint.post("/proposals/<id>/withdraw")
 @requires("releaser")
-def withdraw_proposal(path: ProposalPath, body: Because) -> dict[str, Any]:
+def withdraw_proposal(path: NumberPath, body: Because) -> dict[str, Any]:
     """Take a proposal back."""
     hub = services()
     with hub.sessions.write() as session:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from agent_core.clock import iso
 from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.people import SECURITY
+from release_server.api.shapes import NumberPath, when
 from release_server.signin import sessions
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ blueprint = APIBlueprint("sessions", __name__, url_prefix=PREFIX, abp_tags=[Tag(
 
 class SessionQuery(pages.PageQuery):
     name: str | None = Field(None, max_length=128)
-
-
-class SessionPath(BaseModel):
-    id: int = Field(ge=1, lt=2**31)
 
 
 def render(row: PersonSession) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def render(row: PersonSession) -> dict[str, Any]:
         "created_at": iso(row.created_at),
         "used_at": iso(row.used_at),
         "expires_at": iso(row.expires_at),
-        "ended_at": None if row.ended_at is None else iso(row.ended_at),
+        "ended_at": when(row.ended_at),
         "ended_by": row.ended_by,
     }
 
@@ -70,7 +67,7 @@ def list_sessions(query: SessionQuery) -> dict[str, Any]:
 
 @blueprint.delete("/sessions/<int:id>", security=SECURITY)
 @requires("admin")
-def end_session(path: SessionPath) -> tuple[str, int]:
+def end_session(path: NumberPath) -> tuple[str, int]:
     """End a session; its next request is refused."""
     hub = services()
     with hub.sessions.write() as session:

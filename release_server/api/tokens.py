@@ -10,13 +10,13 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
-from agent_core.clock import iso
 from agent_core.wire import NAME, Getter
 from release_server import audit, auth, cohorts
 from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Label  # noqa: TC001 - read when a request comes
 from release_server.api.people import SECURITY
+from release_server.api.shapes import NumberPath, when
 from release_server.auth import Role  # noqa: TC001 - read when a request comes
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ class TokenQuery(pages.PageQuery):
     works: bool | None = None
 
 
-class TokenPath(BaseModel):
-    id: int = Field(ge=1, lt=2**31)
-
-
 def _hub() -> Services:
     """The services, for a person who has not asked too often."""
     hub = services()
@@ -59,15 +55,6 @@ def _hub() -> Services:
 
 def render(token: Token) -> dict[str, Any]:
     """A token as people see it; never the secret, never its hash."""
-    times = {
-        name: None if moment is None else iso(moment)
-        for name, moment in (
-            ("created_at", token.created_at),
-            ("expires_at", token.expires_at),
-            ("used_at", token.used_at),
-            ("revoked_at", token.revoked_at),
-        )
-    }
     return {
         "id": token.id,
         "name": token.name,
@@ -78,7 +65,10 @@ def render(token: Token) -> dict[str, Any]:
         "cohort": token.cohort,
         "labels": token.labels,
         "created_by": token.created_by,
-        **times,
+        "created_at": when(token.created_at),
+        "expires_at": when(token.expires_at),
+        "used_at": when(token.used_at),
+        "revoked_at": when(token.revoked_at),
     }
 
 
@@ -131,7 +121,7 @@ def create_token(body: NewToken) -> tuple[dict[str, Any], int]:
 
 @blueprint.delete("/tokens/<int:id>")
 @requires("admin")
-def revoke_token(path: TokenPath) -> tuple[str, int]:
+def revoke_token(path: NumberPath) -> tuple[str, int]:
     """Make a token useless from the next request on."""
     hub = _hub()
     with hub.sessions.write() as session:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from flask import g
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from agent_core.clock import iso
 from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import NAME_FORM, Because, Shape
 from release_server.api.people import SECURITY
+from release_server.api.shapes import NumberPath, when
 from release_server.webhooks import outbox, subscriptions
 from release_server.webhooks.outbox import Kept  # noqa: TC001 - read when a request comes
 from release_server.webhooks.vault import Vault
@@ -47,10 +48,6 @@ class Rotation(Shape):
     stays_s: int = Field(int(subscriptions.STAYS.total_seconds()), ge=0, le=30 * 86_400)
 
 
-class WebhookPath(BaseModel):
-    id: int = Field(ge=1, lt=2**31)
-
-
 class DeliveriesQuery(pages.PageQuery):
     state: Kept | None = None
     limit: int = Field(100, ge=1, le=500)
@@ -79,7 +76,7 @@ def render_delivery(row: WebhookDelivery) -> dict[str, Any]:
         "state": row.state,
         "tries": row.tries,
         "created_at": iso(row.created_at),
-        "tried_at": None if row.tried_at is None else iso(row.tried_at),
+        "tried_at": when(row.tried_at),
         "answer": row.answer,
         "body": row.body,
     }
@@ -88,7 +85,7 @@ def render_delivery(row: WebhookDelivery) -> dict[str, Any]:
 def _show(session: Session, now: datetime, webhook_id: int) -> dict[str, Any]:
     webhook = subscriptions.find(session, webhook_id)
     secrets = outbox.secrets_of(session, now, webhook.id)
-    ends = [None if secret.until is None else iso(secret.until) for secret in secrets]
+    ends = [when(secret.until) for secret in secrets]
     return {**render(webhook, outbox.counts(session)), "secrets": [{"until": until} for until in ends]}
 
 
@@ -131,7 +128,7 @@ def add_webhook(body: NewWebhook) -> tuple[dict[str, Any], int]:
 
 @blueprint.get("/webhooks/<int:id>")
 @requires("admin")
-def show_webhook(path: WebhookPath) -> dict[str, Any]:
+def show_webhook(path: NumberPath) -> dict[str, Any]:
     """One webhook, and until when its secrets are valid."""
     hub = services()
     with hub.sessions.read() as session:
@@ -140,7 +137,7 @@ def show_webhook(path: WebhookPath) -> dict[str, Any]:
 
 @blueprint.delete("/webhooks/<int:id>")
 @requires("admin")
-def remove_webhook(path: WebhookPath) -> tuple[str, int]:
+def remove_webhook(path: NumberPath) -> tuple[str, int]:
     """End a webhook; what it has not taken is never sent."""
     hub = services()
     with hub.sessions.write() as session:
@@ -150,7 +147,7 @@ def remove_webhook(path: WebhookPath) -> tuple[str, int]:
 
 @blueprint.post("/webhooks/<int:id>/rotate")
 @requires("admin")
-def rotate_secret(path: WebhookPath, body: Rotation) -> dict[str, Any]:
+def rotate_secret(path: NumberPath, body: Rotation) -> dict[str, Any]:
     """Give a webhook another secret; the answer is the only place it ever appears."""
     hub = services()
     g.secrets = ("secret",)
@@ -162,7 +159,7 @@ def rotate_secret(path: WebhookPath, body: Rotation) -> dict[str, Any]:
 
 @blueprint.post("/webhooks/<int:id>/test")
 @requires("admin")
-def test_webhook(path: WebhookPath, body: Because) -> tuple[dict[str, Any], int]:
+def test_webhook(path: NumberPath, body: Because) -> tuple[dict[str, Any], int]:
     """Put `webhook.test` into its outbox; `deliveries` says what has come of it."""
     hub = services()
     with hub.sessions.write() as session:
@@ -173,7 +170,7 @@ def test_webhook(path: WebhookPath, body: Because) -> tuple[dict[str, Any], int]
 
 @blueprint.post("/webhooks/<int:id>/retry")
 @requires("admin")
-def retry_dead(path: WebhookPath, body: Because) -> dict[str, Any]:
+def retry_dead(path: NumberPath, body: Because) -> dict[str, Any]:
     """Send what was given up once more, in its order."""
     hub = services()
     with hub.sessions.write() as session:
@@ -183,7 +180,7 @@ def retry_dead(path: WebhookPath, body: Because) -> dict[str, Any]:
 
 @blueprint.get("/webhooks/<int:id>/deliveries")
 @requires("admin")
-def list_deliveries(path: WebhookPath, query: DeliveriesQuery) -> dict[str, Any]:
+def list_deliveries(path: NumberPath, query: DeliveriesQuery) -> dict[str, Any]:
     """What a webhook was and is to be told, the newest first."""
     with services().sessions.read() as session:
         subscriptions.find(session, path.id)

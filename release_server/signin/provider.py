@@ -229,10 +229,7 @@ class Provider:
             raise unavailable("others wait for it already")
         try:
             yield
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # `requests` has errors of JSON that are of the network too
+        except (ValueError, RecursionError) as error:  # first: errors of JSON are of the network's as well
             raise unavailable("it answers something else than JSON objects") from error
         except (RequestException, OSError) as error:
             raise unavailable(f"it does not answer ({type(error).__name__})") from error

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import secrets
-from datetime import timedelta
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_core.errors import NotAllowedError, NotFoundError
-from release_server import audit
+from release_server import audit, bearer
 from release_server.models import PersonSession
 
 if TYPE_CHECKING:
@@ -26,12 +23,7 @@ if TYPE_CHECKING:
     from release_server.signin.settings import Oidc
 
 PREFIX = "rfs_"
-TOUCH_EVERY = timedelta(minutes=1)
 AGAIN = "sign in again"
-
-
-def hash_of(secret: str) -> str:
-    return sha256(secret.encode()).hexdigest()
 
 
 def begin(session: Session, now: datetime, oidc: Oidc, identity: Identity, attempt: Attempt) -> str:
@@ -41,13 +33,13 @@ def begin(session: Session, now: datetime, oidc: Oidc, identity: Identity, attem
         NotAllowedError: `signin-replayed`; this sign-in has made its session already.
     """
     session.execute(delete(PersonSession).where(PersonSession.expires_at <= now))
-    secret = PREFIX + secrets.token_urlsafe(32)
+    secret = bearer.make(PREFIX)
     row = PersonSession(
         name=identity.name,
         issuer=oidc.issuer,
         subject=identity.subject,
         rule=identity.rule.text,
-        hash=hash_of(secret),
+        hash=bearer.hash_of(secret),
         attempt=attempt.hash,
         created_at=now,
         used_at=now,
@@ -76,7 +68,7 @@ def check(session: Session, secret: str, oidc: Oidc | None, now: datetime) -> tu
         NotAllowedError: `session-unknown`, `session-ended`, `session-expired`, `session-idle`, or
             `session-unmapped`, when the rule that let the person in is gone from the settings.
     """
-    digest = hash_of(secret)
+    digest = bearer.hash_of(secret)
     row = session.scalar(select(PersonSession).where(PersonSession.hash == digest))
     if row is None or not hmac.compare_digest(row.hash, digest):
         raise NotAllowedError("the session is not known here", then=AGAIN, reason="session-unknown")
@@ -99,7 +91,7 @@ def check(session: Session, secret: str, oidc: Oidc | None, now: datetime) -> tu
 
 
 def is_touch_due(row: PersonSession, now: datetime) -> bool:
-    return now - row.used_at >= TOUCH_EVERY
+    return now - row.used_at >= bearer.TOUCH_EVERY
 
 
 def touch(session: Session, number: int, now: datetime) -> None:

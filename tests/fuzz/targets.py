@@ -269,7 +269,7 @@ def tokens(raw: bytes) -> None:
     """Any bytes as the headers that say who asks: a token, a signature, or a refusal."""
     from flask import Flask
 
-    from release_server import auth
+    from release_server import bearer
     from release_server.api import access, agents
 
     text = raw.decode("latin-1")
@@ -278,7 +278,7 @@ def tokens(raw: bytes) -> None:
     with Flask("fuzz").test_request_context("/", environ_overrides=said), suppress(RelfleetError):
         proof = agents._proof(b"")
         assert not isinstance(proof, Signed) or 0 <= proof.counter <= agents.MOST_COUNTER
-        assert len(auth.hash_token(access.bearer())) == 64
+        assert len(bearer.hash_of(access.bearer())) == 64
 
 
 def server_settings(raw: bytes) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import event, select, text
 from agent_core.directive import bucket
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Phase
-from release_server import agents, attempts, auth, cohorts, enrolment, explain, fleet, reports
+from release_server import agents, attempts, auth, bearer, cohorts, enrolment, explain, fleet, reports
 from release_server.database import make_engine
 from release_server.models import Agent, AgentEvent, Attempt, Rollout, Token
 from release_server.stages import Stage
@@ -244,7 +244,7 @@ def test_a_session_is_its_agents_only_and_stored_as_a_hash(world):
     host, other = world.enroll("web"), world.enroll("other")
     assert refused(world, reports.Bearer("other", host.session), other.report()) == "session-over"
     with world.read() as session:
-        assert session.get_one(Agent, "web").session_hash == auth.hash_token(host.session)
+        assert session.get_one(Agent, "web").session_hash == bearer.hash_of(host.session)
 
 
 def test_transitions_under_a_session_are_refused(world):

@@ -8,7 +8,7 @@ from flask import g
 from sqlalchemy import select
 
 from agent_core.errors import NotAllowedError, NotFoundError, UsageError
-from release_server import auth
+from release_server import auth, bearer
 from release_server.api import access
 from release_server.auth import Person, Role
 from release_server.models import AuditEntry, Token
@@ -37,7 +37,7 @@ def test_only_the_hash_of_a_token_is_kept(sessions, token):
 
 
 def test_tokens_have_256_random_bits():
-    texts = {auth.make_token() for _ in range(100)}
+    texts = {bearer.make(auth.PREFIX) for _ in range(100)}
     assert len(texts) == 100
     assert all(len(text.removeprefix("rft_")) == 43 for text in texts)
 
