@@ -161,6 +161,29 @@ def outcome(person, environ):
     return json.loads(done.stdout)
 
 
+def test_a_fleet_file_is_compared_and_applied_over_tls(person, server):
+    (person.home / "fleet.toml").write_text('product = "demo"\n[cohorts.eu]\nmatch = "region=eu"\n')
+    stranger = person.types("release_server.publish.cli", "diff", REQUESTS_CA_BUNDLE="")
+    assert (stranger.returncode, "certificate" in stranger.stderr) == (3, True)
+    assert "eu" in person.types("release_server.publish.cli", "diff").stdout
+    person.release("apply", "--yes")
+    same = person.release("diff", "--json")
+    assert json.loads(same.stdout)["steps"] == []
+
+
+def test_a_backup_follows_what_is_published_over_tls(person, server, tmp_path):
+    backup, whole = tmp_path / "backup", tmp_path / "whole"
+    words = ("release_server.cli", "db")
+    made = person.types(*words, "backup", backup, "--data", server.data)
+    assert made.returncode == 0, made.stderr
+    restore = (*words, "restore", backup, "--data", whole, "--published", server.url, "--json")
+    stranger = person.types(*restore, REQUESTS_CA_BUNDLE="")
+    assert (stranger.returncode, "SSLError" in stranger.stderr, whole.exists()) == (8, True, False)
+    done = person.types(*restore)
+    assert done.returncode == 0, done.stderr
+    assert whole.is_dir()
+
+
 def test_a_head_that_does_not_end_is_ended_by_the_server_itself(server, authority):
     with connect(server, authority) as client:
         client.settimeout(20)  # granian itself would wait for 30 s
