@@ -95,6 +95,8 @@ def tell(world: Loud) -> Story:
         role: world.make_token(role) for role in ("reader", "releaser", "operator", "enroller", "admin")
     }
     hosts = world.hosts(world.cohort(), world.cohort())
+    webhook = world.home / "webhook.secret"
+    world.release("webhook", "add", "http://127.0.0.1:9/hook", "--events", "*", "--out", str(webhook))
     good = world.roll_out("1.1.0", hosts[0].cohort)
     bad = world.roll_out("2.0.0-exits-at-once", hosts[1].cohort)
     world.await_rollout(good, "completed")
@@ -137,6 +139,9 @@ def tell(world: Loud) -> Story:
     story.said["what commands printed"] = "\n".join(world.processes.printed)
     for role, file in {**tokens, "first admin": world.server_data / "admin.token"}.items():
         story.hide(f"the {role}'s token", file.read_text().strip())
+    key = world.server_data / "trust" / "webhooks.key"
+    story.hide("a webhook's secret", webhook.read_text().strip())
+    story.hide("what secrets of webhooks are made of", bytes.fromhex(key.read_text()))
     story.hide("a wrong token", WRONG_TOKEN)
     story.hide("a proxy's password", PROXY_PASSWORD)
     story.hide("the database's password", DATABASE_PASSWORD)
