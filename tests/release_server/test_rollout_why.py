@@ -308,7 +308,7 @@ def test_a_halt_is_told_with_the_numbers_that_were_stored_and_in_one_wording_eve
     ]
 
 
-def test_a_soak_reads_as_documented(world, at_desk):
+def test_a_soak_reads_as_documented_and_what_is_not_there_is_not_found(world, at_desk):
     world.start("1.1.0", Stage(count=3, soak_s=1_800))
     for host in world.hosts.values():
         world.finish(host, 1, "healthy")
@@ -319,6 +319,8 @@ def test_a_soak_reads_as_documented(world, at_desk):
         "  no  it soaks until 12:31 UTC",
         "  next  at 12:31 UTC it is complete, if nothing else happens",
     ]
+    code, _, said = at_desk.run("rollout", "why", "r-9")
+    assert (code, "there is no rollout r-9" in said) == (Exit.NOT_FOUND, True)
 
 
 def test_looking_writes_nothing(world):
@@ -328,11 +330,6 @@ def test_looking_writes_nothing(world):
     assert world.counters(1) == {}
     world.tick()
     assert world.counters(1) == {"silent": 3}
-
-
-def test_a_rollout_that_is_not_there_is_not_found(world, at_desk):
-    code, _, said = at_desk.run("rollout", "why", "r-9")
-    assert (code, "there is no rollout r-9" in said) == (Exit.NOT_FOUND, True)
 
 
 # --- each reason in words --------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def at_desk(world, app, token, tmp_path, monkeypatch, capsys):
         yield sat
 
 
-def test_two_releases_are_told_apart_by_failures_and_by_figures(at_desk):
+def test_two_releases_are_told_apart_by_failures_and_figures_and_read_as_a_table(at_desk):
     found = at_desk.json("compare", "1.0.0", "1.1.0")
     old, new = found["sides"]
     assert (found["by"], found["worse"]) == ("release", ["rss"])
@@ -46,9 +46,6 @@ def test_two_releases_are_told_apart_by_failures_and_by_figures(at_desk):
     assert (new["agents"], new["attempts"]) == (2, {"healthy": 2, "rolled_back": 1})
     assert (new["failed_share"], new["reasons"]) == (0.3333, {"workload-exited": 1})
     assert new["figures"]["rss"] == {"agents": 2, "median": 900 * MIB, "most": 900 * MIB}
-
-
-def test_it_reads_as_a_table(at_desk):
     code, out, _ = at_desk.run("compare", "1.0.0", "1.1.0")
     assert code == Exit.DONE
     assert [line.rstrip() for line in out.splitlines()] == [
@@ -63,24 +60,18 @@ def test_it_reads_as_a_table(at_desk):
     ]
 
 
-def test_two_cohorts_are_compared_by_their_agents_and_their_rollouts(at_desk):
+def test_two_cohorts_are_compared_and_names_of_both_kinds_or_none_are_told(at_desk, world):
     found = at_desk.json("compare", "late", "main")
     late, main = found["sides"]
     assert found["by"] == "cohort"
     assert (late["agents"], late["versions"], late["attempts"]) == (1, {"1.0.0": 1}, {})
     assert (main["agents"], main["versions"]) == (3, {"1.0.0": 1, "1.1.0": 2})
     assert main["attempts"] == {"healthy": 2, "rolled_back": 1}
-
-
-def test_a_name_of_both_kinds_is_a_release_unless_said_otherwise(at_desk, world):
     world.cohort("1.1.0", match="ring=none")
     assert at_desk.json("compare", "1.0.0", "1.1.0")["by"] == "release"
     code, _, said = at_desk.run("compare", "1.0.0", "1.1.0", "--by", "cohort")
     assert (code, "no cohort 1.0.0" in said) == (Exit.NOT_FOUND, True)
     assert at_desk.json("compare", "main", "1.1.0", "--by", "cohort")["sides"][1]["agents"] == 0
-
-
-def test_what_is_neither_is_not_found_and_itself_is_refused(at_desk):
     assert at_desk.run("compare", "1.0.0", "9.9.9")[0] == Exit.NOT_FOUND
     assert at_desk.run("compare", "main", "nobody")[0] == Exit.NOT_FOUND
     assert at_desk.run("compare", "main", "main")[0] == Exit.USAGE

@@ -32,41 +32,36 @@ def at_desk(world, app, token, tmp_path, monkeypatch, capsys):
         yield sat
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("1.1.0",), ("--from", "canary"), ("1.1.0", "--from", "canary")],
-    ids=["a version", "what a cohort runs", "both"],
-)
-def test_what_a_cohort_completed_goes_to_the_next_and_the_log_says_from_where(at_desk, world, words):
-    started = at_desk.json("promote", *words, "--to", "main", "--steps", "1,100%", "--soak", "5m")
-    assert (started["cohort"], started["version"], started["state"]) == ("main", "1.1.0", "running")
-    assert [stage["soak_s"] for stage in started["stages"]] == [300, 300]
-    (entry,) = [entry for entry in at_desk.json("audit", "log") if entry["action"] == "rollout.start"][1:]
-    assert entry["detail"]["reason"] == "promoted from canary (r-1)"
+def test_what_a_cohort_completed_goes_to_the_next_and_the_log_says_from_where(at_desk):
+    ways = (("1.1.0",), ("--from", "canary"), ("1.1.0", "--from", "canary"))
+    for words in ways:
+        gate = ("--steps", "1,100%", "--soak", "5m", "--supersede")
+        started = at_desk.json("promote", *words, "--to", "main", *gate)
+        assert (started["cohort"], started["version"], started["state"]) == ("main", "1.1.0", "running")
+        assert [stage["soak_s"] for stage in started["stages"]] == [300, 300]
+    log = [entry for entry in at_desk.json("audit", "log") if entry["action"] == "rollout.start"]
+    assert [entry["detail"]["reason"] for entry in log] == ["", *["promoted from canary (r-1)"] * len(ways)]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("1.2.0",), ("1.2.0", "--from", "canary"), ("--from", "main")],
-    ids=["nowhere completed", "not by that one", "settled on, but by no rollout"],
-)
-def test_what_no_cohort_completed_is_refused_and_nothing_begins(at_desk, words):
-    code, _, said = at_desk.run("promote", *words, "--to", "main" if "main" not in words else "canary")
-    assert (code, "no rollout of it has completed" in said) == (Exit.CONFLICT, True)
+REFUSED = {
+    "nowhere completed": (("1.2.0", "--to", "main"), Exit.CONFLICT),
+    "not by that one": (("1.2.0", "--from", "canary", "--to", "main"), Exit.CONFLICT),
+    "settled on, but by no rollout": (("--from", "main", "--to", "canary"), Exit.CONFLICT),
+    "completed by itself alone": (("1.1.0", "--to", "canary"), Exit.CONFLICT),
+    "a cohort that is not there": (("--from", "nowhere", "--to", "main"), Exit.NOT_FOUND),
+    "to none that is there": (("1.1.0", "--to", "nowhere"), Exit.NOT_FOUND),
+    "nothing said": (("--to", "main"), Exit.USAGE),
+}
+
+
+def test_without_proof_it_is_refused_and_nothing_begins(at_desk, world):
+    answers = {name: at_desk.run("promote", *words) for name, (words, _) in REFUSED.items()}
+    assert {name: code for name, (code, _, _) in answers.items()} == {
+        name: code for name, (_, code) in REFUSED.items()
+    }
+    said = answers["nowhere completed"][2]
+    assert "no rollout of it has completed" in said
     assert "asks for no proof" in said
     assert len(at_desk.json("rollout", "list")) == 1
-
-
-def test_what_was_taken_back_there_or_pinned_away_is_no_proof(at_desk, world):
-    world.call(fleet.undo, 1)
+    world.call(fleet.undo, 1)  # what was taken back there proves nothing any more
     assert at_desk.run("promote", "1.1.0", "--to", "main")[0] == Exit.CONFLICT
-
-
-def test_its_own_completion_is_no_proof_for_a_cohort(at_desk):
-    assert at_desk.run("promote", "1.1.0", "--to", "canary")[0] == Exit.CONFLICT
-
-
-def test_a_cohort_that_is_not_there_is_7_and_nothing_said_is_2(at_desk):
-    assert at_desk.run("promote", "--from", "nowhere", "--to", "main")[0] == Exit.NOT_FOUND
-    assert at_desk.run("promote", "1.1.0", "--to", "nowhere")[0] == Exit.NOT_FOUND
-    assert at_desk.run("promote", "--to", "main")[0] == Exit.USAGE
