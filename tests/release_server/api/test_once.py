@@ -223,7 +223,7 @@ def test_killed_at_any_statement_and_sent_again_it_is_done_once(world, sessions,
     sessions.close()  # no connection is shared with a child
     while ask_and_die(app, text, statement):
         assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 0
-        statement += 5
+        statement += 13
         sessions.close()
     assert statement > 20
     assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 1
