@@ -164,7 +164,7 @@ class Story:
         token = self.processes.begin("release", "token", "create", *words, cwd=self.project)
         self._publish("1.0.0")
         self._begin_push("1.1.0")  # before there is an agent to look at it
-        every = ("--poll", "2s", "--report", "20s")
+        every = ("--poll", "1s", "--report", "20s")
         self.release("cohort", "create", COHORT, "--match", "", "--release", "1.0.0", *every)
         self.processes.finish(token)
 
