@@ -161,11 +161,12 @@ def test_a_thief_of_some_online_keys_moves_no_host(world, hosts, untouched, stol
 
 def test_a_thief_of_all_online_keys_chooses_among_what_is_signed(world, hosts):
     """What he does get, so that the others are known to be refused for the key that is missing."""
-    ahead = hosts[1]
     with forged(world, "1.2.0", ONLINE_ROLES):
-        ahead.await_good("1.2.0")
-    world.pin(ahead.cohort, "1.1.0")
-    ahead.await_good("1.1.0")
+        for host in hosts:
+            host.await_good("1.2.0")
+    for host, version in zip(hosts, ("1.0.0", "1.1.0"), strict=True):
+        world.pin(host.cohort, version)
+        host.await_good(version)
 
 
 # --- the database ----------------------------------------------------------------------------------------
@@ -276,9 +277,8 @@ def test_a_floor_that_a_thief_raised_stops_nobody_and_is_outrun_by_a_new_version
     ahead.await_seen(reason="below-floor", version="1.1.0")
     code, said, _ = ahead.agent("why")
     assert (code, "1.0.0 has seq 1, the floor is 3" in said) == (Exit.DONE, True), said
-    for words in (("install", str(old), "--older"), ("rollback", "--to", "1.0.0")):
-        code, _, said = ahead.agent(*words)
-        assert code == Exit.TRUST, said
+    code, _, said = ahead.agent("install", str(old), "--older")
+    assert (code, "older than" in said) == (Exit.TRUST, True), said
     again = world.home / "again.release"
     world.release("export", "1.0.0", "-o", str(again))
     code, _, said = ahead.agent("install", str(again), "--older")
