@@ -13,7 +13,7 @@ from agent_core.directive import bucket, progress_for
 from agent_core.wire import AttemptState, Phase, Reason
 from release_server import agents, attempts, cohorts
 from release_server.figures import compare
-from release_server.models import Agent, Attempt, Rollout, RolloutCounter, RolloutStatus
+from release_server.models import Agent, Attempt, Lease, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import Counters, StageState, State, Why
 from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
@@ -76,6 +76,7 @@ class _Look:
     Attributes:
         quiet: agents not seen since then are silent.
         told: agents seen since then know what the stage offers them.
+        listened: the server was there long enough to have heard of everybody; before that nobody is silent.
     """
 
     rollout: Rollout
@@ -84,6 +85,7 @@ class _Look:
     now: datetime
     quiet: datetime
     told: datetime
+    listened: bool
 
 
 def census(
@@ -98,7 +100,7 @@ def census(
     pace = cohorts.newest_spec(session, rollout.cohort_id)
     quiet = now - agents.silent_after(pace.poll_s, pace.report_s)
     told = (status.opened_at or now) + timedelta(seconds=2 * pace.poll_s)
-    look = _Look(rollout, spec, status, now, quiet, told)
+    look = _Look(rollout, spec, status, now, quiet, told, _has_listened(session, quiet))
     members = _members(session, rollout)
     reached = [member for member in members if member.place < status.progress]
     if write and status.state is State.RUNNING and not spec.frozen and status.reason != Why.FROZEN:
@@ -117,7 +119,13 @@ def census(
         attempts=attempts.counters(session, rollout.id),
         baseline=_baseline(session, rollout) if spec.false_halt_bp else UNKNOWN,
         worse=compare(_figures(session, rollout, quiet)) if spec.figures else (),
+        listened=look.listened,
     )
+
+
+def _has_listened(session: Session, quiet: datetime) -> bool:
+    since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS))
+    return since is None or since <= quiet
 
 
 def _baseline(session: Session, rollout: Rollout) -> Baseline:
@@ -248,7 +256,7 @@ def _truth(look: _Look, member: _Member) -> tuple[AttemptState, str] | None:
         return AttemptState.HEALTHY, str(Reason.UP_TO_DATE)
     if heard and was_silent:
         return AttemptState.OFFERED, "heard-again"
-    if heard or not _is_open(member) or _stands_aside(member, look.told):
+    if heard or not look.listened or not _is_open(member) or _stands_aside(member, look.told):
         return None
     if look.status.stage_state is not StageState.OPEN or look.status.reason == Why.OUTSIDE_WINDOW:
         return None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEASE = "jobs"
+LEASE = Lease.JOBS
 MOST_BACKOFF_S = 30.0
 SEND_EVERY_S = 1.0
 """How often the outbox of webhooks is looked into."""
@@ -73,7 +73,7 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
     """
     lease = session.scalar(select(Lease).where(Lease.name == LEASE).with_for_update())
     if lease is None:
-        session.add(Lease(name=LEASE, holder=holder, fence=1, until=now + length))
+        session.add(Lease(name=LEASE, holder=holder, fence=1, until=now + length, since=now))
         try:
             session.flush()
         except IntegrityError:
@@ -87,10 +87,11 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
     if mine and now + length * 2 / 3 < lease.until <= now + length:
         return lease.fence  # renewed a moment ago; a write, and its wait for the disk, can be saved
     fence = lease.fence if mine else lease.fence + 1
+    was_away = lease.since is None or now > lease.until + length
     taken = session.execute(
         update(Lease)
         .where(Lease.name == LEASE, Lease.holder == lease.holder, Lease.fence == lease.fence)
-        .values(holder=holder, fence=fence, until=now + length)
+        .values(holder=holder, fence=fence, until=now + length, since=now if was_away else lease.since)
         .returning(Lease.fence)
         .execution_options(synchronize_session=False)
     ).first()

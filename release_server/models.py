@@ -481,13 +481,16 @@ class Lease(Base):
     """A lock that its holder renews: one process reconciles and re-signs at a time.
 
     `fence` grows with every change of hands; a process whose fence is no longer the row's writes nothing.
+    `since` is when the stretch began in which some process has always held it: the server was away before.
     """
 
     __tablename__ = "locks"
+    JOBS: ClassVar[str] = "jobs"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     holder: Mapped[str] = mapped_column(String(128))
     fence: Mapped[int] = mapped_column(default=0)
     until: Mapped[datetime]
+    since: Mapped[datetime | None]
 
 
 class Webhook(Base):

@@ -191,6 +191,7 @@ class Counters:
         attempts: how many attempts are in each state.
         baseline: how often agents of the cohort fail when nothing is wrong.
         worse: health figures that the release has made worse.
+        listened: the server was there for long enough to have heard of every agent that is not silent.
     """
 
     members: int = 0
@@ -204,6 +205,7 @@ class Counters:
     attempts: Mapping[AttemptState, int] = field(default_factory=dict)
     baseline: Baseline = UNKNOWN
     worse: tuple[Worse, ...] = ()
+    listened: bool = True
 
     def of(self, *states: AttemptState) -> int:
         return sum(self.attempts.get(state, 0) for state in states)
@@ -498,7 +500,12 @@ def _evidence(step: _Step) -> float:
 
 
 def _took_too_long(step: _Step) -> Next | None:
-    """Halt when agents that do report have not finished in time; an agent's time starts when it joins."""
+    """Halt when agents that do report have not finished in time; an agent's time starts when it joins.
+
+    What they did while the server was away has to be heard first.
+    """
+    if not step.counters.listened:
+        return None
     opened_at = step.status.opened_at or step.now
     allowed = timedelta(seconds=step.stage.deadline_s)
     seen = step.counters

@@ -13,7 +13,7 @@ from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import Mode, Phase
 from release_server import agents, attempts, cohorts, fleet, launch, rollout_view
 from release_server.database import Sessions, make_engine
-from release_server.models import AuditEntry, Cohort, RolloutCounter, RolloutStatus
+from release_server.models import AuditEntry, Cohort, Lease, RolloutCounter, RolloutStatus
 from release_server.rollout import State, Status
 from release_server.stages import Stage
 from release_server.terms import Terms
@@ -194,6 +194,20 @@ def test_an_agent_silent_past_the_deadline_counts_as_failed(world):
     status = world.status(rollout)
     assert (status.stage_state, status.detail) == ("halted", "1 of 1 failed (limit 0)")
     assert world.counters(rollout) == {"silent": 1}
+
+
+def test_nobody_is_silent_to_a_server_that_was_away_itself(world):
+    world.cohort(poll_s=60, report_s=300)
+    world.enroll_many(5)
+    rollout = world.start("1.1.0", Stage(count=1, deadline_s=600), Stage(share_bp=10_000))
+    world.clock.step(hours=9)
+    with world.write() as session:
+        up = Lease(name=Lease.JOBS, holder="", fence=1, until=world.clock(), since=world.clock())
+        session.add(up)
+    world.tick(seconds=3 * 300)
+    assert (world.status(rollout).state, world.counters(rollout).get("silent", 0)) == ("running", 0)
+    world.tick(seconds=30)
+    assert (world.status(rollout).state, world.counters(rollout)) == ("paused", {"silent": 1})
 
 
 def test_an_agent_that_reports_but_does_not_finish_halts_by_the_deadline(world):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import select
@@ -67,6 +68,20 @@ def test_a_lease_from_a_clock_that_was_far_ahead_does_not_last(make_jobs, clock)
     first.tick()
     clock.step(days=-3650)
     assert second.tick() is True
+
+
+def test_a_pause_in_which_no_process_was_there_is_told_from_a_change_of_hands(
+    make_jobs, clock, config, sessions
+):
+    first, second = make_jobs(), make_jobs()
+    first.tick()
+    began = lease(sessions).since
+    clock.now += 2 * config.lease
+    second.tick()
+    assert lease(sessions).since == began == clock.now - 2 * config.lease
+    clock.now += 2 * config.lease + timedelta(seconds=1)
+    first.tick()
+    assert lease(sessions).since == clock.now
 
 
 def test_a_process_that_lost_the_lease_within_a_tick_writes_nothing(
