@@ -25,6 +25,8 @@ def leave(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
     atexit._run_exitfuncs()  # noqa: SLF001
     for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:  # None: its descriptor was closed when we were started
+            continue
         try:
             stream.flush()
         except (OSError, ValueError):

@@ -47,3 +47,9 @@ def test_output_that_nobody_can_read_is_a_failure(code):
     with Path("/dev/full").open("wb") as full:
         done = ended(f"print('lost'); leave({code})", stdout=full)
     assert done.returncode == (code or 1)
+
+
+def test_a_stream_that_was_never_there_changes_no_code():
+    """75 asks the launcher for a restart, also where an agent is started with closed streams."""
+    argv = ["sh", "-c", 'exec "$0" -E -c "$1" >&- 2>&-', sys.executable, BEFORE + "leave(75)"]
+    assert subprocess.run(argv, check=False).returncode == 75
