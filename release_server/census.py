@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from release_server.rollout import Spec, Status
 
+LISTENS = timedelta(hours=1)
+"""So long at most the server listens after it was away, however seldom agents report."""
 NAMED = 5
 """How many agents that stand aside are named in an event; the count is always whole."""
 CANNOT = frozenset(
@@ -100,7 +102,7 @@ def census(
     pace = cohorts.newest_spec(session, rollout.cohort_id)
     quiet = now - agents.silent_after(pace.poll_s, pace.report_s)
     told = (status.opened_at or now) + timedelta(seconds=2 * pace.poll_s)
-    look = _Look(rollout, spec, status, now, quiet, told, _has_listened(session, quiet))
+    look = _Look(rollout, spec, status, now, quiet, told, _has_listened(session, now, quiet))
     members = _members(session, rollout)
     reached = [member for member in members if member.place < status.progress]
     if write and status.state is State.RUNNING and not spec.frozen and status.reason != Why.FROZEN:
@@ -123,9 +125,9 @@ def census(
     )
 
 
-def _has_listened(session: Session, quiet: datetime) -> bool:
+def _has_listened(session: Session, now: datetime, quiet: datetime) -> bool:
     since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS))
-    return since is None or since <= quiet
+    return since is None or since <= max(quiet, now - LISTENS)
 
 
 def _baseline(session: Session, rollout: Rollout) -> Baseline:

@@ -73,7 +73,7 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
     """
     lease = session.scalar(select(Lease).where(Lease.name == LEASE).with_for_update())
     if lease is None:
-        session.add(Lease(name=LEASE, holder=holder, fence=1, until=now + length, since=now))
+        session.add(Lease(name=LEASE, holder=holder, fence=1, until=now + length))
         try:
             session.flush()
         except IntegrityError:
@@ -87,11 +87,12 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
     if mine and now + length * 2 / 3 < lease.until <= now + length:
         return lease.fence  # renewed a moment ago; a write, and its wait for the disk, can be saved
     fence = lease.fence if mine else lease.fence + 1
-    was_away = lease.since is None or now > lease.until + length
+    was_ahead = lease.since is not None and lease.since > now
+    since = now if was_ahead or now > lease.until + length else lease.since
     taken = session.execute(
         update(Lease)
         .where(Lease.name == LEASE, Lease.holder == lease.holder, Lease.fence == lease.fence)
-        .values(holder=holder, fence=fence, until=now + length, since=now if was_away else lease.since)
+        .values(holder=holder, fence=fence, until=now + length, since=since)
         .returning(Lease.fence)
         .execution_options(synchronize_session=False)
     ).first()

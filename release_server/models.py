@@ -481,7 +481,7 @@ class Lease(Base):
     """A lock that its holder renews: one process reconciles and re-signs at a time.
 
     `fence` grows with every change of hands; a process whose fence is no longer the row's writes nothing.
-    `since` is when the stretch began in which some process has always held it: the server was away before.
+    `since` is when a process was there again after none had been; None while there always was one.
     """
 
     __tablename__ = "locks"

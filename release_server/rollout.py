@@ -425,7 +425,9 @@ def _judge(step: _Step) -> Next:
     if step.status.soaking_since is None:
         soaking = {"stage_state": StageState.SOAKING, "soaking_since": step.now}
         return step.to("soaking", Why.FINISHED, _healthy(step), quiet=True, **soaking)
-    if step.now >= step.status.soaking_since + timedelta(seconds=step.stage.soak_s):
+    if step.counters.listened and step.now >= step.status.soaking_since + timedelta(
+        seconds=step.stage.soak_s
+    ):
         return _pass(step, Why.SOAKED)
     return step.stay()
 
@@ -536,9 +538,9 @@ def _watch(step: _Step) -> Next:
         return step.stay(watch_until=None, watch_at=None)
     if halt := _failed_too_often(step):
         return halt
-    if step.now >= step.status.watch_until:
+    if step.now >= step.status.watch_until and step.counters.listened:
         return step.to("watch-over", Why.WATCHED, quiet=True, watch_until=None, watch_at=None)
-    return step.stay(watch_at=min(step.now + LOOK_EVERY, step.status.watch_until))
+    return step.stay(watch_at=min(step.now + LOOK_EVERY, max(step.now, step.status.watch_until)))
 
 
 def _wait(step: _Step, reason: Why, detail: str) -> Next:
@@ -614,6 +616,6 @@ def _abort(spec: Spec, status: Status, counters: Counters, now: datetime) -> Nex
 
 
 def _go_back(step: _Step) -> Next:
-    if step.counters.on_version:
+    if step.counters.on_version or not step.counters.listened:
         return step.stay()
     return step.to("rolled-back", Why.GONE_BACK, state=State.ROLLED_BACK, finished_at=step.now)

@@ -269,9 +269,9 @@ class _Check:
         facts, release = self._facts(directive, since)
         decision = decide(facts, self.now)
         outcome = self._outcome(decision, facts)
+        self._let_go(facts)
         if not decision.installs or release is None:
             self._note_skip(decision, facts)
-            self._let_go(facts)
             return outcome
         if halt := self._stop():
             return self._wait_for_stop(outcome, halt)
@@ -336,7 +336,7 @@ class _Check:
     def _let_go(self, facts: Facts) -> None:
         """An attempt before its trial ends with the wish for it, or reports would name it for ever."""
         last, record = attempts.load(self.device.attempt_file), slots.read(self.device.layout.root)
-        if last is None or last.state not in attempts.BEFORE_TRIAL or facts.in_trial:
+        if last is None or last.state not in attempts.BEFORE_TRIAL or facts.in_trial or self.by_hand:
             return
         if record is not None and attempts.settled(last, record) is not None:
             return

@@ -29,7 +29,7 @@ def fleet(members=10, reached=1, waiting=0, **attempts):
     """Counters of a fleet; `attempts` by state, e.g. healthy=1."""
     known = {
         key: attempts.pop(key)
-        for key in ("waiting_since", "aside", "aside_count", "on_version")
+        for key in ("waiting_since", "aside", "aside_count", "on_version", "listened")
         if key in attempts
     }
     counted = {AttemptState(name): count for name, count in attempts.items()}
@@ -525,3 +525,37 @@ def test_a_newer_pin_asks_nobody_to_go_back():
 @pytest.mark.parametrize("state", list(State))
 def test_a_frozen_cohort_takes_nothing_new(state):
     assert directive_for(replace(COHORT, frozen=True), facts(state), 1).mode is Mode.SUSPENDED
+
+
+# --- after the server was away -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "wish", "waiting", "ends"),
+    [
+        pytest.param(
+            replace(RUNNING, opened_at=NOW - timedelta(days=1)), Wanted.RUN, 1, "halted", id="deadline"
+        ),
+        pytest.param(
+            replace(RUNNING, stage_state=StageState.SOAKING, soaking_since=NOW - timedelta(days=1)),
+            Wanted.RUN,
+            0,
+            "stage-passed",
+            id="soak",
+        ),
+        pytest.param(
+            replace(RUNNING, state=State.COMPLETED, watch_until=NOW, watch_at=NOW),
+            Wanted.RUN,
+            0,
+            "watch-over",
+            id="watch",
+        ),
+        pytest.param(
+            replace(RUNNING, state=State.ROLLING_BACK), Wanted.ABORT_ROLLBACK, 0, "rolled-back", id="way back"
+        ),
+    ],
+)
+def test_nothing_ends_by_time_before_the_server_has_listened(status, wish, waiting, ends):
+    deaf, heard = (fleet(waiting=waiting, healthy=1 - waiting, listened=known) for known in (False, True))
+    assert names(reconcile(spec(wanted=wish), status, deaf, NOW)) == []
+    assert names(reconcile(spec(wanted=wish), status, heard, NOW))[0] == ends

@@ -236,6 +236,19 @@ def test_an_attempt_is_named_no_longer_than_it_is_wanted(layout, origin, release
     assert report.build(device).phase == (Phase(str(state)) if said == "as it was" else Phase.IDLE)
 
 
+def test_an_attempt_ends_with_its_wish_also_where_a_stop_file_holds_the_next_one_back(
+    layout, origin, release
+):
+    device = device_of(layout, origin, stop__file=str(layout.root / "stop"))
+    (layout.root / "stop").write_text("")
+    attempts.save(device.attempt_file, attempts.Attempt("1.5.0", "5" * 12, "before", AttemptState.STAGED))
+    catalog = SimpleNamespace(policy=lambda _: Policy(), release=lambda *_: release)
+    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
+    word = Directive("shop", "main", "2.0.0", None, 10_000, "salt", 2, splay_s=0)
+    assert check.follow(word, clock.now()).reason == "stop-file"
+    assert report.build(device).phase == Phase.IDLE
+
+
 def test_a_trial_keeps_its_attempt_whatever_is_said_meanwhile(layout, origin, release):
     device, digest = device_of(layout, origin), release.facts.index_sha256[:12]
     attempts.save(device.attempt_file, attempts.Attempt("2.0.0", digest, "salt", AttemptState.STAGED))
