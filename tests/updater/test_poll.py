@@ -243,9 +243,9 @@ def test_an_attempt_ends_with_its_wish_also_where_a_stop_file_holds_the_next_one
     (layout.root / "stop").write_text("")
     attempts.save(device.attempt_file, attempts.Attempt("1.5.0", "5" * 12, "before", AttemptState.STAGED))
     catalog = SimpleNamespace(policy=lambda _: Policy(), release=lambda *_: release)
-    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
+    check = poll._Check(device, catalog, device.transport(), NOON, None)
     word = Directive("shop", "main", "2.0.0", None, 10_000, "salt", 2, splay_s=0)
-    assert check.follow(word, clock.now()).reason == "stop-file"
+    assert check.follow(word, NOON).reason == "stop-file"
     assert report.build(device).phase == Phase.IDLE
 
 
