@@ -12,6 +12,7 @@ from requests import PreparedRequest, RequestException, Response
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
 
 from agent_core.clock import boot_s
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CONNECT_S = 3.0
 MOST_BYTES = 512 * 1024
 """The key sets of the largest providers have some ten thousand bytes."""
+SLOW = "it took too long to answer"
 
 
 class Bounded(HTTPAdapter):
@@ -47,6 +49,7 @@ class Bounded(HTTPAdapter):
         self.refuse = refuse
         self.longest_s = longest_s
         self.check_peer = check_peer
+        self._ends = 0.0
         self._open: list[socket.socket] = []
         super().__init__(max_retries=0)
 
@@ -75,26 +78,29 @@ class Bounded(HTTPAdapter):
 
         Raises:
             RequestException: the other server is away, or was cut at the deadline.
-            Exception: of `refuse`: it was too slow, or says too much.
+            Exception: of `refuse`: it was too slow, says too much, or breaks off.
         """
         kwargs |= {"stream": True, "timeout": (min(CONNECT_S, self.longest_s), self.longest_s)}
-        ends = boot_s() + self.longest_s
+        self._ends = boot_s() + self.longest_s
         cutter = threading.Timer(self.longest_s, self._cut)
         cutter.daemon = True
         cutter.start()
         try:
             response = super().send(request, *args, **kwargs)
-            response.raw = io.BytesIO(b"".join(self._pieces(response)))
+            response.raw = io.BytesIO(self._body(response))
         except (RequestException, OSError) as error:
-            if boot_s() >= ends:
-                raise self.refuse("it took too long to answer") from error
+            if self._is_over():
+                raise self.refuse(SLOW) from error
             raise
         finally:
             cutter.cancel()
             self._forget()
-        if boot_s() >= ends:  # cut in the middle, which an answer without a length does not show
-            raise self.refuse("it took too long to answer")
+        if self._is_over():  # cut in the middle, which an answer without a length does not show
+            raise self.refuse(SLOW)
         return response
+
+    def _is_over(self) -> bool:
+        return boot_s() >= self._ends
 
     def _cut(self) -> None:
         for watched in list(self._open):
@@ -115,6 +121,12 @@ class Bounded(HTTPAdapter):
         # A copy, since TLS takes the socket itself over before it has shaken hands.
         self._open.append(sock.dup())
         return sock
+
+    def _body(self, response: Response) -> bytes:
+        try:
+            return b"".join(self._pieces(response))
+        except HTTPError as error:  # `requests` turns urllib3's errors into its own around the head only
+            raise self.refuse(SLOW if self._is_over() else "its answer broke off") from error
 
     def _pieces(self, response: Response) -> Iterator[bytes]:
         length = 0

@@ -92,7 +92,7 @@ class Sender:
         return tries
 
     def _deliver(self, letter: Letter) -> None:
-        answer = self._ask(letter)
+        answer = self._ask_anyhow(letter)
         with self._sessions.write() as session:
             self._guard(session)
             kept = outbox.settle(session, self._clock(), letter, answer, self._spread())
@@ -100,6 +100,18 @@ class Sender:
             told = {"webhook": letter.webhook_id, "event": letter.event_id, "why": answer.says}
             given_up = kept is outbox.Kept.DEAD
             log.warning("a delivery was given up" if given_up else "a delivery failed", extra=told)
+
+    def _ask_anyhow(self, letter: Letter) -> Answer:
+        """Send a letter. What nobody thought of is an answer too, else it would be tried first for ever."""
+        try:
+            return self._ask(letter)
+        except Exception as error:
+            kind = type(error).__name__
+            # Where it was, and not its words: they may hold the URL.
+            where = RuntimeError(kind).with_traceback(error.__traceback__)
+            told = {"webhook": letter.webhook_id}
+            log.exception("a webhook could not be asked", exc_info=where, extra=told)
+            return Answer(False, f"it cannot be asked ({kind})")
 
     def _ask(self, letter: Letter) -> Answer:
         """Send a letter. Whatever happens is an answer, and says nothing that is secret: URLs may be."""

@@ -590,7 +590,11 @@ def test_a_provider_that_is_slow_holds_four_threads_and_no_more(app, browser, pr
         assert [answer.result().status_code for answer in waiting] == [303] * provider_module.AT_ONCE
 
 
-@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n{"], ids=["in the head", "in the body"])
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"HTTP/1.1 200 OK\r\n\r\n{", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{"],
+    ids=["in the head", "in the body", "in a body of a known length"],
+)
 def test_a_provider_that_drips_is_cut_at_the_deadline(make_app, token, monkeypatch, head):
     monkeypatch.setattr(provider_module, "LONGEST_S", 0.3)
     with dripping(head) as url:

@@ -403,6 +403,48 @@ def test_an_answer_without_end_is_not_read(world, subscribe, send):
     assert kept(world)[0][2:] == ("pending", 1, "its answer has no end")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [b"Content-Length: 100\r\n\r\n0123456789", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"],
+    ids=["cut short", "no chunks"],
+)
+def test_a_receiver_that_breaks_off_in_its_answer_holds_up_nobody_else(world, heard, subscribe, send, said):
+    import socket
+    import threading
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def break_off():
+            peer, _ = listening.accept()
+            with peer:
+                peer.recv(65_536)
+                peer.sendall(b"HTTP/1.1 200 OK\r\n" + said)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65_536):
+                    pass
+
+        thread = threading.Thread(target=break_off, daemon=True)
+        thread.start()
+        subscribe(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        subscribe(heard.url)
+        tell(world)
+        send()
+        thread.join(10)
+    assert kept(world)[0][2:] == ("pending", 1, "its answer broke off")
+    assert heard.sequences() == [1]
+
+
+def test_an_address_on_which_the_library_chokes_holds_up_nobody_else(world, heard, subscribe, send, caplog):
+    label = "in-the-url-" + "x" * 60  # no DNS label is so long, which urllib3 says by an error of its own
+    subscribe(f"https://{label}.example.org/")
+    subscribe(heard.url)
+    tell(world)
+    send()
+    assert kept(world)[0][2:] == ("pending", 1, "it cannot be asked (LocationParseError)")
+    assert heard.sequences() == [1]
+    assert "in-the-url" not in caplog.text
+
+
 def test_a_receiver_behind_tls_is_verified(world, subscribe, make_sender, tmp_path):
     import ssl
 
