@@ -470,7 +470,10 @@ class Service:
             last_good.keep(self.device.layout, self._live.current)
 
     def _reload_settings(self) -> None:
+        had = self._live.problem
         self._read_settings()
+        if had and not self._live.problem:
+            self._look_now()  # the checks that failed for the slip have left a backoff that nothing else ends
         self._show()  # a file that cannot be used shows at once, not with the next poll that finds something
 
     def _apply(self, settings: AgentSettings) -> None:

@@ -29,11 +29,14 @@ def test_a_slip_in_the_settings_keeps_the_product_running_and_new_versions_away_
     host = rig.copy(rig.home / "installed", rig.home / "host")
     assert host.settle(GOOD) == ""
     host.lead_to(NEW)
+    good = host.layout.settings.read_text().replace("max_backoff_s = 1.0", "max_backoff_s = 3600.0")
+    host.layout.settings.write_text(good)
     last_good.keep(host.layout, load_agent(host.layout))
-    good = host.layout.settings.read_text()
     host.layout.settings.write_text(f"{good}\n[moon]\nphase = 1\n")
+    control.remember_backoff(host.layout, 20, 3600)  # a night with the slip; the mend ends that too
     with host.running():
         assert comes(lambda: host.rests_on(GOOD))
+        assert comes(lambda: control.wake(host.layout))
         assert comes(lambda: "moon" in control.read_status(host.layout)["poll"])
         status = control.read_status(host.layout)
         assert ("moon" in status["settings"], status["workload_pid"] is not None) == (True, True)
