@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from agent_core.layout import Layout
 
+PAIR = ("server.client_cert", "server.client_key")
+"""Neither is of use without the other, and refused alone."""
+
 
 def load(layout: Layout) -> AgentSettings:
     """The settings as they are set; where they cannot be used those of the last time, or the defaults."""
@@ -46,6 +49,11 @@ def note(layout: Layout) -> Path:
 
 
 def _made_of(values: dict[str, Any]) -> AgentSettings:
-    """What an older or newer version set besides, this one does not know."""
-    known = {name: value for name, value in values.items() if name in AGENT}
+    """What another version kept, less what this one does not know or refuses: one value costs no other."""
+    known: dict[str, Any] = {}
+    for name in values.keys() & {setting.name for setting in AGENT}:
+        with suppress(SettingsError):
+            known[name] = AGENT[name].accept(values[name], "kept")
+    if not all(known.get(name) for name in PAIR):
+        known = {name: value for name, value in known.items() if name not in PAIR}
     return AgentSettings.of(AGENT.load([], environ={}, flags=known))

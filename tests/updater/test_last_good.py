@@ -56,6 +56,23 @@ def test_what_another_version_set_besides_is_passed_over(layout):
     assert last_good.load(layout).poll_min_s == 9
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [{"poll.min_s": 0.0}, {"log.level": "trace"}, {"server.client_cert": "a.pem", "server.client_key": 1}],
+    ids=["below a bound", "no choice any more", "half of a pair"],
+)
+def test_a_value_that_this_version_refuses_costs_no_other(layout, refused):
+    kept = {"labels": {"region": "eu"}, "server.url": "https://a", "versions.keep": 5}
+    last_good.note(layout).write_text(json.dumps(refused | kept))
+    layout.settings.write_text("[poll\n")
+    loaded = last_good.load(layout)
+    layout.settings.unlink()
+    assert {name: loaded.settings[name] for name in kept} == kept
+    assert [loaded.settings[name] == load_agent(layout).settings[name] for name in refused] == [True] * len(
+        refused
+    )
+
+
 def test_the_note_is_for_its_owner_and_is_not_written_again_without_need(layout):
     last_good.keep(layout, load_agent(layout))
     before = last_good.note(layout).stat()
