@@ -86,5 +86,5 @@ def _views() -> Any:
 
 def _view(row: Any, now: datetime) -> View:
     cohort, spec, status, agents = row
-    by_hand = spec.frozen and (spec.frozen_until is None or now < spec.frozen_until)
+    by_hand = cohorts.is_frozen_by_hand(spec, now)
     return View(cohort, spec, status, agents, cohorts.freeze_of(spec, now), by_hand)

@@ -86,6 +86,11 @@ def is_frozen(spec: CohortSpec, now: datetime) -> bool:
     return freeze_of(spec, now) is not None
 
 
+def is_frozen_by_hand(spec: CohortSpec, now: datetime) -> bool:
+    """Whether a person's freeze stands; `frozen` alone outlives the time that it was set for."""
+    return spec.frozen and (spec.frozen_until is None or now < spec.frozen_until)
+
+
 # --- what people ask -------------------------------------------------------------------------------------
 
 
@@ -251,7 +256,7 @@ def freeze(
     if until is not None and until <= now:
         raise UsageError("the freeze would be over already", then="give a time in the future")
     cohort = find(session, product, name)
-    stood = newest_spec(session, cohort.id).frozen
+    stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
     _change(session, now, actor, cohort, reason=reason, frozen=True, frozen_until=until)
     _note(session, now, actor, "cohort.freeze", cohort, until=until, reason=reason)
     if not stood:
@@ -264,7 +269,7 @@ def unfreeze(
 ) -> Cohort:
     """End a freeze; what was going on goes on."""
     cohort = find(session, product, name)
-    stood = newest_spec(session, cohort.id).frozen
+    stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
     _change(session, now, actor, cohort, reason=reason, frozen=False, frozen_until=None)
     _note(session, now, actor, "cohort.unfreeze", cohort, reason=reason)
     if stood:

@@ -192,6 +192,17 @@ def test_a_fleet_stands_when_its_last_cohort_is_frozen_and_goes_with_the_first(w
     assert json.loads(heard.got[2][1])["data"] == {"product": "demo", "reason": "a fire", "actor": "olga"}
 
 
+def test_a_freeze_that_lapsed_stands_no_more_when_the_next_is_told(world, heard, subscribe, send):
+    world.cohort("eu")
+    subscribe(heard.url, "cohort.*", "fleet.*")
+    for _ in range(2):
+        world.call(cohorts.freeze, "demo", "eu", until=world.clock() + timedelta(hours=1))
+        world.clock.step(hours=1)
+    world.call(cohorts.unfreeze, "demo", "eu")
+    send()
+    assert heard.types() == ["cohort.frozen", "fleet.stopped"] * 2
+
+
 def test_what_was_rolled_back_is_told_to_nobody(world, heard, subscribe, send):
     subscribe(heard.url)
     with world.read() as session:  # rolled back at its end
