@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 MOST = 1000
 LONGEST = 19
-"""Digits of the largest number that both databases take."""
+"""Digits of the largest number that is read."""
+LARGEST, LARGEST_ID = 2**63 - 1, 2**31 - 1
+"""What PostgreSQL takes to compare with a column of eight bytes, and of four, as those of ids are."""
 
 
 class PageQuery(Shape):
@@ -51,8 +53,13 @@ class PageQuery(Shape):
         return number_of(owner), word
 
 
-def number_of(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < LONGEST):
+def number_of(text: str, most: int = LARGEST_ID) -> int:
+    """A number out of a cursor.
+
+    Raises:
+        MalformedError: it is none, or above `most`.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST and int(text) <= most):
         raise MalformedError("after cannot be used", why="it is not the `next` of a page of this list")
     return int(text)
 

@@ -109,7 +109,8 @@ def make_product(body: NewProduct) -> tuple[dict[str, Any], int]:
 @requires("reader")
 def list_releases(query: ReleaseQuery) -> dict[str, Any]:
     """Releases, the newest of each product first."""
-    after = None if query.place is None else (query.place[0], pages.number_of(query.place[1]))
+    place = query.place
+    after = None if place is None else (place[0], pages.number_of(place[1], pages.LARGEST))
     with services().sessions.read() as session:
         return pages.page(
             query,

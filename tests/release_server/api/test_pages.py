@@ -122,8 +122,15 @@ def test_what_is_no_cursor_and_no_limit_is_refused(call, path):
     for said in ("limit=0", "limit=10001", "limit=x", f"after={'9' * 300}", "before=1"):
         assert call("GET", f"{path}{joined}{said}").status_code == 422, said
     if path not in ("/products", "/agents"):  # whose cursor is a name
-        for said in ("after=x", "after=-1", f"after={'9' * 19}", "after=%C2%B2"):
+        for said in ("after=x", "after=-1", f"after={'9' * 19}", "after=%C2%B2", f"after={2**31}"):
             assert call("GET", f"{path}{joined}{said}").status_code == 400, said
+
+
+def test_a_cursor_may_be_as_large_as_what_it_stands_for(world, call):
+    assert call("GET", f"/audit?after={2**31 - 1}").json["items"]
+    assert call("GET", f"/releases?after=1.{2**63 - 1}").status_code == 200
+    for said in (f"1.{2**63}", f"{2**31}.1"):
+        assert call("GET", f"/releases?after={said}").status_code == 400, said
 
 
 def test_what_comes_and_goes_between_two_pages_shifts_nothing(world, call):
