@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_core.errors import Exit
+from release_server import fleet
 from release_server.comparison import Figure, worse
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
@@ -75,6 +76,16 @@ def test_two_cohorts_are_compared_and_names_of_both_kinds_or_none_are_told(at_de
     assert at_desk.run("compare", "1.0.0", "9.9.9")[0] == Exit.NOT_FOUND
     assert at_desk.run("compare", "main", "nobody")[0] == Exit.NOT_FOUND
     assert at_desk.run("compare", "main", "main")[0] == Exit.USAGE
+
+
+def test_who_was_sent_back_by_undo_did_not_fail(at_desk, world):
+    host, salt = world.hosts["web-0"], world.rollout(1).salt
+    world.call(fleet.undo, 1)
+    world.tick(minutes=1)
+    world.report(host, host.step(world.clock(), "healthy", "1.0.0", salt))
+    new = at_desk.json("compare", "1.0.0", "1.1.0")["sides"][1]
+    assert new["attempts"] == {"healthy": 1, "rolled_back": 2}
+    assert (new["failed_share"], new["reasons"]) == (0.3333, {"workload-exited": 1})
 
 
 @pytest.mark.parametrize(
