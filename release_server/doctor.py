@@ -46,7 +46,8 @@ def examine(config: Config) -> list[dict[str, str]]:
             try:
                 findings += check(config, engine)
             except Exception as error:  # noqa: BLE001 - whatever keeps a check from running is what it found
-                findings.append(finding(name, BAD, str(error).splitlines()[0], "read the server's log"))
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                findings.append(finding(name, BAD, said, "read the server's log"))
     finally:
         engine.dispose()
     return findings

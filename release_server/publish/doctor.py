@@ -77,6 +77,10 @@ def examine(profile: Profile, client: Client, now: datetime) -> list[Finding]:
             findings.append(Finding(name, State.BAD, why, error.then, code))
         except OSError as error:
             findings.append(Finding(name, State.BAD, str(error), "mend that, then try again", Exit.FAILED))
+        except Exception as error:  # noqa: BLE001 - an answer of a shape that nobody foresaw is a finding too
+            said = f"this cannot be made sense of: {type(error).__name__}: {error}"
+            then = "check that the URL is that of a release server, and its version near this one's"
+            findings.append(Finding(name, State.BAD, said, then, Exit.FAILED))
     return findings
 
 

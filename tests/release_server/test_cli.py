@@ -8,7 +8,7 @@ import pytest
 
 from agent_core.errors import Exit
 from keys.roles import ROLES
-from release_server import acceptance, repository
+from release_server import acceptance, doctor, repository
 from release_server.cli import main
 from release_server.database import newest_revision
 from release_server.doctor import examine_lifetime
@@ -227,6 +227,16 @@ def test_doctor_warns_before_a_role_expires_and_says_what_to_type(
         finding = examine_lifetime(lifetime)
         assert finding["state"] == state
         assert bool(finding["then"]) is (state != "ok")
+
+
+def test_a_check_that_fails_without_a_word_is_named_by_its_error(made, call, monkeypatch):
+    def fail(_config, _engine):
+        raise TimeoutError
+
+    monkeypatch.setitem(doctor.CHECKS, "disk", fail)
+    _, findings = call("doctor", "--data", str(made))
+    (found,) = (each for each in findings if each["check"] == "disk")
+    assert (found["state"], found["detail"]) == ("bad", "TimeoutError")
 
 
 def test_doctor_counts_the_hours_of_the_last_two_days_whole(sessions, trusted, accept, clock, online_signer):

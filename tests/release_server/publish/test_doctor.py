@@ -6,7 +6,9 @@ import json
 import shutil
 import socket
 import sys
+import threading
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -85,6 +87,31 @@ def test_no_token_and_one_that_is_not_known_are_4(ada, house):
     assert findings(ada, Exit.NOT_ALLOWED, RELFLEET_TOKEN="")["token"]["then"] == f"release login {house.url}"
     found = findings(ada, Exit.NOT_ALLOWED, RELFLEET_TOKEN="rft_" + "x" * 43)
     assert "not known here" in found["token"]["detail"]
+
+
+class _Another(BaseHTTPRequestHandler):
+    """Whatever answers everything with the JSON of something else."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'["hello"]')
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+def test_answers_of_another_shape_are_findings(ada):
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Another) as another:
+        thread = threading.Thread(target=another.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            found = findings(ada, Exit.TRUST, RELFLEET_SERVER=f"http://127.0.0.1:{another.server_port}")
+        finally:
+            another.shutdown()
+            thread.join()
+    assert (found["token"]["state"], "TypeError" in found["token"]["detail"]) == ("bad", True)
+    assert "is no list" in found["product"]["detail"]
 
 
 def test_a_token_that_ends_soon_is_worth_a_note(ada, house):
