@@ -77,6 +77,8 @@ class Setting:
         Raises:
             SettingsError: naming `origin` and the setting.
         """
+        if type(value) is int and value.bit_length() > 63:  # TOML's own limit, and no float overflows below
+            raise self._refuse(origin, "it must be a number of 64 bits at most")
         if self.kind is float and type(value) is int:
             value = float(value)
         if type(value) is not self.kind:
@@ -217,13 +219,15 @@ class Table:
     def _from_file(self, file: Path) -> dict[str, Any]:
         try:
             tree = tomllib.loads(file.read_bytes().decode())
+            return dict(self._flatten(tree, "", str(file)))
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise SettingsError(f"{file} cannot be read", why=str(error.strerror or error)) from error
         except ValueError as error:  # not UTF-8, or not TOML
             raise SettingsError(f"{file} is not TOML", why=str(error)) from error
-        return dict(self._flatten(tree, "", str(file)))
+        except RecursionError as error:
+            raise SettingsError(f"{file} cannot be read", why="it is nested too deeply") from error
 
     def _flatten(self, tree: Mapping[str, Any], above: str, origin: str) -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
@@ -276,8 +280,18 @@ def _copy(value: Any) -> Any:
 
 
 def fragments(directory: Path) -> list[Path]:
-    """The `*.toml` files of a fragments directory, sorted by name; hidden ones are editors' leavings."""
-    return sorted(file for file in directory.glob("*.toml") if not file.name.startswith("."))
+    """The `*.toml` files of a fragments directory, sorted by name; hidden ones are editors' leavings.
+
+    Raises:
+        SettingsError: the directory is there and cannot be read; what it holds may forbid something.
+    """
+    try:
+        files = sorted(directory.iterdir())  # glob would take one that cannot be read for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SettingsError(f"{directory} cannot be read", why=str(error.strerror or error)) from error
+    return [file for file in files if file.suffix == ".toml" and not file.name.startswith(".")]
 
 
 # --- the agent's own ------------------------------------------------------------------------------------

@@ -112,6 +112,16 @@ def test_the_defaults_are_not_shared_between_loads() -> None:
         pytest.param("labels = {a = 1}\n", "labels", "'a'", id="not a table of texts"),
         pytest.param('labels = {"A b" = "1"}\n', "labels", "'A b'", id="not a plain label"),
         pytest.param("= nonsense", "is not TOML", "", id="not TOML"),
+        pytest.param("a = " + "[" * 10_000, "cannot be read", "nested", id="nested too deeply"),
+        pytest.param(
+            "[poll]\nmin_s" + ".a" * 3000 + " = 1", "cannot be read", "nested", id="tables nested too deeply"
+        ),
+        pytest.param(
+            "[poll]\nmin_s = 0x1" + "0" * 400,
+            "poll.min_s",
+            "64 bits",
+            id="a number beyond what can be counted",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_file_and_key(
@@ -210,6 +220,16 @@ def test_the_agent_reads_its_file_and_then_the_fragments_by_name(tmp_path: Path)
     assert settings.poll_min_s == 9.0
     assert settings.labels == {"region": "eu"}
     assert settings.settings.origin("server.url").endswith("20-b.toml")
+
+
+def test_fragments_that_cannot_be_listed_are_refused_and_end_no_reload(tmp_path: Path) -> None:
+    """They are not taken for none: one of them may forbid what the others allow."""
+    good, nowhere = Spot(tmp_path), Spot(tmp_path / ("x" * 300))  # a name that no file system takes
+    with pytest.raises(SettingsError, match=r"agent\.d cannot be read: File name too long"):
+        load_agent(nowhere, environ={})
+    live = Live(lambda: load_agent(nowhere, environ={}), lambda _: None, load_agent(good, environ={}))
+    live.reload()
+    assert "cannot be read" in live.problem
 
 
 def test_an_agent_without_any_file_runs_on_defaults(tmp_path: Path) -> None:
