@@ -232,9 +232,10 @@ class Jobs:
         )
 
     def _check_own_fence(self, session: Session) -> None:
-        if self.fence is None:
+        fence = self.fence  # once: the thread that ticks may lose it meanwhile
+        if fence is None:
             raise LostLeaseError
-        check_fence(session, self.holder, self.fence)
+        check_fence(session, self.holder, fence)
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; whatever goes wrong is logged, and the next tick comes later."""

@@ -114,6 +114,19 @@ def test_a_process_that_lost_the_lease_within_a_tick_writes_nothing(
     assert lease(sessions).holder == second.holder
 
 
+def test_a_lease_that_is_lost_while_a_sender_asks_for_it_is_lost(config, clock, make_signer, sessions):
+    """The thread that ticks takes the fence away between two looks at it."""
+    seen = [1]
+
+    class Losing(Jobs):
+        fence = property(lambda self: seen.pop() if seen else None, lambda self, value: None)
+
+    one = Losing(config, clock=clock, signer=make_signer())
+    with sessions.read() as session, pytest.raises(LostLeaseError):
+        one._check_own_fence(session)
+    one.close()
+
+
 @pytest.fixture
 def published_targets(trusted, blobs, accept):
     metadata = trusted.targets()
