@@ -120,6 +120,9 @@ class Bounded(HTTPAdapter):
                 raise
         # A copy, since TLS takes the socket itself over before it has shaken hands.
         self._open.append(sock.dup())
+        if self._is_over():  # slow names and dead addresses took it all; the cutter cuts once, and was here
+            sock.close()
+            raise TimeoutError(SLOW)
         return sock
 
     def _body(self, response: Response) -> bytes:

@@ -64,6 +64,7 @@ def show_logs(level: str) -> None:
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.INFO)  # it tells whole URLs, and some hold what lets one in
+    logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # and warns with them, of bad headers
 
 
 def run_web(config: Config) -> int:

@@ -104,7 +104,9 @@ def due(session: Session, now: datetime, most: int) -> list[Letter]:
     found = session.execute(
         select(Webhook, WebhookDelivery)
         .join(WebhookDelivery, WebhookDelivery.webhook_id == Webhook.id)
-        .where(Webhook.due_at <= now, WebhookDelivery.sequence == oldest)
+        # A time further away than any pause is from a clock that was ahead; it does not count.
+        .where((Webhook.due_at <= now) | (Webhook.due_at > now + schedule.MOST))
+        .where(WebhookDelivery.sequence == oldest)
         .order_by(Webhook.due_at, Webhook.id)
         .limit(most)
     ).all()
@@ -155,9 +157,23 @@ def settle(
         return Kept.SENT
     webhook.failures += 1
     webhook.due_at = now + schedule.pause(webhook.failures, spread, answer.later)
-    if schedule.is_dead(now - delivery.created_at, delivery.tries, answer):
+    age = now - delivery.created_at
+    if schedule.is_dead(age, delivery.tries, answer):
         delivery.state = Kept.DEAD
+    if age >= schedule.LONGEST:
+        _give_up_old(session, now, webhook.id)
     return Kept(delivery.state)
+
+
+def _give_up_old(session: Session, now: datetime, webhook_id: int) -> None:
+    """Give up all that has waited for too long: by a try for each the outbox would grow for ever."""
+    session.execute(
+        update(WebhookDelivery)
+        .where(WebhookDelivery.webhook_id == webhook_id, WebhookDelivery.state == Kept.PENDING)
+        .where(WebhookDelivery.created_at <= now - schedule.LONGEST)
+        .values(state=Kept.DEAD)
+        .execution_options(synchronize_session=False)
+    )
 
 
 # --- looking at it ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 from contextlib import contextmanager
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address
 from typing import TYPE_CHECKING
 
 import requests
@@ -43,6 +43,8 @@ PASS_S = 60.0
 AT_ONCE = 20
 MOST_PAUSE_S = 60.0
 AGENT = "relfleet-webhook/1"
+NAT64 = IPv6Network("64:ff9b::/96")
+"""Below it lies IPv4, as hosts see it that have IPv6 only (RFC 6052)."""
 
 
 class Sender:
@@ -165,6 +167,10 @@ def refuse_peer(address: str) -> None:
     """
     found = ip_address(address.partition("%")[0])
     plain = getattr(found, "ipv4_mapped", None) or found
+    if plain in NAT64:
+        plain = ip_address(int(plain) & 0xFFFF_FFFF)
+    if plain.is_loopback:  # first: to the library ::1 is reserved as well
+        return
     if plain.is_link_local or plain.is_multicast or plain.is_unspecified or plain.is_reserved:
         raise PermissionError(f"{plain} is no address of a receiver")
 

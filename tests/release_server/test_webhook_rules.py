@@ -61,11 +61,27 @@ def test_a_url_that_can_be_asked_is_taken(url, plain):
 
 
 @pytest.mark.parametrize(
-    "address", ["169.254.169.254", "fe80::1%eth0", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1"]
+    "address",
+    [
+        "169.254.169.254",
+        "fe80::1%eth0",
+        "::ffff:169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "0.0.0.0",
+        "::",
+        "224.0.0.1",
+    ],
 )
 def test_a_name_that_leads_to_the_clouds_own_services_is_not_followed(address):
     with pytest.raises(OSError, match="no address of a receiver"):
         refuse_peer(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "192.0.2.1", "64:ff9b::c000:201", "2001:4860::1"]
+)
+def test_a_receiver_on_this_host_or_behind_nat64_is_one(address):
+    refuse_peer(address)
 
 
 @pytest.mark.parametrize("wanted", [["rollout"], ["rollout.exploded"], ["webhook.test"], []])

@@ -337,6 +337,33 @@ def test_what_is_not_taken_in_three_days_is_given_up_and_can_be_asked_for_again(
     assert (heard.sequences()[-1], states(world)) == (1, ["sent", "sent"])
 
 
+def test_whatever_waits_for_longer_than_three_days_is_given_up_with_the_oldest(world, heard, subscribe, send):
+    """Else each would take a try of its own, an hour apart, and more would come than go."""
+    subscribe(heard.url)
+    heard.answers = [500] * 1000
+    tell(world)
+    tell(world)
+    world.clock.step(hours=1)
+    tell(world)
+    world.clock.now += schedule.LONGEST - timedelta(hours=1)
+    subscribe(heard.url)
+    tell(world)
+    send()
+    assert states(world) == ["dead", "dead", "pending", "pending"]
+    assert states(world, 2) == ["pending"]
+
+
+def test_a_pause_from_a_clock_that_was_ahead_does_not_count(world, heard, subscribe, send):
+    subscribe(heard.url)
+    heard.answers = [500]
+    world.clock.step(days=3650)
+    tell(world)
+    send()
+    world.clock.step(days=-3650)
+    send()
+    assert states(world) == ["sent"]
+
+
 def test_one_body_that_a_receiver_refuses_does_not_hold_up_the_others_for_days(world, heard, subscribe, send):
     subscribe(heard.url)
     tell(world)
@@ -387,6 +414,28 @@ def test_a_receiver_that_drips_is_left_in_time_and_its_words_are_nowhere(
         stop.set()
         thread.join(10)
     assert kept(world)[0][2:] == ("pending", 1, "it took too long to answer")
+
+
+def test_nothing_is_sent_over_a_connection_that_is_made_after_the_end(
+    world, heard, subscribe, make_sender, monkeypatch
+):
+    """Its name was found too late."""
+    import socket
+    import threading
+
+    find = socket.getaddrinfo
+
+    def find_late(*asked, **how):
+        threading.Event().wait(2 * sender.LONGEST_S)
+        return find(*asked, **how)
+
+    monkeypatch.setattr(sender, "LONGEST_S", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", find_late)
+    subscribe(heard.url)
+    tell(world)
+    make_sender().send_due()
+    assert kept(world)[0][2:] == ("pending", 1, "it took too long to answer")
+    assert heard.got == []
 
 
 def test_an_answer_without_end_is_not_read(world, subscribe, send):
@@ -560,6 +609,17 @@ def test_no_secret_is_in_the_database_the_log_or_an_answer(
         assert not any(form in answer for answer in answers)
     assert "in-the-url" not in caplog.text
     assert "in-the-url" not in answers[2], "readers see the audit log"
+
+
+def test_headers_that_cannot_be_read_put_no_url_into_the_log(world, heard, subscribe, send, caplog):
+    caplog.set_level(logging.DEBUG)
+    show_logs("debug")  # as the processes do
+    subscribe(heard.url)
+    heard.headers = {"X-Fine": "1\r\nno header at all"}
+    tell(world)
+    send()
+    assert states(world) == ["sent"]
+    assert "in-the-url" not in caplog.text
 
 
 def test_a_key_that_is_gone_or_another_signs_nothing_and_says_so(world, heard, subscribe, send, config):
