@@ -9,11 +9,13 @@ import select
 import sys
 from typing import TYPE_CHECKING, Any
 
-from agent_core.errors import Exit, RelfleetError
-from updater.device import Device
+from agent_core.errors import Exit, RelfleetError, SettingsError
+from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 MOST_LINE = 65_536
 IDLE_S = 30.0
@@ -28,7 +30,7 @@ def serve(root: Path) -> int:
         verb, _, rest = line.partition(" ")
         try:
             if verb == "check":
-                answer(_check(Device.load(root)))
+                answer(_check(root))
             else:
                 answer(_report(Device.load_anyway(root), rest))
         except (RelfleetError, OSError, ValueError) as error:
@@ -43,11 +45,25 @@ def report_once(root: Path) -> int:
     return Exit.DONE
 
 
-def _check(device: Device) -> dict[str, Any]:
+def _check(root: Path) -> dict[str, Any]:
     """TUF is loaded by the first check, and stays; a quiet day's reports need none of it."""
+    try:
+        device = Device.load(root)
+    except SettingsError as error:
+        return _refused(Device.load_anyway(root), error).to_json()
     from updater import catalog, download, poll, stage  # noqa: F401 - all of it, before anything is begun
 
     return poll.check(device).to_json()
+
+
+def _refused(device: Device, error: SettingsError) -> Outcome:
+    """A slip in the settings is an outcome as well, so that the reports name it and not what was before."""
+    outcome = Outcome.of_failure(error)
+    try:
+        device.remember_outcome(outcome)
+    except (RelfleetError, OSError) as problem:
+        log.warning("the outcome could not be kept", extra={"why": str(problem)})
+    return outcome
 
 
 def _report(device: Device, figures: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from agent_core import disk, slots
 from agent_core import layout as durable
-from agent_core.clock import iso, parse_iso
-from agent_core.errors import RelfleetError
+from agent_core.clock import iso, now, parse_iso
+from agent_core.errors import RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
 from agent_core.layout import Layout
 from agent_core.settings import AgentSettings, load_agent
@@ -63,6 +63,18 @@ class Outcome:
     floor: int = 0
     again: str | None = None
     retry_after_s: float | None = None
+
+    @classmethod
+    def of_failure(cls, error: Exception) -> Self:
+        """The outcome of a check that could not be done."""
+        return cls(
+            action=Action.REFUSE,
+            reason=str(error.reason if isinstance(error, RelfleetError) else Reason.INTERNAL),
+            detail=str(error)[:1000],
+            at=iso(now()),
+            failed=True,
+            retry_after_s=error.retry_after_s if isinstance(error, UnreachableError) else None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {name: str(value) if name == "action" else value for name, value in vars(self).items()}

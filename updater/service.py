@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
 from agent_core.bundle import INDEX_NAME, Index
-from agent_core.errors import Exit, MalformedError, RelfleetError, UnreachableError
+from agent_core.errors import Exit, MalformedError, RelfleetError
 from agent_core.health import Monitor, Subject, parse_checks
 from agent_core.hooks import POST_ACTIVATE, run_hook
 from agent_core.jobs import Helper
@@ -303,7 +303,7 @@ class Service:
         elif error is None:
             self._check()
         else:
-            self._finished(_failure(error))
+            self._finished(Outcome.of_failure(error))
 
     def _check_deadline_s(self) -> float:
         return self.device.settings.download_deadline_s + CHECK_MARGIN_S
@@ -317,7 +317,7 @@ class Service:
         except MalformedError:
             problem = (result.answer or {}).get("problem") or result.problem
             detail = f"the checker gave no outcome ({problem}): {result.errors[-300:]}"
-            outcome = _failure(RelfleetError(detail, reason="internal"))
+            outcome = Outcome.of_failure(RelfleetError(detail, reason="internal"))
         self.verified = self.verified or outcome.verified
         self._reload_identity()
         self._finished(outcome)
@@ -505,15 +505,3 @@ class Service:
             self.runtime.call_soon(lambda: done(answer, error))
 
         threading.Thread(target=work, daemon=True, name="network").start()
-
-
-def _failure(error: Exception) -> Outcome:
-    """The outcome of a poll that could not be done."""
-    return Outcome(
-        action=Action.REFUSE,
-        reason=str(error.reason if isinstance(error, RelfleetError) else "internal"),
-        detail=str(error)[:1000],
-        at=clock.iso(clock.now()),
-        failed=True,
-        retry_after_s=error.retry_after_s if isinstance(error, UnreachableError) else None,
-    )

@@ -11,6 +11,9 @@ import pytest
 
 from agent_core.layout import Layout
 from updater import identity as identities
+from updater import report
+from updater.decide import Action
+from updater.device import Device, Outcome
 from updater.identity import Identity
 
 if TYPE_CHECKING:
@@ -56,6 +59,17 @@ def test_a_report_loads_no_tuf_and_a_check_does(enrolled: Path) -> None:
 def test_a_host_that_is_not_enrolled_is_an_answer_too(tmp_path: Path) -> None:
     *answers, _ = asked(tmp_path, "check\n")
     assert "problem" in json.loads(answers[0])
+
+
+def test_a_slip_in_the_settings_is_an_outcome_that_the_reports_name(enrolled: Path) -> None:
+    before = Outcome(Action.STAY, "up-to-date", "", "2026-03-02T12:00:00Z", verified=True)
+    Device.load(enrolled).remember_outcome(before)
+    Layout(enrolled).settings.write_text("[moon]\nphase = 1\n")
+    said, _ = asked(enrolled, "check\n")
+    outcome = Outcome.from_json(json.loads(said))
+    assert (outcome.reason, outcome.failed, "moon" in outcome.detail) == ("bad-settings", True, True)
+    told = report.build(Device.load_anyway(enrolled))
+    assert (told.reason, told.detail) == ("bad-settings", outcome.detail)
 
 
 LOOKED_AT = """
