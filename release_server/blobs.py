@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from hashlib import sha256
 from itertools import islice
 from typing import IO, TYPE_CHECKING
@@ -202,11 +203,12 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _changed(path: Path) -> float:
-    """When a file was last written to; one that is gone was so just now."""
+    """When a file was last written to; what is gone, or no file (lost+found), was so just now."""
     try:
-        return path.stat().st_mtime
+        found = path.lstat()
     except FileNotFoundError:
         return float("inf")
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else float("inf")
 
 
 def _drop(part: Path, before: float) -> bool:

@@ -7,13 +7,13 @@ written by the transaction that removes: who takes over goes on there, and a kil
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from release_server.models import Pruning
+from release_server.models import Lease, Pruning
 from release_server.retention.sweeps import SWEEPS, Step, Turn
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Pruner:
     repository: Path
     keep: Retention
     _looked: datetime | None = None
+    _failed: dict[str, datetime] = field(default_factory=dict)
 
     def step(self, now: datetime, check: Callable[[Session], None]) -> bool:
         """Take one batch of the first sweep that is due.
@@ -56,20 +57,29 @@ class Pruner:
 
         Returns:
             Whether one was due. After none was, nothing is asked of the database for `REST`.
+
+        Raises:
+            Exception: it failed. It is left out for `REST`, so that the next step takes the one behind it.
         """
-        if self._looked is not None and self._looked <= now < self._looked + REST:
+        if _is_within(REST, self._looked, now):
             return False
-        self._looked = now  # a step that fails is tried again later
+        self._looked = now  # a database that cannot be asked is asked again later
         with self.sessions.read() as session:
             known = {row.kind: row for row in session.scalars(select(Pruning))}
         for kind in SWEEPS:
             row = known.get(kind)
             before = self.keep.before(kind, now) if SWEEPS[kind].timed else now
-            if before is not None and _is_due(row, now):
-                turn = self._turn(now, before, row.cursor if row else "")
-                self._take(kind, turn, check)
-                self._looked = None
-                return True
+            if before is None or not _is_due(row, now) or _is_within(REST, self._failed.get(kind), now):
+                continue
+            self._looked = None
+            self._failed[kind] = now
+            try:
+                self._take(kind, self._turn(now, before, row.cursor if row else ""), check)
+            except Exception as error:
+                error.add_note(f"It was the sweep of {kind}.")
+                raise
+            del self._failed[kind]
+            return True
         return False
 
     def _turn(self, now: datetime, before: datetime, cursor: str) -> Turn:
@@ -89,7 +99,11 @@ class Pruner:
 def _is_due(row: Pruning | None, now: datetime) -> bool:
     if row is None or row.under_way or row.finished_at is None:
         return True
-    return not timedelta(0) <= now - row.finished_at < EVERY  # below zero the clock was set back
+    return not _is_within(EVERY, row.finished_at, now)
+
+
+def _is_within(length: timedelta, since: datetime | None, now: datetime) -> bool:
+    return since is not None and timedelta(0) <= now - since < length  # below zero the clock was set back
 
 
 @dataclass(frozen=True)
@@ -108,18 +122,20 @@ class Standing:
 
 
 def standing(session: Session, keep: Retention, now: datetime) -> Standing:
-    """How far old records have gone; before the first sweep nothing is behind."""
+    """How far old records have gone; what was never gone through, since the server is there."""
     rows = list(session.scalars(select(Pruning).order_by(Pruning.kind)))
+    since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS))
+    ended = dict.fromkeys(sorted(SWEEPS), since)
+    ended |= {row.kind: row.finished_at for row in rows if row.finished_at and row.kind in SWEEPS}
     return Standing(
         sum(row.removed for row in rows),
-        tuple(row.kind for row in rows if _is_behind(row, keep, now)),
+        tuple(kind for kind, at in ended.items() if at and now - at > BEHIND and _is_wanted(kind, keep, now)),
         tuple(row.kind for row in rows if row.under_way),
     )
 
 
-def _is_behind(row: Pruning, keep: Retention, now: datetime) -> bool:
-    wanted = row.kind in SWEEPS and (not SWEEPS[row.kind].timed or keep.before(row.kind, now) is not None)
-    return wanted and row.finished_at is not None and now - row.finished_at > BEHIND
+def _is_wanted(kind: str, keep: Retention, now: datetime) -> bool:
+    return not SWEEPS[kind].timed or keep.before(kind, now) is not None
 
 
 def _note(session: Session, kind: str, step: Step, now: datetime) -> None:

@@ -30,6 +30,7 @@ from release_server.models import (
     Attempt,
     AuditEntry,
     CohortStatus,
+    Lease,
     MetadataFile,
     PersonSession,
     Proposal,
@@ -456,6 +457,17 @@ def test_an_upload_that_goes_on_or_is_young_stays(today, blobs, prune):
     assert part.exists()
 
 
+def test_what_is_no_file_among_uploads_is_left_alone(today, blobs, sessions, prune):
+    part = begin_upload(blobs, days_ago=8)
+    (blobs.uploads / "lost+found").mkdir()
+    (blobs.uploads / "link").symlink_to(part)
+    for other in blobs.uploads.iterdir():
+        os.utime(other, (0, 0), follow_symlinks=False)
+    prune()
+    assert sorted(other.name for other in blobs.uploads.iterdir()) == ["link", "lost+found"]
+    assert removed(sessions, "uploads") == 1
+
+
 def test_a_sender_that_opened_an_upload_as_it_was_removed_is_told_to_begin_anew(blobs, monkeypatch):
     part = begin_upload(blobs)
     lock = __import__("fcntl").flock
@@ -591,6 +603,22 @@ def test_that_pruning_fails_stops_nothing_else(world, make_jobs, monkeypatch, ca
     assert [record.message for record in caplog.records].count("old records were not removed") == 1
 
 
+def test_a_sweep_that_fails_keeps_none_behind_it_waiting(world, sessions, clock, make_pruner, monkeypatch):
+    host = backlog(world, sessions, clock, 3)
+    monkeypatch.setitem(room.SWEEPS, "leases", sweeps.Sweep(files=fail, timed=False))
+    pruner = make_pruner()
+    with pytest.raises(OSError, match="the disk is gone") as failed:
+        pruner.step(clock(), allow)
+    assert failed.value.__notes__ == ["It was the sweep of leases."]
+    while pruner.step(clock(), allow):
+        pass
+    assert len(numbers(sessions, host)) == 50
+    assert count(sessions, Pruning) == len(SWEEPS) - 1
+    clock.step(minutes=1)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pruner.step(clock(), allow)
+
+
 def fail(_turn):
     raise OSError("the disk is gone")
 
@@ -681,6 +709,19 @@ def test_doctor_says_how_much_has_gone_and_what_is_behind(world, sessions, clock
         later = room.standing(session, config.retention, clock() + timedelta(days=2))
     assert set(later.behind) == set(SWEEPS)
     assert "no whole sweep of" in str(later)
+
+
+def test_what_was_never_gone_through_is_behind_once_the_server_is_there_for_a_day(sessions, clock, config):
+    with sessions.write() as session:
+        up = Lease(name=Lease.JOBS, holder="", fence=1, until=clock(), since=clock())
+        session.add_all((up, Pruning(kind="events", removed=3, under_way=True, cursor="x")))
+        session.flush()
+        for hours, behind in ((24, set()), (25, set(SWEEPS))):
+            found = room.standing(session, config.retention, clock() + timedelta(hours=hours))
+            assert set(found.behind) == behind
+        kept = Retention({"events": timedelta(days=1)}, 50)
+        found = room.standing(session, kept, clock() + timedelta(hours=25))
+        assert set(found.behind) == {"events"} | {kind for kind in SWEEPS if not SWEEPS[kind].timed}
 
 
 def test_metrics_count_what_has_gone_and_say_how_long_ago(world, sessions, clock, prune, client, token):
