@@ -62,7 +62,9 @@ def _target(device: Device, record: slots.Record, version: str | None) -> str:
             raise NotFoundError(
                 "there is no version before this one", then="agent versions; agent rollback --to"
             )
-        return target
+        if record.phase != slots.IDLE:
+            return target  # a trial is ended whatever the disk says
+        version = target
     here = [name for name in _names(device) if version in (name, slots.version_of(name))]
     whole = [name for name in here if _is_whole(device, name)]
     if len(whole) == 1:

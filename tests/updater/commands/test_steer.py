@@ -10,6 +10,7 @@ import pytest
 
 from agent_core import clock, disk
 from tests.updater.commands.conftest import A, B, C
+from updater import control
 
 
 def test_back_to_a_third_version_by_name_and_only_by_name(host):
@@ -47,24 +48,28 @@ def test_back_to_what_cannot_be_is_refused_with_words(host, word, code, reason):
     assert host.record.good == B
 
 
+class BadBlock:
+    """A disk that does not say whether version A is whole, from some look on."""
+
+    def __init__(self, seen=0):
+        self.seen = seen
+
+    def before(self, name, words, options):
+        if name == "stat" and str(words[0]).endswith(f"{A}/agent.py"):
+            self.seen -= 1
+            if self.seen < 0:
+                raise OSError(errno.EIO, "Input/output error")
+
+    def after(self, *_):
+        pass
+
+
 @pytest.mark.parametrize("seen", [0, 1], ids=["by the command", "by the deed"])
 def test_back_to_what_cannot_be_looked_at_is_refused_and_may_be_typed_again(host, seen):
     host.stage(A, B, C)
     host.on(C, B)
 
-    class BadBlock:
-        looks = 0
-
-        def before(self, name, words, options):
-            if name == "stat" and str(words[0]).endswith(f"{A}/agent.py"):
-                self.looks += 1
-                if self.looks > seen:
-                    raise OSError(errno.EIO, "Input/output error")
-
-        def after(self, *_):
-            pass
-
-    with disk.watched_by(BadBlock()):
+    with disk.watched_by(BadBlock(seen)):
         code, out, said = host.agent("rollback", "--to", "1.0.0", "--yes", "--json")
     error = json.loads(said)["error"]
     assert (code, out, error["reason"]) == (1, "", "unreadable")
@@ -72,6 +77,16 @@ def test_back_to_what_cannot_be_looked_at_is_refused_and_may_be_typed_again(host
     assert "the same again" in error["then"]
     assert host.record.good == C
     assert host.ask("rollback", "--to", "1.0.0", "--yes") == (0, {"good": A, "left": C})
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "1.0.0")], ids=["the version before", "by name"])
+def test_what_cannot_be_looked_at_is_told_where_an_agent_runs_too(host, words):
+    host.stage(A, B)
+    host.on(B, A)
+    with control.alone(host.layout), disk.watched_by(BadBlock()):  # the lock is an agent's, for the command
+        code, _, said = host.agent("rollback", *words, "--yes", "--json", "--timeout", "1s")
+    assert (code, json.loads(said)["error"]["reason"]) == (1, "unreadable")
+    assert control.read_request(host.layout) is None
 
 
 def test_a_version_that_stands_here_twice_must_be_named_whole(host):
