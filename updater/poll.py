@@ -199,6 +199,7 @@ def check_file(
     *,
     older: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    staged: Callable[[str], object] = lambda _: None,
 ) -> Outcome:
     """As `check`, with a release file in the place of the server, because a person said so.
 
@@ -207,6 +208,7 @@ def check_file(
         file: what the person brought; not trusted at all.
         older: a version older than the one that runs may be installed.
         progress: told bytes read and in all.
+        staged: given the candidate's name while no other check can clear it away.
 
     Returns:
         What came of it; a refusal is one too. It is not kept: the next poll asks the server as ever.
@@ -225,7 +227,10 @@ def check_file(
         offline.keep(device.layout, targets)
         now = freshness.trusted_time(memory, clock.now())
         wish = offline.directive(device, title.version, older=older)
-        return _Check(device, catalog, origin, now, progress, by_hand=True).follow(wish, now)
+        outcome = _Check(device, catalog, origin, now, progress, by_hand=True).follow(wish, now)
+        if outcome.candidate:
+            staged(outcome.candidate)
+        return outcome
 
 
 def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_core import slots
+from agent_core.errors import Exit
 from agent_core.layout import Layout
 from tests.integration.world import HASTY, PRODUCT, Host, until
 
@@ -43,7 +44,13 @@ def test_a_host_without_a_server_is_installed_updated_and_kept_well_by_files(hos
     agent = host.await_agent()
     # A broken one comes back by itself, and the command says so.
     code, _, said = host.agent("install", str(files["2.0.0-exits-at-once"]), "--wait")
-    assert (code, host.good, "rolled back" in said) == (11, "1.1.0", True)
+    if code == Exit.CONFLICT:
+        # Another check of the host may be in its way: then it says so, and a person types it again.
+        print(said)
+        host.await_good("1.1.0")
+        assert host.agent("retry")[0] == 0
+        code, _, said = host.agent("install", str(files["2.0.0-exits-at-once"]), "--wait")
+    assert (code, host.good, "rolled back" in said) == (11, "1.1.0", True), said
     host.await_agent(other_than=agent)
     code, _, said = host.agent("install", str(files["2.0.0-exits-at-once"]))
     assert (code, "agent retry" in said) == (6, True)

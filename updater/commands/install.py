@@ -38,14 +38,22 @@ def install_file(root: Path, file: Path, older: bool, wait: bool) -> int:
     and so are hold and skips. The version goes on trial, and back if it fails.
     """
     device = Device.load(root)
-    with release_file.opened(file) as opened:
-        outcome = poll.check_file(device, opened, older=older, progress=console.progress_line("read"))
-    if not outcome.candidate:
-        if outcome.reason != Reason.UP_TO_DATE:
-            raise _refusal(outcome)
-        console.emit(outcome.to_json(), text=sentence(outcome))
-        return Exit.DONE
-    words = _activate(device, outcome)
+    held: list[int] = []  # of the staged version, so that no check that ends meanwhile clears it away
+    try:
+        with release_file.opened(file) as opened:
+            outcome = poll.check_file(
+                device,
+                opened,
+                older=older,
+                progress=console.progress_line("read"),
+                staged=lambda name: held.append(stage.hold(device.layout.version_dir(name))),
+            )
+        if not outcome.candidate:
+            return _say_refused(outcome)
+        words = _activate(device, outcome)
+    finally:
+        for handle in held:
+            disk.close(handle)
     console.emit(outcome.to_json(), text=f"{outcome.version} {words}")
     if not wait or words != ON_TRIAL:
         return Exit.DONE
@@ -53,19 +61,22 @@ def install_file(root: Path, file: Path, older: bool, wait: bool) -> int:
     return Exit.DONE if ended == Exit.UPDATED else ended
 
 
+def _say_refused(outcome: Outcome) -> int:
+    if outcome.reason != Reason.UP_TO_DATE:
+        raise _refusal(outcome)
+    console.emit(outcome.to_json(), text=sentence(outcome))
+    return Exit.DONE
+
+
 ON_TRIAL = "is on trial now"
 
 
 def _activate(device: Device, outcome: Outcome) -> str:
     """Have the staged version tried, or make it the first; what became of it, in words."""
-    held = stage.hold(device.layout.version_dir(outcome.candidate))  # no check that ends now clears it away
-    try:
-        if slots.read(device.layout.root) is None:
-            install.activate_first(device, outcome)
-            return "is installed; agent run starts it"
-        ask(device, control.Request(control.ACTIVATE, outcome.candidate), lambda now: _is_taken(outcome, now))
-    finally:
-        disk.close(held)
+    if slots.read(device.layout.root) is None:
+        install.activate_first(device, outcome)
+        return "is installed; agent run starts it"
+    ask(device, control.Request(control.ACTIVATE, outcome.candidate), lambda now: _is_taken(outcome, now))
     with control.alone(device.layout) as is_alone:
         return "goes on trial when the agent is started" if is_alone else ON_TRIAL
 
