@@ -289,7 +289,7 @@ def doctor(data: Path) -> int:
     from release_server import doctor as examiner
 
     findings = examiner.examine(Config.load(data))
-    console.emit(findings, lambda: "\n".join(map(examiner.line, findings)))
+    console.emit(findings, lambda: "\n".join(finding.line() for finding in findings))
     return examiner.exit_code(findings)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from agent_core import clock
 from agent_core.errors import Exit, UnreachableError
+from agent_core.findings import Finding, State
 from release_server import certificates, repository, serve, signer
 from release_server.database import current_revision, make_engine, newest_revision
 from release_server.jobs import LEASE
@@ -29,57 +30,46 @@ if TYPE_CHECKING:
     from release_server.config import Config
     from release_server.repository import Lifetime
 
-    Check = Callable[[Config, Engine], list[dict[str, str]]]
+    Check = Callable[[Config, Engine], list[Finding]]
 
 LEAST_FREE = 512 * 2**20
-OK, NOTE, BAD = "ok", "note", "bad"
 AWAY = "web"
 """The check whose failure alone is a server that is down, which trying again may mend."""
 
 
-def examine(config: Config) -> list[dict[str, str]]:
-    """All findings, `{check, state: ok|note|bad, detail, then}`; never raises."""
+def examine(config: Config) -> list[Finding]:
+    """All findings; never raises."""
     engine = make_engine(config.database_url)
-    findings = []
+    findings: list[Finding] = []
     try:
         for name, check in CHECKS.items():
             try:
                 findings += check(config, engine)
             except Exception as error:  # noqa: BLE001 - whatever keeps a check from running is what it found
                 said = (str(error).strip() or type(error).__name__).splitlines()[0]
-                findings.append(finding(name, BAD, said, "read the server's log"))
+                findings.append(Finding(name, State.BAD, said, "read the server's log"))
     finally:
         engine.dispose()
     return findings
 
 
-def exit_code(findings: list[dict[str, str]]) -> Exit:
+def exit_code(findings: list[Finding]) -> Exit:
     """8 when the server is down and nothing else is bad, 1 when something is, 0 otherwise."""
-    bad = {found["check"] for found in findings if found["state"] == BAD}
+    bad = {found.check for found in findings if found.state is State.BAD}
     if not bad:
         return Exit.DONE
     return Exit.UNREACHABLE if bad == {AWAY} else Exit.FAILED
 
 
-def line(found: dict[str, str]) -> str:
-    """A finding for people, what to do on a line of its own."""
-    text = f"{found['state']:<5} {found['check']:<12} {found['detail']}"
-    return text + (f"\n{'':<19}next: {found['then']}" if found["then"] else "")
-
-
-def finding(check: str, state: str, detail: str, then: str = "") -> dict[str, str]:
-    return {"check": check, "state": state, "detail": detail, "then": then}
-
-
-def _examine_permissions(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_permissions(config: Config, _engine: Engine) -> list[Finding]:
     open_to_others = [
         place for place in (config.data, config.keys) if place.exists() and place.stat().st_mode & 0o077
     ]
     if open_to_others:
         return [
-            finding(
+            Finding(
                 "permissions",
-                BAD,
+                State.BAD,
                 f"others can open {open_to_others[0]}",
                 f"chmod 700 {open_to_others[0]}",
             )
@@ -87,55 +77,59 @@ def _examine_permissions(config: Config, _engine: Engine) -> list[dict[str, str]
     token = config.data / "admin.token"
     if token.exists():
         then = "keep the token elsewhere, then delete the file"
-        return [finding("permissions", NOTE, "the first admin token still lies in admin.token", then)]
-    return [finding("permissions", OK, "only the owner can open the data directory")]
+        return [Finding("permissions", State.NOTE, "the first admin token still lies in admin.token", then)]
+    return [Finding("permissions", State.OK, "only the owner can open the data directory")]
 
 
-def _examine_disk(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_disk(config: Config, _engine: Engine) -> list[Finding]:
     free = shutil.disk_usage(config.data).free
     text = f"{free / 2**30:.1f} GiB free"
     if free < LEAST_FREE:
-        return [finding("disk", BAD, text, "make room: uploads and the database need it")]
-    return [finding("disk", OK, text)]
+        return [Finding("disk", State.BAD, text, "make room: uploads and the database need it")]
+    return [Finding("disk", State.OK, text)]
 
 
-def _examine_keys(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_keys(config: Config, _engine: Engine) -> list[Finding]:
     public = signer.read_public(config.trust)
     if not config.has_own_signer:
-        return [finding("keys", OK, "they are with a signer of its own user")]
+        return [Finding("keys", State.OK, "they are with a signer of its own user")]
     halves = signer.public_halves(config.keys)
     for role in signer.ONLINE:
         if getattr(halves, role) != getattr(public, role):
             then = "restore both from one backup"
-            return [finding("keys", BAD, f"the {role} key is not the one in trust/online.json", then)]
-    return [finding("keys", OK, f"{', '.join(signer.ONLINE)}: private, and as published")]
+            return [Finding("keys", State.BAD, f"the {role} key is not the one in trust/online.json", then)]
+    return [Finding("keys", State.OK, f"{', '.join(signer.ONLINE)}: private, and as published")]
 
 
-def _examine_signer(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_signer(config: Config, _engine: Engine) -> list[Finding]:
     try:
         known = over_socket(config.signer_socket).known()
     except UnreachableError as error:
-        state, then = (NOTE, "release-server run") if config.has_own_signer else (BAD, "start the signer")
-        return [finding("signer", state, f"nothing is signed: {error.why}", then)]
+        detail = f"nothing is signed: {error.why}"
+        if config.has_own_signer:
+            return [Finding("signer", State.NOTE, detail, "release-server run")]
+        return [Finding("signer", State.BAD, detail, "start the signer")]
     if known.keys != signer.read_public(config.trust):
-        return [finding("signer", BAD, "its keys are not those in trust/online.json", "restore both")]
-    return [finding("signer", OK, f"it answers; its log has {known.entries} entries")]
+        return [Finding("signer", State.BAD, "its keys are not those in trust/online.json", "restore both")]
+    return [Finding("signer", State.OK, f"it answers; its log has {known.entries} entries")]
 
 
-def _examine_schema(_config: Config, engine: Engine) -> list[dict[str, str]]:
+def _examine_schema(_config: Config, engine: Engine) -> list[Finding]:
     found, wanted = current_revision(engine), newest_revision()
     if found != wanted:
         then = "release-server db upgrade"
-        return [finding("database", BAD, f"its schema is {found or 'empty'}, wanted is {wanted}", then)]
-    return [finding("database", OK, f"it answers; its schema is {found}")]
+        return [Finding("database", State.BAD, f"its schema is {found or 'empty'}, wanted is {wanted}", then)]
+    return [Finding("database", State.OK, f"it answers; its schema is {found}")]
 
 
-def _examine_expiries(_config: Config, engine: Engine) -> list[dict[str, str]]:
+def _examine_expiries(_config: Config, engine: Engine) -> list[Finding]:
     with Session(engine) as session:
         found = repository.lifetimes(session, clock.now())
     if not any(lifetime.role == "root" for lifetime in found):
         then = "release key gen"
-        return [finding("metadata", NOTE, "there is no root yet, so no agent can be told anything", then)]
+        return [
+            Finding("metadata", State.NOTE, "there is no root yet, so no agent can be told anything", then)
+        ]
     return [examine_lifetime(lifetime) for lifetime in found]
 
 
@@ -146,42 +140,42 @@ RENEWAL = {
 """What people type to make a role last longer; the others the jobs process signs."""
 
 
-def examine_lifetime(lifetime: Lifetime) -> dict[str, str]:
+def examine_lifetime(lifetime: Lifetime) -> Finding:
     """How long a role still lives, and who signs it anew."""
     then = RENEWAL.get(lifetime.role, "look at the jobs process: it signs this by itself")
     until = clock.iso(lifetime.expires_at)
     left = _in_words(lifetime.left)
     if lifetime.is_expired:
-        return finding(lifetime.role, BAD, f"expired at {until}: agents take nothing new", then)
+        return Finding(lifetime.role, State.BAD, f"expired at {until}: agents take nothing new", then)
     if lifetime.is_due:
-        return finding(lifetime.role, NOTE, f"expires in {left}, at {until}", then)
-    return finding(lifetime.role, OK, f"good for {left}, until {until}")
+        return Finding(lifetime.role, State.NOTE, f"expires in {left}, at {until}", then)
+    return Finding(lifetime.role, State.OK, f"good for {left}, until {until}")
 
 
 def _in_words(left: timedelta) -> str:
     return f"{left.days} days" if left.days > 1 else f"{int(left.total_seconds()) // 3600} h"
 
 
-def _examine_lease(_config: Config, engine: Engine) -> list[dict[str, str]]:
+def _examine_lease(_config: Config, engine: Engine) -> list[Finding]:
     with Session(engine) as session:
         lease = session.get(Lease, LEASE)
     if lease is None or lease.until <= clock.now():
         then = "release-server run, or release-server worker"
-        return [finding("jobs", NOTE, "no jobs process is running", then)]
-    return [finding("jobs", OK, f"{lease.holder} works, its lease ends {clock.iso(lease.until)}")]
+        return [Finding("jobs", State.NOTE, "no jobs process is running", then)]
+    return [Finding("jobs", State.OK, f"{lease.holder} works, its lease ends {clock.iso(lease.until)}")]
 
 
-def _examine_retention(config: Config, engine: Engine) -> list[dict[str, str]]:
+def _examine_retention(config: Config, engine: Engine) -> list[Finding]:
     with Session(engine) as session:
         found = standing(session, config.retention, clock.now())
     then = "look at the log of the jobs process: old records stay" if found.behind else ""
-    return [finding("retention", NOTE if found.behind else OK, str(found), then)]
+    return [Finding("retention", State.NOTE if found.behind else State.OK, str(found), then)]
 
 
 # --- as others see it ------------------------------------------------------------------------------------
 
 
-def _examine_web(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_web(config: Config, _engine: Engine) -> list[Finding]:
     """Whether a web server answers: where the last one said, where the settings say, or at the public URL."""
     known = config.run / "url"
     asked = [known.read_text().strip()] if known.exists() else []
@@ -190,8 +184,8 @@ def _examine_web(config: Config, _engine: Engine) -> list[dict[str, str]]:
     asked.append(config.url)
     for url in asked:
         if serve.is_answering(*_place(url), urlsplit(url).scheme):
-            return [finding(AWAY, OK, f"{url} answers")]
-    return [finding(AWAY, BAD, f"no web server answers at {asked[0]}", "release-server run")]
+            return [Finding(AWAY, State.OK, f"{url} answers")]
+    return [Finding(AWAY, State.BAD, f"no web server answers at {asked[0]}", "release-server run")]
 
 
 def _netloc(host: str) -> str:
@@ -203,7 +197,7 @@ def _place(url: str) -> tuple[str, int]:
     return split.hostname or "", split.port or (443 if split.scheme == "https" else 80)
 
 
-def _examine_certificate(config: Config, _engine: Engine) -> list[dict[str, str]]:
+def _examine_certificate(config: Config, _engine: Engine) -> list[Finding]:
     """The server's own certificate, or the proxy's, which is what the public URL shows; none without TLS."""
     if config.tls:
         whose, found = str(config.tls.certificate), certificates.of_file(config.tls.certificate)
@@ -212,16 +206,18 @@ def _examine_certificate(config: Config, _engine: Engine) -> list[dict[str, str]
             whose, found = config.url, certificates.shown_at(*_place(config.url))
         except OSError as error:
             detail = f"what {config.url} shows cannot be seen from here: {error}"
-            return [finding("certificate", NOTE, detail, "look at it from where agents are")]
+            return [Finding("certificate", State.NOTE, detail, "look at it from where agents are")]
     else:
         return []
     now, until = clock.now(), found.not_valid_after_utc
     if until <= now:
         detail = f"{whose} expired at {clock.iso(until)}: agents and people are refused"
-        return [finding("certificate", BAD, detail, RENEW_CERTIFICATE)]
+        return [Finding("certificate", State.BAD, detail, RENEW_CERTIFICATE)]
     detail = f"{whose} holds for {_in_words(until - now)}, until {clock.iso(until)}"
     near = certificates.is_near_its_end(found, now)
-    return [finding("certificate", NOTE if near else OK, detail, RENEW_CERTIFICATE if near else "")]
+    return [
+        Finding("certificate", State.NOTE if near else State.OK, detail, RENEW_CERTIFICATE if near else "")
+    ]
 
 
 RENEW_CERTIFICATE = "renew it, then restart what shows it: a certificate is read at the start"

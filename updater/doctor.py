@@ -12,14 +12,14 @@ import sqlite3
 import stat
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
 from agent_core.errors import NotFoundError, RelfleetError, TrustError
+from agent_core.findings import Finding, State
 from agent_core.layout import BALLAST_LENGTH, Layout
 from agent_core.settings import load_agent
 from updater import control, freshness, known, launchers
@@ -38,27 +38,6 @@ NEAR = timedelta(days=7)
 LEAST_NODES = 2000
 BACKLOG = 100
 SERVER_S = 20.0
-
-
-class State(StrEnum):
-    """How a thing is: as it should be, worth knowing, or in the way of updates."""
-
-    OK = "ok"
-    NOTE = "note"
-    BAD = "bad"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about one thing, and what to do about it; nothing to do when it is ok."""
-
-    check: str
-    state: State
-    detail: str
-    then: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ rest is still told. Nothing is changed but what this machine remembers of metada
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from agent_core import clock
+from agent_core import clock, findings
 from agent_core.errors import Exit, NotFoundError, RelfleetError
+from agent_core.findings import State
 from keys import signers
 from keys.roles import ROLES, ROOT, TARGETS
 from release_server.publish import sign
@@ -33,26 +33,14 @@ RESIGN = {ROOT: "release key rotate", TARGETS: "release renew"}
 WORST_FIRST = (Exit.TRUST, Exit.NOT_ALLOWED, Exit.UNREACHABLE, Exit.FAILED, Exit.DONE)
 
 
-class State(StrEnum):
-    """How a thing is: as it should be, worth knowing, or in the way."""
-
-    OK = "ok"
-    NOTE = "note"
-    BAD = "bad"
-
-
 @dataclass(frozen=True)
-class Finding:
-    """One sentence about one thing, and what to do about it; `exit_code` is what a script makes of it."""
+class Finding(findings.Finding):
+    """A finding, and what a script makes of it."""
 
-    check: str
-    state: State
-    detail: str
-    then: str = ""
     exit_code: Exit = Exit.DONE
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"exit_code": int(self.exit_code)}
+        return super().to_json() | {"exit_code": int(self.exit_code)}
 
 
 @dataclass
@@ -67,26 +55,26 @@ class Desk:
 
 def examine(profile: Profile, client: Client, now: datetime) -> list[Finding]:
     """Do every check; never raises."""
-    desk, findings = Desk(profile, client, now), list[Finding]()
+    desk, found = Desk(profile, client, now), list[Finding]()
     for name, check in CHECKS.items():
         try:
-            findings += check(desk)
+            found += check(desk)
         except RelfleetError as error:
             code = error.exit_code if error.exit_code in WORST_FIRST else Exit.FAILED
             why = f"{error.what}: {error.why}" if error.why else error.what
-            findings.append(Finding(name, State.BAD, why, error.then, code))
+            found.append(Finding(name, State.BAD, why, error.then, code))
         except OSError as error:
-            findings.append(Finding(name, State.BAD, str(error), "mend that, then try again", Exit.FAILED))
+            found.append(Finding(name, State.BAD, str(error), "mend that, then try again", Exit.FAILED))
         except Exception as error:  # noqa: BLE001 - an answer of a shape that nobody foresaw is a finding too
             said = f"this cannot be made sense of: {type(error).__name__}: {error}"
             then = "check that the URL is that of a release server, and its version near this one's"
-            findings.append(Finding(name, State.BAD, said, then, Exit.FAILED))
-    return findings
+            found.append(Finding(name, State.BAD, said, then, Exit.FAILED))
+    return found
 
 
-def exit_code(findings: list[Finding]) -> Exit:
+def exit_code(found: list[Finding]) -> Exit:
     """Of the worst finding: what to distrust before what is not allowed, and that before what is away."""
-    return min((finding.exit_code for finding in findings), key=WORST_FIRST.index)
+    return min((finding.exit_code for finding in found), key=WORST_FIRST.index)
 
 
 # --- the server ------------------------------------------------------------------------------------------

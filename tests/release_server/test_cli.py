@@ -225,8 +225,8 @@ def test_doctor_warns_before_a_role_expires_and_says_what_to_type(
             now = found[role].expires_at - left
             lifetime = next(each for each in repository.lifetimes(session, now) if each.role == role)
         finding = examine_lifetime(lifetime)
-        assert finding["state"] == state
-        assert bool(finding["then"]) is (state != "ok")
+        assert finding.state == state
+        assert bool(finding.then) is (state != "ok")
 
 
 def test_a_check_that_fails_without_a_word_is_named_by_its_error(made, call, monkeypatch):
@@ -246,7 +246,7 @@ def test_doctor_counts_the_hours_of_the_last_two_days_whole(sessions, trusted, a
         (root,) = (each for each in repository.lifetimes(session, clock()) if each.role == "root")
         then = root.expires_at - timedelta(days=1, hours=5)
         (root,) = (each for each in repository.lifetimes(session, then) if each.role == "root")
-    assert examine_lifetime(root)["detail"].startswith("expires in 29 h,")
+    assert examine_lifetime(root).detail.startswith("expires in 29 h,")
 
 
 def test_a_backup_is_restored_by_the_command_once_it_is_said_what_agents_have_seen(made, call, tmp_path):

@@ -10,22 +10,16 @@ from agent_core import clock, console
 from agent_core.errors import Exit
 from updater.commands.common import root_option
 
-COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
-
 
 @click.command()
 @root_option
 def doctor(root: Path) -> int:
     """Look at everything the agent needs; each check is fine, or says what to do. Changes nothing."""
-    from updater.doctor import Finding, State, examine
-
-    def line(finding: Finding) -> str:
-        state = click.style(f"{finding.state:<5}", fg=COLOURS[finding.state])
-        text = f"{state} {finding.check:<12} {finding.detail}"
-        return text + (f"\n{'':<19}next: {finding.then}" if finding.then else "")
+    from agent_core.findings import State
+    from updater.doctor import examine
 
     findings = examine(root, clock.now())
-    console.emit(findings, text=lambda: "\n".join(line(finding) for finding in findings))
+    console.emit(findings, text=lambda: "\n".join(finding.line() for finding in findings))
     return Exit.FAILED if any(finding.state is State.BAD for finding in findings) else Exit.DONE
 
 

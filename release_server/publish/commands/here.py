@@ -11,8 +11,6 @@ from agent_core.errors import Exit
 from release_server.publish import profile as profiles
 from release_server.publish.profile import connect
 
-COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
-
 
 @click.command("doctor")
 def doctor() -> int:
@@ -24,15 +22,10 @@ def doctor() -> int:
     found = profiles.current()
     client = connect(found)
     client.attempts = 1  # whoever asks what is wrong wants to hear it, and not after a minute of trying
-    from release_server.publish.doctor import Finding, examine, exit_code
-
-    def line(finding: Finding) -> str:
-        state = click.style(f"{finding.state:<5}", fg=COLOURS[finding.state])
-        text = f"{state} {finding.check:<9} {finding.detail}"
-        return text + (f"\n{'':<16}next: {finding.then}" if finding.then else "")
+    from release_server.publish.doctor import examine, exit_code
 
     findings = examine(found, client, clock.now())
-    console.emit(findings, lambda: "\n".join(map(line, findings)))
+    console.emit(findings, lambda: "\n".join(finding.line(9) for finding in findings))
     return exit_code(findings)
 
 
