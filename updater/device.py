@@ -65,13 +65,22 @@ class Outcome:
     retry_after_s: float | None = None
 
     @classmethod
-    def of_failure(cls, error: Exception) -> Self:
-        """The outcome of a check that could not be done."""
+    def of_failure(
+        cls, error: Exception, *, reason: str = Reason.INTERNAL, detail: str = "", verified: bool = False
+    ) -> Self:
+        """The outcome of a check that could not be done.
+
+        Args:
+            reason: of an error that has none of its own.
+            detail: in the place of the error's own words.
+            verified: the metadata were, before it failed.
+        """
         return cls(
             action=Action.REFUSE,
-            reason=str(error.reason if isinstance(error, RelfleetError) else Reason.INTERNAL),
-            detail=str(error)[:1000],
+            reason=str(error.reason if isinstance(error, RelfleetError) else reason),
+            detail=(detail or str(error))[:1000],
             at=iso(now()),
+            verified=verified,
             failed=True,
             retry_after_s=error.retry_after_s if isinstance(error, UnreachableError) else None,
         )

@@ -139,26 +139,13 @@ def _guarded(
             return _Check(device, catalog, origin, now, progress).run(), memory
     except RelfleetError as error:
         verified = memory is not None or _is_vouched_for(device, error)
-        return _failed(error.reason, str(error), verified=verified, error=error), memory
+        return Outcome.of_failure(error, verified=verified), memory
     except OSError as error:
-        return _failed(Reason.DISK, str(error), verified=memory is not None), memory
+        return Outcome.of_failure(error, reason=Reason.DISK, verified=memory is not None), memory
     except Exception as error:
         log.exception("check failed")
         detail = f"{type(error).__name__}: {error}"
-        return _failed(Reason.INTERNAL, detail, verified=memory is not None), memory
-
-
-def _failed(reason: str, detail: str, *, verified: bool, error: RelfleetError | None = None) -> Outcome:
-    retry_after_s = error.retry_after_s if isinstance(error, UnreachableError) else None
-    return Outcome(
-        action=Action.REFUSE,
-        reason=str(reason),
-        detail=detail[:1000],
-        at=clock.iso(clock.now()),
-        verified=verified,
-        failed=True,
-        retry_after_s=retry_after_s,
-    )
+        return Outcome.of_failure(error, detail=detail, verified=memory is not None), memory
 
 
 def _catalog(device: Device, origin: Origin) -> Catalog:
