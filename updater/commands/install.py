@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -38,22 +39,17 @@ def install_file(root: Path, file: Path, older: bool, wait: bool) -> int:
     and so are hold and skips. The version goes on trial, and back if it fails.
     """
     device = Device.load(root)
-    held: list[int] = []  # of the staged version, so that no check that ends meanwhile clears it away
-    try:
+    with ExitStack() as held:
+
+        def hold(name: str) -> None:  # so that no check that ends meanwhile clears it away
+            held.callback(disk.close, stage.hold(device.layout.version_dir(name)))
+
         with release_file.opened(file) as opened:
-            outcome = poll.check_file(
-                device,
-                opened,
-                older=older,
-                progress=console.progress_line("read"),
-                staged=lambda name: held.append(stage.hold(device.layout.version_dir(name))),
-            )
+            progress = console.progress_line("read")
+            outcome = poll.check_file(device, opened, older=older, progress=progress, staged=hold)
         if not outcome.candidate:
             return _say_refused(outcome)
         words = _activate(device, outcome)
-    finally:
-        for handle in held:
-            disk.close(handle)
     console.emit(outcome.to_json(), text=f"{outcome.version} {words}")
     if not wait or words != ON_TRIAL:
         return Exit.DONE
