@@ -290,6 +290,10 @@ class _Step:
     def stage(self) -> Stage:
         return self.spec.stages[min(self.status.stage, len(self.spec.stages) - 1)]
 
+    def is_past(self, moment: datetime) -> bool:
+        """Whether time is up; not before the server has heard what was done while it was away."""
+        return self.counters.listened and self.now >= moment
+
     def to(
         self, name: str, reason: str = "", detail: str = "", *, quiet: bool = False, **changes: Any
     ) -> Next:
@@ -425,9 +429,7 @@ def _judge(step: _Step) -> Next:
     if step.status.soaking_since is None:
         soaking = {"stage_state": StageState.SOAKING, "soaking_since": step.now}
         return step.to("soaking", Why.FINISHED, _healthy(step), quiet=True, **soaking)
-    if step.counters.listened and step.now >= step.status.soaking_since + timedelta(
-        seconds=step.stage.soak_s
-    ):
+    if step.is_past(step.status.soaking_since + timedelta(seconds=step.stage.soak_s)):
         return _pass(step, Why.SOAKED)
     return step.stay()
 
@@ -502,20 +504,15 @@ def _evidence(step: _Step) -> float:
 
 
 def _took_too_long(step: _Step) -> Next | None:
-    """Halt when agents that do report have not finished in time; an agent's time starts when it joins.
-
-    What they did while the server was away has to be heard first.
-    """
-    if not step.counters.listened:
-        return None
+    """Halt when agents that do report have not finished in time; an agent's time starts when it joins."""
     opened_at = step.status.opened_at or step.now
     allowed = timedelta(seconds=step.stage.deadline_s)
     seen = step.counters
-    if seen.waiting and step.now >= max(opened_at, seen.waiting_since or opened_at) + allowed:
+    if seen.waiting and step.is_past(max(opened_at, seen.waiting_since or opened_at) + allowed):
         return _halt(
             step, Why.DEADLINE, f"{seen.waiting} of {seen.reached} not finished in {step.stage.deadline_s} s"
         )
-    if not seen.waiting and step.now >= opened_at + allowed and (lacking := _too_few(step)):
+    if not seen.waiting and step.is_past(opened_at + allowed) and (lacking := _too_few(step)):
         return _halt(step, Why.MIN_SAMPLE, f"{lacking} in {step.stage.deadline_s} s{_aside(step)}")
     return None
 
@@ -538,7 +535,7 @@ def _watch(step: _Step) -> Next:
         return step.stay(watch_until=None, watch_at=None)
     if halt := _failed_too_often(step):
         return halt
-    if step.now >= step.status.watch_until and step.counters.listened:
+    if step.is_past(step.status.watch_until):
         return step.to("watch-over", Why.WATCHED, quiet=True, watch_until=None, watch_at=None)
     return step.stay(watch_at=min(step.now + LOOK_EVERY, max(step.now, step.status.watch_until)))
 
