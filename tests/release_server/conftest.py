@@ -19,6 +19,7 @@ from release_server import acceptance, auth, signer
 from release_server.blobs import Blobs
 from release_server.config import Config
 from release_server.database import Sessions, make_engine, upgrade
+from release_server.jobs import Jobs
 from release_server.signing import desk as desk_of
 from release_server.signing.client import SignerClient
 from release_server.signing.process import Service
@@ -149,6 +150,19 @@ def make_signer(desk):
         return Getter(json.loads(json.dumps(answer)), "message"), content
 
     return lambda: SignerClient(ask)
+
+
+@pytest.fixture
+def make_jobs(config, clock, make_signer):
+    made = []
+
+    def make():
+        made.append(Jobs(config, clock=clock, signer=make_signer()))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 @pytest.fixture

@@ -14,19 +14,6 @@ from release_server.jobs import Jobs, LostLeaseError
 from release_server.models import Lease, MetadataFile
 
 
-@pytest.fixture
-def make_jobs(config, clock, make_signer):
-    made = []
-
-    def make():
-        made.append(Jobs(config, clock=clock, signer=make_signer()))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 def lease(sessions):
     with sessions.read() as session:
         return session.scalars(select(Lease)).one()

@@ -22,7 +22,7 @@ from release_server import agents, attempts, audit, auth, enrolment, explain, fl
 from release_server.blobs import Blobs, UploadConflictError, open_locked
 from release_server.config import Config
 from release_server.database import Sessions, make_engine
-from release_server.jobs import Jobs, LostLeaseError
+from release_server.jobs import LostLeaseError
 from release_server.models import (
     ActivationLease,
     Agent,
@@ -550,19 +550,6 @@ def test_settings_say_how_long_each_kind_is_kept(data):
     assert keep.kept["uploads"] == timedelta(days=2)
     assert {"events", "tokens"} & keep.kept.keys() == set()
     assert keep.kept["metadata"] == timedelta(days=30), "on by default"
-
-
-@pytest.fixture
-def make_jobs(config, clock, make_signer):
-    made = []
-
-    def make():
-        made.append(Jobs(config, clock=clock, signer=make_signer()))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def test_the_jobs_process_prunes_by_default(world, sessions, clock, make_jobs):
