@@ -87,6 +87,7 @@ VARIANTS: dict[str, Variant] = {
     "2.6.0-lies": Variant({"lib.zip/updater/internal.py": LIES}),
     "2.7.0-says-no": Variant(index={"hooks": SAYS_NO}),
     "2.8.0-hook-fails": Variant(index={"hooks": FAILS_AFTER}),
+    "2.9.0-exits-by-file": Variant({"app/main.py": "raise SystemExit(3)\n"}),
 }
 
 PROJECT = """\
