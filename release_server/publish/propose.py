@@ -121,6 +121,62 @@ def find_staged(client: Client, trusted: Trusted, is_it: Callable[[Targets], boo
     return None
 
 
+def join(
+    client: Client, trusted: Trusted, signed: Metadata[Targets] | None, is_it: Callable[[Targets], bool]
+) -> tuple[str, dict[str, Any] | None] | None:
+    """Find the open proposal that holds what is to be proposed, and bring it the signatures of a file.
+
+    Args:
+        signed: targets that came in a file; None when nothing was signed elsewhere.
+
+    Returns:
+        `staged` with the proposal, or `accepted` when a signature of the file was the last it needed. None
+        when there is nothing to join: no such proposal is open, or the file is signed by enough people to be
+        published as it is.
+
+    Raises:
+        ConflictError: `proposed-otherwise`; the same is proposed in other targets, to which no signature of
+            the file belongs.
+        TrustError: no signature of the file counts.
+        NotAllowedError: `self-approval`; who brings them has brought another signature of it already.
+    """
+    if signed is None:
+        staged = find_staged(client, trusted, is_it)
+        return (STAGED, staged) if staged else None
+    if not sign.sign_targets(signed, trusted.root.signed, ()):
+        return None
+    staged = find_staged(client, trusted, signed.signed.__eq__)
+    if staged is not None:
+        return _add_signatures(client, trusted, staged, signed)
+    if other := find_staged(client, trusted, is_it):
+        raise _proposed_otherwise(int(other["id"]))
+    return None
+
+
+def _add_signatures(
+    client: Client, trusted: Trusted, proposal: dict[str, Any], signed: Metadata[Targets]
+) -> tuple[str, dict[str, Any] | None]:
+    """Bring those signatures of a file that the proposal lacks; the last one that it needs publishes it."""
+    there = fetch_proposal(client, proposal["id"]).signatures
+    for keyid in ceremony.signed_by(trusted.root.signed, TARGETS, signed):
+        if keyid not in there:
+            body = {"keyid": keyid, "sig": signed.signatures[keyid].signature}
+            proposal = client.post(f"/proposals/{proposal['id']}/signatures", body)
+            if proposal.get("state") == PUBLISHED:
+                return ACCEPTED, None
+    return STAGED, proposal
+
+
+def _proposed_otherwise(number: int) -> ConflictError:
+    return ConflictError(
+        f"proposal {number} holds these bundles in other targets than the signed file",
+        why="a signature counts for the targets that it was made for, and these were made anew",
+        then=f"go on with it: release approve {number}; or with the file: release withdraw {number}, "
+        "then the same command",
+        reason="proposed-otherwise",
+    )
+
+
 def fetch_proposal(client: Client, number: int) -> Metadata[Targets]:
     """Proposed targets as the server has them; nothing in them is trusted yet."""
     body = bytearray()

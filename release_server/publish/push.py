@@ -122,14 +122,16 @@ def push(
         trust: the first root, from `sign.read_trust`.
         state: where verified metadata is remembered.
         signers: opens the release keys; called only when there is something to sign, before any upload.
-        signed: the next targets, signed elsewhere; nothing is signed here then, and no delta made.
+        signed: the next targets, signed elsewhere; nothing is signed here then, and no delta made. Where the
+            same targets are proposed already, its signatures are added to those.
         wait_s: how long to wait until the server has published it.
         must_publish: still unpublished after that is an error, not a note.
         wait_for_others: wait as well when other people have to sign first.
         deltas: from how many of the newest earlier releases to make deltas.
 
     Raises:
-        ConflictError: the version exists with other bytes, or somebody else published meanwhile.
+        ConflictError: the version exists with other bytes, somebody else published meanwhile, or
+            `proposed-otherwise`.
         TrustError: the bundle, or what the server serves, is not what it should be.
         NotAllowedError: no release key here, or the token lacks the role.
         UnreachableError: the server does not answer; the same command continues where this one stopped.
@@ -150,8 +152,8 @@ def push(
         return sign.fetch(client, trust, cache)
 
     outcome.targets_version = trusted.version + 1
-    outcome.proposal = propose.find_staged(client, trusted, lambda targets: _holds(targets, missing))
-    if outcome.proposal is None:
+    joined = propose.join(client, trusted, signed, lambda targets: _holds(targets, missing))
+    if joined is None:
         opened = signers(trusted) if signed is None else ()
         ensure_product(client, product)
         blobs = [blob for release in missing for blob in (release.archive, release.index)]
@@ -164,10 +166,11 @@ def push(
         metadata = signed or sign.with_releases(trusted, missing, clock.now(), made)
         outcome.deltas = [{"from": delta.facts.from_version, "length": delta.blob.length} for delta in made]
         try:
-            outcome.proposal = propose.deliver(client, trusted, metadata, opened).proposal
+            sent = propose.deliver(client, trusted, metadata, opened)
+            joined = sent.state, sent.proposal
         except (ConflictError, UnreachableError) as error:
             return _settle(outcome, releases, look, error)
-    outcome.state = propose.STAGED if outcome.proposal else propose.ACCEPTED
+    outcome.state, outcome.proposal = joined
     if outcome.proposal and not wait_for_others:
         return outcome
     if wait_published(look, releases, wait_s):

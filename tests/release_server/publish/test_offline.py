@@ -45,8 +45,9 @@ def stick(house, tmp_path):
 
 @pytest.fixture
 def archive(make_bundle, request):
-    version = f"1.0.{request.node.name.count('_')}"
-    return make_bundle(version, product=PRODUCT, content=request.node.name.encode())
+    name = request.node.name
+    version = f"1.{len(name)}.{name.count('_')}"
+    return make_bundle(version, product=PRODUCT, content=name.encode())
 
 
 @pytest.fixture
@@ -78,6 +79,58 @@ def test_what_only_one_has_signed_is_staged(desks, stick, archive, sign):
     outcome = courier.json("push", archive, "--signed", stick / "next.json")
     assert (outcome["state"], outcome["proposal"]["missing"]) == ("staged", 1)
     assert courier("withdraw", outcome["proposal"]["id"], "--reason", "tried", "--yes")[0] == Exit.DONE
+
+
+def without(file, name):
+    """The signed file less one signature, as whoever carries it can make it."""
+    body = json.loads(file.read_text())
+    body["signatures"] = [entry for entry in body["signatures"] if entry["keyid"] != name]
+    file.write_text(json.dumps(body))
+
+
+def test_a_file_that_more_people_have_signed_than_the_open_proposal_is_published(desks, stick, archive, sign):
+    ada, bo, courier = desks
+    assert sign(ada)[0] == Exit.DONE
+    file = stick / "next.json"
+    staged = courier.json("push", archive, "--signed", file)
+    assert courier.json("push", archive, "--signed", file)["proposal"]["id"] == staged["proposal"]["id"]
+    assert sign(bo)[0] == Exit.DONE
+    assert courier.json("push", archive, "--signed", file, "--wait")["state"] == "published"
+    assert courier.json("approve", "--list") == []
+
+
+def test_signatures_of_a_file_are_added_to_the_open_proposal_of_the_same_targets(
+    house, desks, stick, archive, sign, tmp_path
+):
+    ada, bo, courier = desks
+    file = stick / "next.json"
+    assert sign(ada)[0] == Exit.DONE
+    number = courier.json("push", archive, "--signed", file)["proposal"]["id"]
+    assert sign(bo)[0] == Exit.DONE
+    without(file, signers.read(next(ada.keys.glob("release-1*"))).keyid)
+    code, _, said = courier("push", archive, "--signed", file)  # brought the first as well
+    assert (code, "somebody else has to sign it" in said) == (Exit.NOT_ALLOWED, True), said
+    second = Desk(house, tmp_path / "second-courier")
+    second.take(courier.keys / "root.json")
+    assert second.json("push", archive, "--signed", file, "--wait")["state"] == "published"
+    listed = {entry["id"]: entry for entry in courier.json("approve", "--list", "--all")}
+    assert (listed[number]["state"], len(listed[number]["signers"])) == ("published", 2)
+
+
+def test_a_file_of_the_same_bundles_in_other_targets_is_refused_while_those_are_open(
+    house, desks, stick, archive, sign
+):
+    ada, bo, courier = desks
+    online = {"RELFLEET_SERVER": house.url, "RELFLEET_TOKEN": house.token("releaser", "ada")}
+    number = ada.json("push", archive, **online)["proposal"]["id"]
+    file = stick / "next.json"
+    assert sign(bo)[0] == Exit.DONE
+    code, _, said = courier("push", archive, "--signed", file)
+    assert (code, f"release withdraw {number}" in said) == (Exit.CONFLICT, True), said
+    assert courier("withdraw", number, "--reason", "tried", "--yes")[0] == Exit.DONE
+    staged = courier.json("push", archive, "--signed", file)
+    assert (staged["state"], staged["proposal"]["missing"]) == ("staged", 1)
+    assert courier("withdraw", staged["proposal"]["id"], "--reason", "tried", "--yes")[0] == Exit.DONE
 
 
 def test_a_file_of_other_bundles_unsigned_or_of_a_base_that_has_gone_by_is_refused(
