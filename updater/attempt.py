@@ -6,21 +6,29 @@ So the end of an attempt is read off the record at every start, by `settled`, an
 
 from __future__ import annotations
 
+import fcntl
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from agent_core.errors import RelfleetError
+from agent_core import disk
+from agent_core.errors import ConflictError, RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.layout import read_json, write_json
 from agent_core.wire import AttemptState, Getter, Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from agent_core.layout import Layout
     from agent_core.slots import Record
 
 ENDED = frozenset({AttemptState.HEALTHY, AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SKIPPED})
 BEFORE_TRIAL = frozenset({AttemptState.DOWNLOADING, AttemptState.STAGED})
+_PATIENCE_S = 10.0
+"""More than a step of the record waits for its own lock; who is stopped in between must not stop an agent."""
 
 
 @late_dataclass(frozen=True)
@@ -94,6 +102,31 @@ def settled(attempt: Attempt | None, record: Record) -> Attempt | None:
     if reason is not None and attempt.state in (AttemptState.STAGED, AttemptState.TRIAL):
         return attempt.to(AttemptState.ROLLED_BACK, reason, record.reason if record.reason != reason else "")
     return None
+
+
+@contextmanager
+def alone(layout: Layout) -> Iterator[None]:
+    """Be the only one who changes the note of the attempt, or begins the trial that it tells of.
+
+    The lock is on the directory, so it needs no file and works on a full disk.
+
+    Raises:
+        ConflictError: somebody else has been at it for too long.
+    """
+    handle = disk.open_dir(layout.state)
+    try:
+        gives_up = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > gives_up:
+                    raise ConflictError("another process has the attempt", then="try again") from error
+            time.sleep(0.02)
+        yield
+    finally:
+        disk.close(handle)
 
 
 def load(file: Path) -> Attempt | None:

@@ -51,7 +51,7 @@ def carry_out(device: Device, request: Request) -> slots.Record:
 
     Raises:
         slots.IllegalTransitionError: the record does not allow it; nothing was changed.
-        OSError, TrustError: the record cannot be written, or the version to be activated not be read.
+        OSError, RelfleetError: the record cannot be written, or the version to be activated not be read.
     """
     root, seen = device.layout.root, device.seen()
     retry_epoch = seen.directive.retry_epoch if seen else 0
@@ -59,12 +59,9 @@ def carry_out(device: Device, request: Request) -> slots.Record:
         case "rollback":
             return slots.go_back(root, retry_epoch, request.name)
         case "activate":
-            from agent_core.bundle import INDEX_NAME, Index  # seldom needed, and it brings zstd
+            from updater.activation import activate_by_hand  # seldom needed, and it brings zstd
 
-            index = Index.from_bytes(disk.read_file(device.layout.version_dir(request.name) / INDEX_NAME))
-            return slots.begin_trial(
-                root, request.name, index.boots, index.deadman_s, retry_epoch=retry_epoch
-            )
+            return activate_by_hand(device, request.name, retry_epoch)
         case _:
             return slots.unskip(root)
 

@@ -15,11 +15,9 @@ from agent_core import slots
 from agent_core.bundle import host_platforms
 from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
 from agent_core.settings import load_agent
-from agent_core.spool import Spool
-from agent_core.wire import AGENT_ID, AttemptState, EnrollAnswer, EnrollRequest, Reason
-from updater import attempt as attempts
+from agent_core.wire import AGENT_ID, EnrollAnswer, EnrollRequest, Reason
+from updater import activation, poll, server
 from updater import identity as identities
-from updater import poll, report, server
 from updater.backoff import wait_s
 from updater.device import Device, connect
 
@@ -123,20 +121,9 @@ def first_version(device: Device, progress: Progress | None = None) -> Outcome:
     """Check once, and make what it stages the good version when nothing is installed yet."""
     outcome = poll.check(device, progress=progress)
     if outcome.candidate and slots.read(device.layout.root) is None:
-        activate_first(device, outcome)
+        activation.activate_first(device, outcome)
         poll.tell(device)
     return outcome
-
-
-def activate_first(device: Device, outcome: Outcome) -> None:
-    """The first version ever is good without a trial: there is nothing to go back to."""
-    record = slots.install_first(device.layout.root, outcome.candidate)
-    if outcome.floor:
-        record = slots.raise_floor(device.layout.root, outcome.floor)
-    attempt = attempts.settled(attempts.load(device.attempt_file), record)
-    if attempt is not None and attempt.state is AttemptState.HEALTHY:
-        with Spool(device.layout.spool) as spool:
-            report.record_transition(device, spool, attempt)
 
 
 def wait_for_first_version(device: Device, progress: Progress | None = None) -> None:

@@ -246,6 +246,7 @@ class _Check:
     progress: Callable[[int, int], None] | None
     by_hand: bool = False  # from a file: no bandwidth to save, and no server to tell on the way
     fallback: str = ""  # why a delta did not serve
+    record: slots.Record | None = None  # by which it decides
 
     def run(self) -> Outcome:
         cohort = self.device.identity.cohort
@@ -275,6 +276,7 @@ class _Check:
         policy = self.catalog.policy(offline.kept(device.layout))
         if record is not None and policy.floor_seq > record.floor:
             record = slots.raise_floor(device.layout.root, policy.floor_seq)
+        self.record = record
         facts = Facts(
             agent_id=device.identity.agent_id,
             product=device.identity.product,
@@ -319,22 +321,48 @@ class _Check:
         last = attempts.load(self.device.attempt_file)
         if last and last.is_for(version, digest, salt):
             return
-        with Spool(self.device.layout.spool) as spool:
-            skipped = Attempt(
-                version, digest, salt, AttemptState.SKIPPED, str(decision.reason), decision.detail
-            )
-            report.record_transition(self.device, spool, skipped)
+        self._note(
+            Attempt(version, digest, salt, AttemptState.SKIPPED, str(decision.reason), decision.detail)
+        )
 
     def _let_go(self, facts: Facts) -> None:
         """An attempt before its trial ends with the wish for it, or reports would name it for ever."""
-        last, record = attempts.load(self.device.attempt_file), slots.read(self.device.layout.root)
-        if last is None or last.state not in attempts.BEFORE_TRIAL or facts.in_trial or self.by_hand:
+        if facts.in_trial or self.by_hand:
             return
-        if record is not None and attempts.settled(last, record) is not None:
-            return
-        offer, salt = facts.offer, facts.directive.salt
-        if offer is None or not last.is_for(offer.facts.version, offer.digest, salt):
-            disk.remove(self.device.attempt_file)
+        with attempts.alone(self.device.layout):
+            last = attempts.load(self.device.attempt_file)
+            if last is None or last.state not in attempts.BEFORE_TRIAL or self._is_overtaken():
+                return
+            if self.record is not None and attempts.settled(last, self.record) is not None:
+                return
+            offer, salt = facts.offer, facts.directive.salt
+            if offer is None or not last.is_for(offer.facts.version, offer.digest, salt):
+                disk.remove(self.device.attempt_file)
+
+    def _note(self, attempt: Attempt, *, refuse_until: int | None = None) -> None:
+        """Make a step of the attempt durable, if the record is still the one that was decided by.
+
+        Args:
+            attempt: as it stands now.
+            refuse_until: of a version that is remembered like one that failed its trial: the retry epoch.
+
+        Raises:
+            ConflictError: it is not, and what is known of this attempt may have another end by now.
+        """
+        with attempts.alone(self.device.layout):
+            if self._is_overtaken():
+                raise ConflictError(
+                    "the check has been overtaken", why="the record has changed meanwhile", then="agent once"
+                )
+            if refuse_until is not None and self.record is not None:
+                root = self.device.layout.root
+                self.record = slots.refuse(root, attempt.name, attempt.reason, refuse_until)
+            with Spool(self.device.layout.spool) as spool:
+                report.record_transition(self.device, spool, attempt)
+
+    def _is_overtaken(self) -> bool:
+        """Whether a trial has begun, or anything else become of the record, since this check read it."""
+        return slots.read(self.device.layout.root) != self.record
 
     # --- install ---------------------------------------------------------------------------------------
 
@@ -344,35 +372,31 @@ class _Check:
         last = attempts.load(self.device.attempt_file)
         again = last is not None and last.is_for(release.facts.version, digest, directive.salt)
         attempt = Attempt(release.facts.version, digest, directive.salt, AttemptState.DOWNLOADING)
-        with Spool(self.device.layout.spool) as spool:
-            if not again:
-                report.record_transition(self.device, spool, attempt)
-                if not self.by_hand:
-                    tell(self.device)  # a download may take hours
-            try:
-                name, index = self._stage(release)
-            except (RelfleetError, OSError) as error:
-                # Said once an attempt: a disk that stays full must not fill the spool as well.
-                retried = isinstance(error, UnreachableError)
-                if not retried and not (again and last and last.state is AttemptState.FAILED):
-                    reason = error.reason if isinstance(error, RelfleetError) else Reason.DISK
-                    failed = attempt.to(AttemptState.FAILED, str(reason), str(error))
-                    report.record_transition(self.device, spool, failed)
-                raise
-            if halt := self._stop():  # a download may have taken hours
-                return self._wait_for_stop(outcome, halt)
-            if not self.by_hand and (wait := lease.ask(self.device, directive, release.facts.version)):
-                return self._wait_for_lease(outcome, wait)
-            refused = self._preflight(name, release) or self._pre_activate(name, index, release)
-            if refused is not None:
-                # A version that cannot even import, or says no, is remembered like one that failed its trial.
-                if slots.read(self.device.layout.root) is not None:
-                    slots.refuse(self.device.layout.root, name, refused.reason, directive.retry_epoch)
-                report.record_transition(
-                    self.device, spool, attempt.to(AttemptState.FAILED, refused.reason, refused.detail)
-                )
-                return refused
-            report.record_transition(self.device, spool, attempt.to(AttemptState.STAGED))
+        if not again:
+            self._note(attempt)
+            if not self.by_hand:
+                tell(self.device)  # a download may take hours
+        try:
+            name, index = self._stage(release)
+        except (RelfleetError, OSError) as error:
+            # Said once an attempt: a disk that stays full must not fill the spool as well.
+            retried = isinstance(error, UnreachableError)
+            if not retried and not (again and last and last.state is AttemptState.FAILED):
+                reason = error.reason if isinstance(error, RelfleetError) else Reason.DISK
+                self._note(attempt.to(AttemptState.FAILED, str(reason), str(error)))
+            raise
+        if halt := self._stop():  # a download may have taken hours
+            return self._wait_for_stop(outcome, halt)
+        if not self.by_hand and (wait := lease.ask(self.device, directive, release.facts.version)):
+            return self._wait_for_lease(outcome, wait)
+        refused = self._preflight(name, release) or self._pre_activate(name, index, release)
+        if refused is not None:
+            # A version that cannot even import, or says no, is remembered like one that failed its trial.
+            failed = attempt.to(AttemptState.FAILED, refused.reason, refused.detail)
+            self._note(failed, refuse_until=directive.retry_epoch)
+            return refused
+        if not (again and last and last.state is AttemptState.STAGED):
+            self._note(attempt.to(AttemptState.STAGED))
         detail = "; ".join(filter(None, (outcome.detail, self.fallback)))
         return replace(outcome, detail=detail, candidate=name, boots=index.boots, deadman_s=index.deadman_s)
 

@@ -29,8 +29,8 @@ from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from agent_core.workload import BoundedLog, Place, Workload
+from updater import activation, checker, control, last_good, poll, report, stage
 from updater import attempt as attempts
-from updater import checker, control, last_good, poll, report, stage
 from updater import identity as identities
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
@@ -253,15 +253,17 @@ class Service:
 
         A full disk must not keep a version from running: what cannot be noted now is, with a later report.
         """
-        attempt = attempts.settled(attempts.load(self.device.attempt_file), self.record)
-        if attempt is None:
-            return False
+        attempt = None
         try:
-            self._note(attempt)
+            with attempts.alone(self.device.layout):
+                attempt = attempts.settled(attempts.load(self.device.attempt_file), self.record)
+                if attempt is not None:
+                    self._note(attempt)
         except (RelfleetError, OSError) as error:
-            log.warning("attempt not noted", extra={"state": str(attempt.state), "why": str(error)})
+            state = str(attempt.state) if attempt else ""
+            log.warning("attempt not noted", extra={"state": state, "why": str(error)})
             return False
-        return True
+        return attempt is not None
 
     def _note(self, attempt: attempts.Attempt) -> None:
         """A transition is numbered once, also when the note of it has to be tried again."""
@@ -353,15 +355,8 @@ class Service:
     def _activate(self, outcome: Outcome) -> None:
         """The staged version goes on trial; the launcher starts it when this process has ended."""
         try:
-            self.record = slots.begin_trial(
-                self.root,
-                outcome.candidate,
-                outcome.boots,
-                outcome.deadman_s,
-                retry_epoch=outcome.retry_epoch,
-                floor=outcome.floor,
-            )
-        except (slots.IllegalTransitionError, OSError) as error:
+            self.record = activation.activate(self.device, outcome)
+        except (slots.IllegalTransitionError, RelfleetError, OSError) as error:
             log.warning("trial not begun", extra={"candidate": outcome.candidate, "why": str(error)})
             return
         told = {"candidate": outcome.candidate, "good": self.record.good, "why": outcome.detail}

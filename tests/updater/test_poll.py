@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,18 +14,20 @@ import pytest
 
 from agent_core import clock, disk, slots
 from agent_core.bundle import Index, pack
-from agent_core.errors import DiskError
+from agent_core.errors import ConflictError, DiskError
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
+from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Phase, Policy, ReleaseFacts
 from tests.http_origin import Origin
+from updater import activation, control, offline, poll, report
 from updater import attempt as attempts
-from updater import poll, report
 from updater.catalog import Release, alone
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
 
+PREFLIGHT = {"ok": True, "product": "shop", "version": "2.0.0"}
 GOOD, BEFORE, SPARE = (f"1.{number}.0-{str(number) * 12}" for number in range(3))
 
 
@@ -40,8 +43,8 @@ def release(tmp_path, origin):
     """A bundle as the server gives it out, and what the release keys say of it."""
     tree, archive = tmp_path / "tree", tmp_path / "archive"
     (tree / "app").mkdir(parents=True)
-    for path in ("agent.py", "app/main.py"):
-        (tree / path).write_text("")
+    (tree / "agent.py").write_text(f"print({json.dumps(json.dumps(PREFLIGHT))})")
+    (tree / "app" / "main.py").write_text("")
     index = Index("shop", "2.0.0", "any", ("{python}", "app/main.py"), pack(tree, archive))
     raw, packed = index.to_bytes(), archive.read_bytes()
     digests = [sha256(content).hexdigest() for content in (packed, raw)]
@@ -257,3 +260,112 @@ def test_a_trial_keeps_its_attempt_whatever_is_said_meanwhile(layout, origin, re
     check = poll._Check(device, catalog, device.transport(), clock.now(), None)
     check.follow(Directive("shop", "main", None, None, 0, "other", 3), clock.now())
     assert attempts.load(device.attempt_file) is not None
+
+
+# --- a check beside another one, between what that staged and its trial -----------------------------------
+
+WANTED = Directive("shop", "main", "2.0.0", None, 10_000, "salt", 2, splay_s=0)
+
+
+class Beside:
+    """A check that looks while the agent puts on trial what an earlier one staged.
+
+    Args:
+        when: what of the catalog is asked last before that happens.
+    """
+
+    def __init__(self, layout, origin, release, when=""):
+        self.device, self.release, self.when = device_of(layout, origin), release, when
+        digest = release.facts.index_sha256[:12]
+        self.staged = attempts.Attempt("2.0.0", digest, "salt", AttemptState.STAGED)
+        self.outcome = replace(
+            outcome(action=Action.INSTALL), candidate=self.staged.name, boots=2, deadman_s=9
+        )
+
+    def begin_trial(self):
+        """As the resident does it, and then the version on trial."""
+        record = activation.activate(self.device, self.outcome)
+        if self.when != "policy":  # that early it has not been started yet
+            attempts.save(self.device.attempt_file, attempts.settled(self.note(), record))
+
+    def follow(self, directive):
+        catalog = SimpleNamespace(
+            policy=lambda _: self._asked("policy", Policy()),
+            release=lambda *_: self._asked("release", self.release),
+            delta=lambda *_: self._asked("delta", None),
+        )
+        check = poll._Check(self.device, catalog, self.device.transport(), clock.now(), None)
+        return check.follow(directive, clock.now() - HOUR)
+
+    def _asked(self, name, answer):
+        if name == self.when:
+            self.begin_trial()
+        return answer
+
+    def note(self):
+        return attempts.load(self.device.attempt_file)
+
+    def told(self):
+        with Spool(self.device.layout.spool) as spool:
+            return [str(transition.state) for transition in spool.pending(9)]
+
+
+@pytest.fixture
+def beside(layout, origin, release):
+    name = stage(layout, origin, release)
+    world = Beside(layout, origin, release)
+    assert name == world.staged.name
+    attempts.save(world.device.attempt_file, world.staged)
+    return world
+
+
+def test_a_trial_begun_beside_a_check_keeps_its_note_whatever_that_check_wants(beside):
+    beside.when = "policy"
+    assert beside.follow(replace(WANTED, release=None)).action is Action.STAY
+    assert beside.note() == beside.staged
+
+
+def test_a_trial_begun_beside_a_check_is_not_called_staged_or_failed_by_it(beside):
+    beside.when = "release"
+    attempts.save(beside.device.attempt_file, beside.staged.to(AttemptState.DOWNLOADING))
+    with pytest.raises(ConflictError, match="overtaken"):
+        beside.follow(WANTED)
+    assert (beside.note().state, beside.told()) == (AttemptState.TRIAL, [])
+
+
+def test_a_trial_that_has_ended_beside_a_check_keeps_its_end(beside, layout):
+    beside.when = "release"
+    ended = beside.staged.to(AttemptState.ROLLED_BACK, "unhealthy")
+    begin = beside.begin_trial
+
+    def begin_and_end():
+        begin()
+        slots.roll_back(layout.root, "unhealthy")
+        attempts.save(beside.device.attempt_file, ended)
+
+    beside.begin_trial = begin_and_end
+    with pytest.raises(ConflictError, match="overtaken"):
+        beside.follow(replace(WANTED, salt="later"))
+    assert (beside.note(), beside.told()) == (ended, [])
+
+
+def test_what_a_later_check_has_let_go_of_is_not_put_on_trial(beside, layout):
+    beside.follow(replace(WANTED, release=None))
+    with pytest.raises(ConflictError, match="later check"):
+        beside.begin_trial()
+    assert slots.read(layout.root).phase == slots.IDLE
+
+
+def test_a_version_brought_by_hand_goes_on_trial_with_a_note_of_its_own_whatever_a_check_said(beside):
+    beside.follow(replace(WANTED, release=None))
+    assert beside.note() is None
+    control.carry_out(beside.device, control.Request(control.ACTIVATE, beside.staged.name))
+    assert beside.note() == replace(beside.staged, salt=offline.SALT)
+    assert beside.told() == ["staged"]
+
+
+def test_what_is_staged_is_told_once_however_often_it_is_looked_at(beside):
+    attempts.save(beside.device.attempt_file, beside.staged.to(AttemptState.DOWNLOADING))
+    for _ in range(3):
+        assert beside.follow(WANTED).candidate == beside.staged.name
+    assert beside.told() == ["staged"]

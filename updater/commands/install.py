@@ -10,7 +10,7 @@ import click
 from agent_core import console, disk, release_file, slots
 from agent_core.errors import ConflictError, Exit, NotFoundError, RelfleetError, TrustError
 from agent_core.wire import Reason
-from updater import control, install, poll, stage
+from updater import activation, control, poll, stage
 from updater.commands.common import ask, root_option, sentence
 from updater.commands.once import await_trial
 from updater.device import Device, Outcome
@@ -70,7 +70,7 @@ ON_TRIAL = "is on trial now"
 def _activate(device: Device, outcome: Outcome) -> str:
     """Have the staged version tried, or make it the first; what became of it, in words."""
     if slots.read(device.layout.root) is None:
-        install.activate_first(device, outcome)
+        activation.activate_first(device, outcome)
         return "is installed; agent run starts it"
     ask(device, control.Request(control.ACTIVATE, outcome.candidate), lambda now: _is_taken(outcome, now))
     with control.alone(device.layout) as is_alone:

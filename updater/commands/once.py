@@ -9,7 +9,7 @@ import click
 
 from agent_core import console, slots
 from agent_core.errors import Exit, RelfleetError, UnreachableError
-from updater import control, install, poll
+from updater import activation, control, poll
 from updater.commands.common import root_option, sentence
 from updater.device import Device, Outcome
 
@@ -40,21 +40,14 @@ def once(root: Path, detailed_exitcode: bool) -> int:
 def _activate(device: Device, outcome: Outcome) -> bool:
     """Put the staged version on trial; True when a running agent does it now."""
     if slots.read(device.layout.root) is None:
-        install.activate_first(device, outcome)
+        activation.activate_first(device, outcome)
         poll.tell(device)
         return False
     if control.wake(device.layout):
         return True
     with control.alone(device.layout) as is_alone:
         if is_alone:
-            slots.begin_trial(
-                device.layout.root,
-                outcome.candidate,
-                outcome.boots,
-                outcome.deadman_s,
-                retry_epoch=outcome.retry_epoch,
-                floor=outcome.floor,
-            )
+            activation.activate(device, outcome)
     return not is_alone
 
 
