@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 _AFTER_HEALTHY = frozenset({AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT})
-FAILED = (AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT)
-ENDED = frozenset({AttemptState.HEALTHY, *FAILED, AttemptState.SKIPPED})
 
 
 def may_follow(state: AttemptState, after: AttemptState) -> bool:

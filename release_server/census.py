@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, overload
 
 from sqlalchemy import and_, func, select
 
 from agent_core.directive import bucket, progress_for
-from agent_core.wire import AttemptState, Phase, Reason
+from agent_core.wire import AttemptState
 from release_server import agents, attempts, cohorts
 from release_server.figures import compare
+from release_server.members import FAILED, Look, Member, Outlook, count, truth
 from release_server.models import Agent, Attempt, Lease, Rollout, RolloutCounter, RolloutStatus
-from release_server.rollout import Counters, StageState, State, Why
+from release_server.rollout import Counters, State
 from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
 from release_server.stages import wanted_count
@@ -27,67 +27,10 @@ if TYPE_CHECKING:
 
     from release_server.rollout import Spec, Status
 
-LISTENS = timedelta(hours=1)
-"""So long at most the server listens after it was away, however seldom agents report."""
-NAMED = 5
-"""How many agents that stand aside are named in an event; the count is always whole."""
-CANNOT = frozenset(
-    map(
-        str,
-        (
-            Reason.NO_BUNDLE,
-            Reason.WRONG_PLATFORM,
-            Reason.GATE,
-            Reason.BELOW_FLOOR,
-            Reason.REVOKED,
-            Reason.OLDER,
-            Reason.STEPPING_STONE,
-            Reason.OLD_LAUNCHER,
-            Reason.HELD,
-            Reason.STOP_FILE,
-            Reason.SKIPPED,
-        ),
-    )
-)
-"""What an agent's last decision says when waiting for it would be in vain."""
 COMPARED = 1_000
 """Of at most how many agents the health figures are compared."""
 SITE = "site"
 """The label that says where an agent stands."""
-OPEN_ATTEMPT = (None, str(AttemptState.OFFERED))
-
-
-class _Member(NamedTuple):
-    """One agent of the cohort, with what became of its attempt so far (None: nothing was heard)."""
-
-    id: str
-    place: int
-    enrolled_at: datetime
-    seen_at: datetime
-    version: str
-    phase: str
-    reason: str
-    held: bool
-    attempt: str | None
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What one look at a cohort is about.
-
-    Attributes:
-        quiet: agents not seen since then are silent.
-        told: agents seen since then know what the stage offers them.
-        listened: the server was there long enough to have heard of everybody; before that nobody is silent.
-    """
-
-    rollout: Rollout
-    spec: Spec
-    status: Status
-    now: datetime
-    quiet: datetime
-    told: datetime
-    listened: bool
 
 
 def census(
@@ -99,35 +42,42 @@ def census(
         write: while it runs, write down also what no agent reports: that one runs the release already, that
             one has been silent past the stage's deadline, that a silent one is back.
     """
-    pace = cohorts.newest_spec(session, rollout.cohort_id)
-    quiet = now - agents.silent_after(pace.poll_s, pace.report_s)
-    told = (status.opened_at or now) + timedelta(seconds=2 * pace.poll_s)
-    look = _Look(rollout, spec, status, now, quiet, told, _has_listened(session, now, quiet))
+    look = _look(session, now, rollout, spec, status)
     members = _members(session, rollout)
     reached = [member for member in members if member.place < status.progress]
-    if write and status.state is State.RUNNING and not spec.frozen and status.reason != Why.FROZEN:
-        reached = [_corrected(session, look, member) for member in reached]
-    aside = [member for member in reached if _stands_aside(member, told)]
-    waiting = [member for member in reached if _is_open(member) and not _stands_aside(member, told)]
+    if write and look.corrects:
+        reached = [_corrected(session, rollout, look, member) for member in reached]
+    return count(look, members, reached, _counted(session, rollout, look, members))
+
+
+def outlook(session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status) -> Outlook:
+    """What the census would count from now on if no agent had news; writes nothing."""
+    look, members = _look(session, now, rollout, spec, status), _members(session, rollout)
+    return Outlook(look, members, _counted(session, rollout, look, members))
+
+
+def _look(session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status) -> Look:
+    pace = cohorts.newest_spec(session, rollout.cohort_id)
+    return Look(
+        rollout.version,
+        spec,
+        status,
+        now,
+        period=agents.period_of(pace.poll_s, pace.report_s),
+        poll=timedelta(seconds=pace.poll_s),
+        since=session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS)),
+    )
+
+
+def _counted(session: Session, rollout: Rollout, look: Look, members: Sequence[Member]) -> Counters:
+    """What is counted otherwise than by going through the members."""
+    spec, quiet = look.spec, look.now - look.silent_after
     return Counters(
-        members=len(members),
-        reached=len(reached),
-        waiting=len(waiting),
-        waiting_since=min((member.enrolled_at for member in waiting), default=None),
-        aside=tuple(member.id for member in aside[:NAMED]),
-        aside_count=len(aside),
-        on_version=sum(_runs(member, rollout.version) and member.seen_at >= quiet for member in members),
         candidates=_Candidates(session, rollout, spec, members),
         attempts=attempts.counters(session, rollout.id),
         baseline=_baseline(session, rollout) if spec.false_halt_bp else UNKNOWN,
         worse=compare(_figures(session, rollout, quiet)) if spec.figures else (),
-        listened=look.listened,
     )
-
-
-def _has_listened(session: Session, now: datetime, quiet: datetime) -> bool:
-    since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS))
-    return since is None or since <= max(quiet, now - LISTENS)
 
 
 def _baseline(session: Session, rollout: Rollout) -> Baseline:
@@ -144,7 +94,7 @@ def _baseline(session: Session, rollout: Rollout) -> Baseline:
         .group_by(RolloutCounter.state)
     )
     counted = {AttemptState(state): int(count) for state, count in session.execute(query)}
-    failed = sum(counted.get(state, 0) for state in attempts.FAILED)
+    failed = sum(counted.get(state, 0) for state in FAILED)
     return Baseline.of(failed, failed + counted.get(AttemptState.HEALTHY, 0))
 
 
@@ -168,7 +118,7 @@ def _figures(
     return ((before, now) for before, now in session.execute(query))
 
 
-def _members(session: Session, rollout: Rollout) -> list[_Member]:
+def _members(session: Session, rollout: Rollout) -> list[Member]:
     facts = (Agent.enrolled_at, Agent.seen_at, Agent.version, Agent.phase, Agent.reason, Agent.held)
     rows = session.execute(
         select(Agent.id, *facts, Attempt.state)
@@ -177,13 +127,13 @@ def _members(session: Session, rollout: Rollout) -> list[_Member]:
         .order_by(Agent.id)
     )
     salt = rollout.salt
-    return [_Member(row[0], bucket(row[0], salt), *row[1:]) for row in rows]
+    return [Member(row[0], bucket(row[0], salt), *row[1:]) for row in rows]
 
 
 class _Candidates(Sequence[int]):
     """The progress each stage needs, worked out when it is asked for: most looks open no stage."""
 
-    def __init__(self, session: Session, rollout: Rollout, spec: Spec, members: Sequence[_Member]) -> None:
+    def __init__(self, session: Session, rollout: Rollout, spec: Spec, members: Sequence[Member]) -> None:
         self._session, self._cohort_id = session, rollout.cohort_id
         self._each = spec.stratified
         self._salt = rollout.salt
@@ -217,56 +167,11 @@ def strata(session: Session, cohort_id: int, most: int | None = None) -> dict[st
     }
 
 
-def _is_open(member: _Member) -> bool:
-    return member.attempt not in attempts.ENDED
-
-
-def _stands_aside(member: _Member, told: datetime) -> bool:
-    """Held, skipping, or has said since it knows of the stage that it cannot take the release."""
-    if member.attempt == AttemptState.SKIPPED:
-        return True
-    if not _is_open(member) or member.phase != Phase.IDLE:
-        return False
-    return member.held or (member.reason in CANNOT and member.seen_at >= told)
-
-
-def _runs(member: _Member, version: str) -> bool:
-    """Whether an agent runs the release, or is about to find out whether it can."""
-    trying = member.phase in (Phase.STAGED, Phase.TRIAL) and member.attempt in (
-        AttemptState.STAGED,
-        AttemptState.TRIAL,
-    )
-    return member.version == version or trying
-
-
-def _corrected(session: Session, look: _Look, member: _Member) -> _Member:
+def _corrected(session: Session, rollout: Rollout, look: Look, member: Member) -> Member:
     """The member with its attempt as it must be, after writing that down when it differs."""
-    truth = _truth(look, member)
-    if truth is None:
+    now = truth(look, member)
+    if now is None:
         return member
-    state, reason = truth
-    attempts.move(session, look.now, member.id, look.rollout, state, reason=reason)
+    state, reason = now
+    attempts.move(session, look.now, member.id, rollout, state, reason=reason)
     return member._replace(attempt=str(state))
-
-
-def _truth(look: _Look, member: _Member) -> tuple[AttemptState, str] | None:
-    """What an attempt must become without a word of the agent, and why; None when it stays as it is."""
-    heard = member.seen_at >= look.quiet
-    settled = member.version == look.rollout.version and member.phase == Phase.IDLE
-    was_silent = member.attempt == AttemptState.SILENT
-    if heard and settled and (was_silent or member.attempt in OPEN_ATTEMPT):
-        return AttemptState.HEALTHY, str(Reason.UP_TO_DATE)
-    if heard and was_silent:
-        return AttemptState.OFFERED, "heard-again"
-    if heard or not look.listened or not _is_open(member) or _stands_aside(member, look.told):
-        return None
-    if look.status.stage_state is not StageState.OPEN or look.status.reason == Why.OUTSIDE_WINDOW:
-        return None
-    began = max(look.status.opened_at or look.now, member.enrolled_at)
-    if member.seen_at > began:
-        return (
-            AttemptState.SILENT,
-            "own-deadline",
-        )  # it was there, and then fell silent: its own reports say so
-    deadline = timedelta(seconds=look.spec.stages[look.status.stage].deadline_s)
-    return (AttemptState.SILENT, "deadline") if look.now >= began + deadline else None

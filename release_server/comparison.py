@@ -11,8 +11,9 @@ from sqlalchemy import and_, func, select
 
 from agent_core.errors import NotFoundError, UsageError
 from agent_core.wire import AttemptState, Reason
-from release_server import attempts, cohorts, releases
+from release_server import cohorts, releases
 from release_server.figures import LIMITS
+from release_server.members import FAILED
 from release_server.models import Agent, Attempt, Rollout, RolloutCounter
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 1_000
 """The figures of at most so many agents, those that were heard of last."""
 REASONS = 5
-ENDED = (*attempts.FAILED, AttemptState.HEALTHY)
+ENDED = (*FAILED, AttemptState.HEALTHY)
 _IS_SENT_BACK = and_(Attempt.state == str(AttemptState.ROLLED_BACK), Attempt.reason == str(Reason.GO_BACK))
 
 
@@ -123,7 +124,7 @@ def _side(session: Session, product: Product, kind: By, name: str) -> Side:
     versions = select(Agent.version, func.count()).where(*present).group_by(Agent.version)
     counted = _attempts(session, of)
     ended = sum(counted.get(str(state), 0) for state in ENDED)
-    failed = sum(counted.get(str(state), 0) for state in attempts.FAILED) - _sent_back(session, of)
+    failed = sum(counted.get(str(state), 0) for state in FAILED) - _sent_back(session, of)
     running = {version: int(count) for version, count in session.execute(versions)}
     return Side(
         name=name,
@@ -166,7 +167,7 @@ def _reasons(session: Session, of: ColumnElement[bool]) -> dict[str, int]:
     query = (
         select(Attempt.reason, func.count())
         .join(Rollout, Rollout.id == Attempt.rollout_id)
-        .where(of, Attempt.state.in_([str(state) for state in attempts.FAILED]), ~_IS_SENT_BACK)
+        .where(of, Attempt.state.in_([str(state) for state in FAILED]), ~_IS_SENT_BACK)
         .group_by(Attempt.reason)
         .order_by(func.count().desc(), Attempt.reason)
         .limit(REASONS)

@@ -208,13 +208,15 @@ def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str
     rollout, asked = view.rollout, view.spec
     spec, status = fleet.spec_now(session, now, rollout, asked), fleet.status_of(view.status)
     wants = cohorts.newest_spec(session, rollout.cohort_id)
+    ahead = census.outlook(session, now, rollout, spec, status)
     facts = rollout_why.Facts(
         name=f"r-{rollout.id}",
         version=rollout.version,
         cohort=view.cohort,
         spec=spec,
         status=status,
-        counters=census.census(session, now, rollout, spec, status, write=False),
+        counters=ahead.at(spec, status, now),
+        fleet=ahead,
         allowance=_allowance(wants),
         by=asked.actor,
         reason=asked.reason,

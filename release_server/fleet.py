@@ -17,6 +17,7 @@ from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.window import is_open
 from agent_core.wire import AttemptState, Window
 from release_server import attempts, audit, census, cohorts, releases
+from release_server.members import FAILED
 from release_server.models import (
     Attempt,
     Rollout,
@@ -449,7 +450,7 @@ def retry(session: Session, now: datetime, actor: str, rollout_id: int, reason: 
     row = _require(session, rollout_id, "retried", State.RUNNING, State.PAUSED, State.COMPLETED)
     rollout = session.get_one(Rollout, rollout_id)
     cohorts.bump_retry(session, now, actor, rollout.cohort, reason)
-    again = (*attempts.FAILED, AttemptState.SKIPPED)
+    again = (*FAILED, AttemptState.SKIPPED)
     failed = session.scalars(
         select(Attempt.agent_id).where(
             Attempt.rollout_id == rollout_id, Attempt.state.in_([str(state) for state in again])

@@ -1,10 +1,13 @@
-"""What a rollout does next when nobody asks anything and no agent reports: `reconcile`, asked ahead. Pure."""
+"""What a rollout does next when nobody asks anything and no agent has news: `reconcile`, asked ahead. Pure.
+
+Agents that are on time go on being heard as they are; those that are late stay quiet (`members.Outlook`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from agent_core.window import is_open, next_change
 from release_server import freezes
@@ -53,6 +56,30 @@ class Allowance:
             yield next_change(self.window, now)
 
 
+class Fleet(Protocol):
+    """How the agents look at later moments; `members.Outlook` is one."""
+
+    def at(self, spec: Spec, status: Status, moment: datetime) -> Counters: ...
+    def changes(self, status: Status, now: datetime) -> Iterator[datetime]: ...
+    def turns(self, status: Status) -> int: ...
+
+
+@dataclass(frozen=True)
+class Still:
+    """Agents that look the same at any moment."""
+
+    counters: Counters
+
+    def at(self, spec: Spec, status: Status, moment: datetime) -> Counters:
+        return self.counters
+
+    def changes(self, status: Status, now: datetime) -> Iterator[datetime]:
+        return iter(())
+
+    def turns(self, status: Status) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
 class Move:
     """The next step of a rollout: when, and what happens then."""
@@ -66,20 +93,21 @@ class Move:
         return self.events[-1]
 
 
-def foresee(
-    spec: Spec, status: Status, counters: Counters, now: datetime, allowance: Allowance
-) -> Move | None:
+def foresee(spec: Spec, status: Status, fleet: Fleet, now: datetime, allowance: Allowance) -> Move | None:
     """The next step that time alone brings, other things equal; None where only a person or an agent can.
 
     `reconcile` itself is asked at each moment at which its answer may change, so this cannot differ from it.
     """
     moment = now
-    for _ in range(MOST_LOOKS):
-        following = reconcile(allowance.at(spec, moment), status, counters, moment)
+    for _ in range(MOST_LOOKS + fleet.turns(status)):
+        spec_then = allowance.at(spec, moment)
+        counters = fleet.at(spec_then, status, moment)
+        following = reconcile(spec_then, status, counters, moment)
         if following.events:
             return Move(moment, following.events)
         status = following.status
-        later = [each for each in _turns(spec, status, counters, moment, allowance) if each > moment]
+        changing = (*_turns(spec, status, counters, moment, allowance), *fleet.changes(status, moment))
+        later = [each for each in changing if each > moment]
         if not later:
             return None
         moment = min(later)

@@ -113,6 +113,7 @@ class Why(StrEnum):
     ADVANCED = "advanced"
     SUPERSEDED = "superseded"
     GONE_BACK = "gone-back"
+    LISTENING = "listening"
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class Counters:
         attempts: how many attempts are in each state.
         baseline: how often agents of the cohort fail when nothing is wrong.
         worse: health figures that the release has made worse.
-        listened: the server was there for long enough to have heard of every agent that is not silent.
+        listens_until: when the server will have been there for long enough to have heard of every agent that
+            is not silent; None: it has.
     """
 
     members: int = 0
@@ -205,7 +207,7 @@ class Counters:
     attempts: Mapping[AttemptState, int] = field(default_factory=dict)
     baseline: Baseline = UNKNOWN
     worse: tuple[Worse, ...] = ()
-    listened: bool = True
+    listens_until: datetime | None = None
 
     def of(self, *states: AttemptState) -> int:
         return sum(self.attempts.get(state, 0) for state in states)
@@ -292,7 +294,8 @@ class _Step:
 
     def is_past(self, moment: datetime) -> bool:
         """Whether time is up; not before the server has heard what was done while it was away."""
-        return self.counters.listened and self.now >= moment
+        until = self.counters.listens_until
+        return self.now >= moment and (until is None or self.now >= until)
 
     def to(
         self, name: str, reason: str = "", detail: str = "", *, quiet: bool = False, **changes: Any
@@ -613,6 +616,6 @@ def _abort(spec: Spec, status: Status, counters: Counters, now: datetime) -> Nex
 
 
 def _go_back(step: _Step) -> Next:
-    if step.counters.on_version or not step.counters.listened:
+    if step.counters.on_version or not step.is_past(step.now):
         return step.stay()
     return step.to("rolled-back", Why.GONE_BACK, state=State.ROLLED_BACK, finished_at=step.now)

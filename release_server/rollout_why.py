@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.clock import iso
 from agent_core.window import next_opening
-from release_server.foresight import Allowance, deadline, foresee, soak_end
+from release_server.foresight import Allowance, Still, deadline, foresee, soak_end
+from release_server.members import NEVER, whole
 from release_server.rollout import FINISHED, RETURNABLE, StageState, State, Why, numbers, too_few
 from release_server.why import Link, frozen
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
 
-    from release_server.foresight import Move
+    from release_server.foresight import Fleet, Move
     from release_server.rollout import Counters, Spec, Status
 
 BECOMES = {
@@ -54,6 +55,7 @@ class Facts:
     """All that the explanation may know.
 
     Attributes:
+        fleet: how its agents look at later moments; None: as `counters` say.
         by, reason: who asked the newest thing of it, and why.
         askers: whoever had a hand in the plan, and may therefore not approve it.
         digest: what an approval is bound to.
@@ -70,6 +72,7 @@ class Facts:
     status: Status
     counters: Counters
     allowance: Allowance = field(default_factory=Allowance)
+    fleet: Fleet | None = None
     by: str = ""
     reason: str = ""
     askers: tuple[str, ...] = ()
@@ -85,10 +88,11 @@ def explain(facts: Facts, now: datetime) -> dict[str, Any]:
     """Explain why a rollout is where it is: `{rollout, version, cohort, state, stage, summary, chain, next}`.
 
     `chain` holds links as of `Link.to_json`; the first that is not ok is the answer. `next` is what comes
-    if no agent reports and nobody asks anything, or None where time alone changes nothing.
+    if no agent has news and nobody asks anything, or None where time alone changes nothing.
     """
     facts = replace(facts, spec=facts.allowance.at(facts.spec, now))
-    move = foresee(facts.spec, facts.status, facts.counters, now, facts.allowance)
+    fleet = facts.fleet or Still(facts.counters)
+    move = foresee(facts.spec, facts.status, fleet, now, facts.allowance)
     links = chain(facts, now, move)
     return {
         "rollout": facts.name,
@@ -119,8 +123,9 @@ def _next(move: Move, now: datetime) -> dict[str, Any]:
     because = ": ".join(filter(None, (event.reason, event.detail)))
     text = BECOMES[event.name] + (f" ({because})" if because else "")
     when = "at the next look" if move.at <= now else f"at {_clock(move.at, now)}"
+    at = move.at if move.at <= now else whole(move.at)
     return {
-        "at": iso(move.at),
+        "at": iso(at),
         "event": event.name,
         "stage": event.stage,
         "reason": event.reason,
@@ -147,14 +152,17 @@ def chain(facts: Facts, now: datetime, move: Move | None) -> list[Link]:
         case State.PAUSED:
             return list(_paused(facts, now))
         case State.ROLLING_BACK:
-            count = facts.counters.on_version
-            return [
-                Link(
-                    False, "going-back", f"{_agents(count)} still run {facts.version}", seen=_seen(facts, now)
-                )
-            ]
+            return list(_going_back(facts, now))
         case _:
             return [*_gate(facts, now), *_running(facts, now)]
+
+
+def _going_back(facts: Facts, now: datetime) -> Iterator[Link]:
+    if count := facts.counters.on_version:
+        text = f"{_agents(count)} still run {facts.version}"
+        yield Link(False, "going-back", text, seen=_seen(facts, now))
+    else:
+        yield _listening(facts, now)
 
 
 def _moving(facts: Facts, move: Move, now: datetime) -> Iterator[Link]:
@@ -233,10 +241,11 @@ def _running(facts: Facts, now: datetime) -> Iterator[Link]:
         yield from _unfinished(facts, now)
     elif lacking := too_few(spec, status, seen, now):
         then = f"release rollout advance {facts.name}"
-        until = deadline(spec, status, seen)
+        until = _heard_by(facts, deadline(spec, status, seen))
         yield Link(False, str(Why.MIN_SAMPLE), lacking, then, until, seen=_seen(facts, now))
+    elif (until := soak_end(spec, status)) and until <= now:
+        yield _listening(facts, now)
     else:
-        until = soak_end(spec, status)
         text = f"it soaks until {_clock(until, now)}" if until else "it soaks"
         yield Link(False, str(StageState.SOAKING), text, "", until, seen=_seen(facts, now))
 
@@ -244,7 +253,7 @@ def _running(facts: Facts, now: datetime) -> Iterator[Link]:
 def _unfinished(facts: Facts, now: datetime) -> Iterator[Link]:
     spec, status, seen = facts.spec, facts.status, facts.counters
     window = facts.allowance.window
-    ends = deadline(spec, status, seen)
+    ends = _heard_by(facts, deadline(spec, status, seen))
     if window is not None and not spec.window_open:
         opens = next_opening(window, now)
         text = f"the window opens at {_clock(opens, now)}" if opens else "the window does not open"
@@ -255,6 +264,21 @@ def _unfinished(facts: Facts, now: datetime) -> Iterator[Link]:
         text += f"; they have until {_clock(ends, now)}"
     then = f"release agents list --cohort {facts.cohort}"
     yield Link(False, str(Why.UNFINISHED), text, then, ends, seen=_seen(facts, now))
+
+
+def _heard_by(facts: Facts, ends: datetime | None) -> datetime | None:
+    """When a deadline really ends: not before the server has listened, and never while it cannot hear."""
+    until = facts.counters.listens_until
+    if ends is None or until is None:
+        return ends
+    return None if until == NEVER else max(ends, until)
+
+
+def _listening(facts: Facts, now: datetime) -> Link:
+    """What else would be over by now: nothing ends by time before the server has heard what was done."""
+    until = _heard_by(facts, now)
+    when = f"until {_clock(until, now)}" if until else "again when a web process is there"
+    return Link(False, str(Why.LISTENING), f"the server was away; it listens {when}", until=until)
 
 
 # --- what stops it ---------------------------------------------------------------------------------------

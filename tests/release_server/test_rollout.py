@@ -29,7 +29,7 @@ def fleet(members=10, reached=1, waiting=0, **attempts):
     """Counters of a fleet; `attempts` by state, e.g. healthy=1."""
     known = {
         key: attempts.pop(key)
-        for key in ("waiting_since", "aside", "aside_count", "on_version", "listened")
+        for key in ("waiting_since", "aside", "aside_count", "on_version", "listens_until")
         if key in attempts
     }
     counted = {AttemptState(name): count for name, count in attempts.items()}
@@ -556,6 +556,7 @@ def test_a_frozen_cohort_takes_nothing_new(state):
     ],
 )
 def test_nothing_ends_by_time_before_the_server_has_listened(status, wish, waiting, ends):
-    deaf, heard = (fleet(waiting=waiting, healthy=1 - waiting, listened=known) for known in (False, True))
+    later = (NOW + timedelta(seconds=1), None)
+    deaf, heard = (fleet(waiting=waiting, healthy=1 - waiting, listens_until=until) for until in later)
     assert names(reconcile(spec(wanted=wish), status, deaf, NOW)) == []
     assert names(reconcile(spec(wanted=wish), status, heard, NOW))[0] == ends

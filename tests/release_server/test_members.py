@@ -1,0 +1,217 @@
+"""What is foretold of a fleet is what the census and `reconcile` come to when they are stepped there."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent_core.clock import parse_iso
+from agent_core.wire import AttemptState
+from release_server import explain, members, standing
+from release_server.foresight import Allowance, foresee
+from release_server.members import NEVER, Look, Member, Outlook
+from release_server.models import Lease
+from release_server.rollout import Counters, Spec, StageState, State, Status, reconcile
+from release_server.stages import Stage
+from tests.release_server.fleet_world import World
+
+NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
+SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
+LUNCH = Allowance(calendar={"lunch": "mon 12:10-13:00 UTC"})
+
+
+class Dice(random.Random):
+    """Throws a fleet, of which some agents are on time and others late or long silent."""
+
+    def member(self, number, *, away):
+        attempt = self.choice([None, "offered", "downloading", "staged", "healthy", "failed", "silent"])
+        quiet = self.choice([0, 30, 100, 151, 200, 211, 900, 8_000])
+        seen_at = NOW - timedelta(seconds=quiet + (700 if away else 0))
+        version = "1.1.0" if attempt == "healthy" or (self.random() < 0.1 and not away) else "1.0.0"
+        joined = NOW - timedelta(seconds=self.choice([9_000, 9_000, 100]))
+        held = self.random() < 0.05
+        return Member(
+            f"web-{number}",
+            number * 1_000,
+            min(joined, seen_at),
+            seen_at,
+            version,
+            "idle",
+            "",
+            held,
+            attempt,
+        )
+
+    def outlook(self):
+        since = self.choice([None, None, NOW - 2 * MINUTE, NOW - 30 * MINUTE, NEVER])
+        away = since is not None and since == NOW - 2 * MINUTE
+        there = [self.member(number, away=away) for number in range(self.choice([3, 10]))]
+        state = self.choice([State.RUNNING, State.RUNNING, State.RUNNING, State.ROLLING_BACK])
+        stage = Stage(
+            share_bp=10_000,
+            soak_s=self.choice([0, 600]),
+            max_failed=self.choice([0, 3, 5]),
+            max_silent=self.choice([None, None, 2]),
+            deadline_s=self.choice([60, 1_000, 3_600]),
+        )
+        soaking = state is State.RUNNING and self.random() < 0.2
+        opened = NOW - timedelta(seconds=self.choice([0, 300, 2_000]))
+        status = Status(
+            state,
+            stage_state=StageState.SOAKING if soaking else StageState.OPEN,
+            progress=self.choice([5_000, 10_000]),
+            opened_at=opened,
+            soaking_since=opened if soaking else None,
+            spec_revision=1,
+        )
+        look = Look("1.1.0", Spec((stage,)), status, NOW, MINUTE, MINUTE, since)
+        return Outlook(look, there, Counters(attempts=tally(there), candidates=(10_000,)))
+
+
+def tally(there):
+    return Counter(AttemptState(member.attempt) for member in there if member.attempt)
+
+
+def really(outlook, allowance, moments):
+    """The first event that the census and `reconcile` come to, stepped through the moments, and when."""
+    there, status = list(outlook.members), outlook.look.status
+    quiet = outlook._quiet
+    for moment in moments:
+        spec = allowance.at(outlook.look.spec, moment)
+        look = replace(outlook.look, spec=spec, status=status, now=moment)
+        if moment > NOW:
+            there = [each if each.id in quiet else each._replace(seen_at=moment) for each in there]
+        if look.corrects:
+            there = [corrected(look, each) if each.place < status.progress else each for each in there]
+        reached = [member for member in there if member.place < status.progress]
+        counted = members.count(look, there, reached, replace(outlook.counters, attempts=tally(there)))
+        following = reconcile(spec, status, counted, moment)
+        if following.events:
+            return moment, following.events[-1]
+        status = following.status
+    return None
+
+
+def corrected(look, member):
+    now = members.truth(look, member)
+    return member if now is None else member._replace(attempt=str(now[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_forecast_is_what_the_stepped_census_and_reconciler_come_to(seed):
+    dice = Dice(seed)
+    for _ in range(10):
+        foretold_as_stepped(dice.outlook(), dice.choice([Allowance(), Allowance(), LUNCH]), dice)
+
+
+def foretold_as_stepped(outlook, allowance, dice):
+    move = foresee(outlook.look.spec, outlook.look.status, outlook, NOW, allowance)
+    end = NOW + timedelta(days=2) if move is None else move.at
+    on_the_way = {NOW + (end - NOW) * dice.random() for _ in range(12)}
+    falls = {at for member in outlook.members for at in turning(outlook, member)}
+    moments = sorted(
+        {NOW, end, max(NOW, end - SECOND), *on_the_way, *(at for at in falls if NOW <= at <= end)}
+    )
+    came = really(outlook, allowance, moments)
+    assert came == (None if move is None else (move.at, move.event))
+
+
+def turning(outlook, member):
+    """Moments at which a member's own time is up: as a ticking server does, none of them is stepped over."""
+    look, stage = outlook.look, outlook.look.spec.stages[0]
+    ends = look.status.opened_at + timedelta(seconds=stage.deadline_s)
+    yield from (
+        member.seen_at + look.silent_after,
+        ends,
+        member.enrolled_at + timedelta(seconds=stage.deadline_s),
+    )
+    if look.since not in (None, NEVER):
+        yield look.since + look.silent_after
+
+
+# --- on a real database ----------------------------------------------------------------------------------
+
+
+def told(world):
+    with world.read() as session:
+        return explain.why_of_rollout(session, world.clock(), 1)
+
+
+def ready(sessions, clock, count, *stages):
+    world = World(sessions, clock)
+    world.cohort()
+    hosts = world.enroll_many(count)
+    return world, hosts, stages
+
+
+def test_of_a_host_that_was_quiet_before_the_stage_the_halt_is_foretold_that_comes(sessions, clock):
+    world, (one, *_), _ = ready(sessions, clock, 3)
+    world.clock.step(minutes=20)  # one host was last heard before
+    for host in list(world.hosts.values())[1:]:
+        world.report(host)
+    world.start("1.1.0", Stage(count=3, deadline_s=7_200))
+    for host in list(world.hosts.values())[1:]:
+        world.finish(host, 1, "healthy")
+    following = told(world)["next"]
+    assert (following["event"], following["reason"]) == ("halted", "max-failed")
+    assert following["detail"] == "1 of 3 failed (limit 0)"
+    comes_as_told(world, following, by=timedelta(minutes=30))
+    assert world.attempt(one, 1).state == "silent"
+
+
+def test_of_hosts_that_fall_silent_the_halt_is_foretold_and_of_hosts_on_time_the_deadline(sessions, clock):
+    world, (one, *others), _ = ready(sessions, clock, 3)
+    world.start("1.1.0", Stage(count=3, deadline_s=7_200))
+    world.clock.step(seconds=30)
+    world.heartbeats()
+    assert told(world)["next"]["reason"] == "deadline"
+    for _ in range(3):
+        world.clock.step(seconds=60)
+        for host in others:
+            world.report(host)
+    following = told(world)["next"]
+    assert following["reason"] == "max-failed"
+    comes_as_told(world, following, others)
+    assert world.attempt(one, 1).state == "silent"
+
+
+def comes_as_told(world, following, heard=(), by=MINUTE):
+    """Now and then up to the second before nothing happens; at the second what was told."""
+    at, before = parse_iso(following["at"]), world.events(1)
+    while world.clock() < at - SECOND:
+        world.clock.now = min(at - SECOND, world.clock() + by)
+        for host in heard:
+            world.report(host)
+        world.tick()
+        assert world.events(1) == before
+    world.clock.now = at
+    world.tick()
+    assert world.events(1)[len(before) :][-1] == following["event"]
+
+
+def test_after_an_outage_it_says_that_it_listens_and_until_when(sessions, clock):
+    world, hosts, _ = ready(sessions, clock, 2)
+    world.start("1.1.0", Stage(count=2, soak_s=600))
+    for host in hosts:
+        world.finish(host, 1, "healthy")
+    world.tick(seconds=1)
+    world.clock.step(hours=2)
+    with world.write() as session:
+        until = world.clock() + MINUTE
+        session.add(Lease(name=Lease.JOBS, holder="me", fence=2, until=until, since=world.clock()))
+    answer = told(world)
+    (link,) = [link for link in answer["chain"] if not link["ok"]]
+    assert (link["code"], link["text"]) == ("listening", "the server was away; it listens until 14:03 UTC")
+    ends = world.clock() + standing.silent_after(MINUTE)
+    assert parse_iso(answer["next"]["at"]) == ends
+    assert answer["next"]["event"] == "completed"
+    world.clock.now = ends - SECOND
+    assert world.tick() is False
+    world.tick(seconds=1)
+    assert world.status(1).state == "completed"
