@@ -105,9 +105,7 @@ def run_hook(name: str, hook: Hook, place: Place, before: str) -> str:
         )
 
     try:
-        code, words = finish_one(start, hook.timeout_s)
+        why = finish_one(start, hook.timeout_s)
     except OSError as error:
-        return f"{name} could not be started: {error}"
-    if code is None:
-        return f"{name} took longer than {hook.timeout_s:g} s"
-    return "" if code == 0 else f"{name}: exit {code}{': ' if words else ''}{words}"
+        why = f"could not be started: {error}"
+    return f"{name}: {why}" if why else ""

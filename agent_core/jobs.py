@@ -228,8 +228,8 @@ class Helper(_Child):
         self._next()
 
     def _next(self) -> None:
-        if self._asked is not None or not self._waiting:
-            return
+        if self._asked is not None or not self._waiting or self._cause:
+            return  # one that is being ended answers nobody any more: `_ended` goes on with its successor
         if self._loop.is_stopping:
             while self._waiting:
                 told = self._waiting.popleft().on_done

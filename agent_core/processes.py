@@ -68,68 +68,89 @@ def signal_group(child: subprocess.Popen[bytes] | Copy, signum: int) -> None:
         os.killpg(child.pid, signum)
 
 
-def finish(child: subprocess.Popen[bytes], limit_s: float) -> tuple[int | None, str]:
+def finish(child: subprocess.Popen[bytes], limit_s: float, most: int) -> tuple[bool, list[bytes]]:
     """Wait for a child that leads a session of its own, then end whatever it started.
 
     Args:
-        child: its output is a pipe; errors go there too.
+        child: its standard output is a pipe; so may its errors be.
         limit_s: seconds, of which a host that sleeps uses up none.
+        most: bytes that are kept of each pipe, the last ones.
 
     Returns:
-        Its exit code, None when it had to be killed for taking longer; and its last words in one line.
+        Whether it ended by itself in time, and what is kept: of its output, then of its errors.
     """
-    assert child.stdout is not None
+    pipes = [pipe for pipe in (child.stdout, child.stderr) if pipe is not None]
+    tails = {pipe.fileno(): b"" for pipe in pipes}
     try:
-        ended, tail = _listen(child, child.stdout.fileno(), limit_s)
+        ended = _listen(child, tails, limit_s, most)
     finally:
         # The leader is reaped after its group was killed: until then its number can be nobody else's.
         signal_group(child, signal.SIGKILL)
         child.wait()
-        child.stdout.close()
-    return child.returncode if ended else None, " ".join(tail.decode(errors="replace").split())
+        for pipe in pipes:
+            pipe.close()
+    return ended, list(tails.values())
 
 
 def was_killed(code: int | None) -> bool:
-    """Whether somebody else ended it, so that its end says nothing of the program."""
-    return code in (-signal.SIGKILL, -signal.SIGTERM)
+    """Whether somebody else ended it, or what it waited for, so that its end says nothing of the program.
+
+    A shell whose last command was killed ends with 128 and the signal's number, as POSIX has it. A program
+    that means something else by that is asked more often, and is heard in the end.
+    """
+    return code in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
 
 
-def finish_one(start: Callable[[], subprocess.Popen[bytes]], limit_s: float) -> tuple[int | None, str]:
-    """`finish` what `start` starts; once more while somebody else ends it, `TRIES` times within `limit_s`.
+def finish_one(start: Callable[[], subprocess.Popen[bytes]], limit_s: float) -> str:
+    """Run what `start` starts to its end; once more while somebody else ends it, `TRIES` times in all.
+
+    Args:
+        start: its output is a pipe, and its errors go there too.
+        limit_s: seconds for all tries together: whoever waits has one bound, and a late try may be too short.
+
+    Returns:
+        Why it failed, with its last words in one line; empty when it ended with 0.
 
     Raises:
         OSError: it could not be started.
     """
-    deadline_s = time.monotonic() + limit_s
-    for _ in range(TRIES):
-        code, words = finish(start(), max(0.0, deadline_s - time.monotonic()))
-        if not was_killed(code) or time.monotonic() >= deadline_s:
+    killed, deadline_s = 0, time.monotonic() + limit_s
+    while True:
+        child = start()
+        ended, tails = finish(child, max(0.0, deadline_s - time.monotonic()), LAST_WORDS)
+        says_something = not (ended and was_killed(child.returncode))
+        if says_something or killed == TRIES - 1 or time.monotonic() >= deadline_s:
             break
-    return code, words
+        killed += 1
+    if not ended:
+        return f"took longer than {limit_s:g} s" + (f", {killed} killed before included" if killed else "")
+    words = " ".join(tails[0].decode(errors="replace").split())
+    return f"exit {child.returncode}{': ' if words else ''}{words}" if child.returncode else ""
 
 
-def _listen(child: subprocess.Popen[bytes], fd: int, limit_s: float) -> tuple[bool, bytes]:
-    """Whether it ended in time, and the last it said; what it left behind may hold the pipe open for ever."""
-    os.set_blocking(fd, False)
+def _listen(child: subprocess.Popen[bytes], tails: dict[int, bytes], limit_s: float, most: int) -> bool:
+    """Whether it ended in time; `tails` is what it said. What it left behind may hold a pipe for ever."""
     deadline_s = time.monotonic() + limit_s
-    tail, ended, reads_left = b"", False, 16
+    ended, reads_left = False, 16
     with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
+        for fd in tails:
+            os.set_blocking(fd, False)
+            selector.register(fd, selectors.EVENT_READ)
         while reads_left and time.monotonic() < deadline_s + (1.0 if ended else 0.0):
             ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
             reads_left -= ended
-            if not selector.get_map():
-                if ended:
-                    break
+            if not selector.get_map() and not ended:
                 time.sleep(0.02)
-            elif selector.select(0 if ended else 0.05):
-                chunk = os.read(fd, 65_536)
-                tail = (tail + chunk)[-LAST_WORDS:]
-                if not chunk:
-                    selector.unregister(fd)
-            elif ended:
+                continue
+            ready = selector.select(0 if ended else 0.05)
+            if ended and not ready:
                 break
-    return ended, tail
+            for key, _ in ready:
+                chunk = os.read(key.fd, 65_536)
+                tails[key.fd] = (tails[key.fd] + chunk)[-most:]
+                if not chunk:
+                    selector.unregister(key.fd)
+    return ended
 
 
 class Copy:

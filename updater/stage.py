@@ -13,21 +13,18 @@ import json
 import logging
 import os
 import secrets
-import selectors
-import signal
 import stat
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from agent_core import delta, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, unpack
 from agent_core.errors import DiskError, MalformedError, RelfleetError, TrustError
 from agent_core.late import late_dataclass
-from agent_core.processes import TRIES, was_killed
+from agent_core.processes import TRIES, finish, was_killed
 from agent_core.wire import Getter, Reason, ReleaseFacts
 
 if TYPE_CHECKING:
@@ -300,7 +297,7 @@ def _try(layout: Layout, name: str, facts: ReleaseFacts, limit_s: float) -> Pref
         )
     except OSError as error:
         return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it could not be started: {error}")
-    said, complained, ended = _watch(process, limit_s)
+    ended, (said, complained) = finish(process, limit_s, MOST_OUTPUT)
     if not ended:
         return Preflight(ok=False, reason=Reason.PREFLIGHT, detail=f"it was not done after {limit_s:g} s")
     if process.returncode != 0:
@@ -330,52 +327,6 @@ def _judge(line: str, facts: ReleaseFacts) -> Preflight:
 def _lines(output: bytes) -> list[str]:
     lines = output.decode("utf-8", "replace").splitlines()
     return [line.strip()[:1000] for line in lines if line.strip()]
-
-
-def _watch(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, bytes, bool]:
-    """Collect a bounded tail of both outputs until the process ends; then end all it started.
-
-    Returns:
-        stdout, stderr, and whether it ended by itself in time. Grandchildren that keep the pipes open do
-        not count, and the leader is reaped only after its group was killed: until then the group's number
-        cannot belong to anyone else.
-    """
-    assert process.stdout is not None
-    assert process.stderr is not None
-    end = time.monotonic() + limit_s  # a host that sleeps meanwhile does not use up the time
-    ended = False
-    tails: dict[IO[bytes], bytes] = {}
-    with selectors.DefaultSelector() as selector:
-        for pipe in (process.stdout, process.stderr):
-            os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_READ)
-            tails[pipe] = b""
-        try:
-            while not ended and time.monotonic() < end:
-                ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-                _drain(selector, tails, 0 if ended else 0.02)
-        finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    for pipe in tails:
-        pipe.close()
-    return tails[process.stdout], tails[process.stderr], ended
-
-
-def _drain(selector: selectors.BaseSelector, tails: dict[IO[bytes], bytes], wait_s: float) -> None:
-    """Read what is there now; a pipe at its end is let go, and then only time passes."""
-    if not selector.get_map():
-        time.sleep(wait_s)
-        return
-    for key, _ in selector.select(wait_s):
-        pipe = key.fileobj
-        assert not isinstance(pipe, int)
-        with suppress(BlockingIOError):
-            chunk = os.read(pipe.fileno(), MOST_OUTPUT)
-            tails[pipe] = (tails[pipe] + chunk)[-MOST_OUTPUT:]  # type: ignore[index]
-            if not chunk:
-                selector.unregister(pipe)
 
 
 # --- throwing away ----------------------------------------------------------------------------------------

@@ -44,11 +44,11 @@ def on_host(file: str) -> Stop | None:
     if not file:
         return None
     try:
+        if not (disk.exists(Path(file)) or disk.is_link(Path(file))):
+            return None
         if not stat.S_ISREG(disk.stat(Path(file)).st_mode):
             return Stop(file, "it is no plain file")
         said = _beginning(Path(file))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
         return Stop(file, f"it cannot be read ({error.strerror})")
     return Stop(file, said.decode("utf-8", "replace").strip().partition("\n")[0][:200])

@@ -88,6 +88,28 @@ def test_a_hook_that_is_always_killed_has_failed(place: Place) -> None:
     assert len((place.root / "tried").read_text()) == TRIES
 
 
+@pytest.mark.parametrize("signum", [9, 15])
+def test_a_shell_whose_command_was_killed_says_so_and_is_tried_again(place: Place, signum: int) -> None:
+    count = f'echo >> {place.root}/tried; test "$(wc -l < {place.root}/tried)" -gt {TRIES - 1}'
+    script = f"{count} || sh -c 'kill -{signum} $$'"
+    assert run_hook(PRE_ACTIVATE, shell(script), place, "") == ""
+    assert len((place.root / "tried").read_text()) == TRIES
+
+
+def test_a_program_that_means_something_else_by_137_is_heard_in_the_end(place: Place) -> None:
+    why = run_hook(PRE_ACTIVATE, shell(f"echo >> {place.root}/tried; echo full; exit 137"), place, "")
+    assert why == "pre_activate: exit 137: full"
+    assert len((place.root / "tried").read_text()) == TRIES
+
+
+def test_all_tries_of_a_hook_share_its_time_and_it_is_said_that_there_were_more(place: Place) -> None:
+    slow = f"test -e {place.root}/tried && sleep 60; touch {place.root}/tried; kill -KILL $$"
+    began = time.monotonic()
+    why = run_hook(PRE_ACTIVATE, shell(slow, 1.5), place, "")
+    assert why == "pre_activate: took longer than 1.5 s, 1 killed before included"
+    assert time.monotonic() - began < 60
+
+
 def test_a_hook_that_says_no_is_asked_once(place: Place) -> None:
     run_hook(PRE_ACTIVATE, shell(f"echo >> {place.root}/tried; exit 3"), place, "")
     assert len((place.root / "tried").read_text()) == 1
@@ -108,7 +130,7 @@ def test_whatever_a_hook_started_is_ended_with_it(place: Place, ending: str) -> 
     script = f"trap '' TERM; sleep 300 & echo $! > {place.root}/child; {ending}"
     began = time.monotonic()
     why = run_hook(PRE_ACTIVATE, shell(script, 1.0), place, "")
-    assert why == ("pre_activate took longer than 1 s" if ending == "wait" else "")
+    assert why == ("pre_activate: took longer than 1 s" if ending == "wait" else "")
     assert time.monotonic() - began < 60
     assert is_gone(int((place.root / "child").read_text()))
 

@@ -222,6 +222,38 @@ def test_a_helper_that_cannot_be_started_still_answers(runtime: Runtime) -> None
     assert "cannot be started" in result.errors
 
 
+def test_a_request_that_comes_while_a_helper_is_ended_for_its_lateness_has_an_answer_of_its_own(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """The late one answers to the signal after all, and lives on for as long as it would take to ask it."""
+    ready = tmp_path / "ready"
+    extra = (
+        "import pathlib, signal\n"
+        "    def late(*_):\n"
+        '        os.write(1, b\'{"said": "late"}\\n\')\n'
+        "        select.select([sys.stdin], [], [], 0.3)\n"
+        "        os._exit(1)\n"
+        "    if line == 'one':\n"
+        "        signal.signal(signal.SIGTERM, late)\n"
+        f"        pathlib.Path({str(ready)!r}).touch()\n"
+        "        signal.pause()"
+    )
+    made, results = helper(runtime, extra), list[JobResult]()
+
+    def done(result: JobResult) -> None:
+        results.append(result)
+        if len(results) == 1:
+            made.ask("two", done, deadline_s=30)
+        else:
+            runtime.stop()
+
+    made.ask("one", done, deadline_s=30)
+    when(runtime, ready.exists, lambda: made._end("deadline"))
+    run(runtime)
+    assert [result.problem for result in results] == ["", ""]
+    assert [result.answer["said"] for result in results] == ["late", "two"]
+
+
 COPY = """
 import json, os, sys
 from agent_core.jobs import Helper

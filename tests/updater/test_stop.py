@@ -88,6 +88,8 @@ def test_a_file_on_the_host_stops_by_being_there(tmp_path, content):
         pytest.param(lambda file: file.mkdir(), id="a directory"),
         pytest.param(os.mkfifo, id="a pipe that nobody writes to"),
         pytest.param(lambda file: file.symlink_to(file), id="a link to itself"),
+        pytest.param(lambda file: file.symlink_to("nothing"), id="a link to nothing"),
+        pytest.param(lambda file: file.symlink_to("/etc/passwd/stop"), id="a link through a file"),
         pytest.param(lambda file: file.symlink_to("/dev/zero"), id="a device without an end"),
     ],
 )
