@@ -37,9 +37,10 @@ def stories(world):
     versions = [*ENDS, "2.5.0-exits-when-good"]
     world.publish(*versions)
     hosts = world.hosts(*(world.cohort() for _ in versions))
+    before = [host.record for host in hosts]  # once it is asked for, a version may be on trial at any moment
     return {
-        version: Story(host, world.roll_out(version, host.cohort), host.record)
-        for version, host in zip(versions, hosts, strict=True)
+        version: Story(host, world.roll_out(version, host.cohort), record)
+        for version, host, record in zip(versions, hosts, before, strict=True)
     }
 
 
@@ -91,6 +92,7 @@ def starts(host):
 def test_a_committed_version_whose_workload_exits_is_restarted_and_never_flipped(stories, world):
     host = stories["2.5.0-exits-when-good"].host
     host.await_good("2.5.0-exits-when-good")
+    world.await_rollout(stories["2.5.0-exits-when-good"].rollout, "completed")
     committed, agent, before = host.record, host.await_agent(), starts(host)
     (host.root / "leave").touch()
     until("the workload to be started again and again", lambda: starts(host) >= before + 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 
 import pytest
@@ -104,7 +104,11 @@ def garbage(_world, _host):
 def test_a_forged_timestamp_changes_nothing_and_the_next_honest_one_is_taken(world, host, forged, reason):
     before, agent = host.record, host.await_agent()
     content = forged(world, host)
-    with world.jobs_stopped(), served(world.metadata / "timestamp.json", content):
+    with ExitStack() as stack:
+        stack.enter_context(world.jobs_stopped())
+        # What is newest now stays it; whoever looks meanwhile has its last change of honest files behind him.
+        until("the host to be done with what is newest", lambda: has_verified(host, world.timestamp()))
+        stack.enter_context(served(world.metadata / "timestamp.json", content))
         trusted = {file.name: file.read_bytes() for file in host.layout.tuf.glob("*.json")}
         host.await_seen(reason=reason, version="1.0.0")
         assert {file.name: file.read_bytes() for file in host.layout.tuf.glob("*.json")} == trusted

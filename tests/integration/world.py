@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -43,6 +44,12 @@ PATIENCE_S = 60.0
 
 FOREVER = "import time\nwhile True:\n    time.sleep(60)\n"
 
+WAITS = 'test -e "$RELFLEET_ROOT/go"\n'
+"""A check that passes when a file is there: the trial lasts until a story has seen what it looks at."""
+
+PATIENT = {"timeout_s": 60.0}
+CHECK = {"kind": "exec", "name": "check", "argv": ["/bin/sh", "app/check"], "interval_s": 0.2, **PATIENT}
+
 UNTIL_TOLD = """\
 import os, pathlib, time
 while not pathlib.Path(os.environ["RELFLEET_ROOT"], "leave").exists():
@@ -74,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
     "1.1.0": Variant(),
     "1.2.0": Variant({"app/notes.txt": "another good one\n"}, {"boots": 4, "hooks": Hooks(MARK, MARK)}),
     "1.3.0": Variant(),
-    "1.4.0": Variant(),
+    "1.4.0-waits": Variant({"app/check": WAITS}, {"health": ({**CHECK, "grace_s": 600.0},)}),
     "2.0.0-exits-at-once": Variant({"app/main.py": "raise SystemExit(3)\n"}),
     "2.1.0-never-healthy": Variant({"app/check": "exit 1\n"}),
     "2.2.0-cannot-import": Variant({"lib.zip/updater/service.py": "import there_is_no_such_module\n"}),
@@ -211,6 +218,15 @@ class World:
 
     def timestamp(self) -> bytes:
         return (self.metadata / "timestamp.json").read_bytes()
+
+    def directive(self, cohort: str) -> dict[str, Any]:
+        """What is given out for a cohort, come to from the timestamp as an agent does."""
+        signed = json.loads(self.timestamp())["signed"]
+        for role in ("snapshot", "cohorts"):
+            number = signed["meta"][f"{role}.json"]["version"]
+            signed = json.loads((self.metadata / f"{number}.{role}.json").read_bytes())["signed"]
+        custom: dict[str, Any] = signed["targets"][f"cohorts/{PRODUCT}/{cohort}.json"]["custom"]
+        return custom
 
     def make(self) -> None:
         """Server, keys, and the first good version published; others are when a test asks for them."""
@@ -371,7 +387,10 @@ class World:
             for stale in place.parent.glob(f"__pycache__/{place.stem}.*.pyc"):
                 stale.unlink()
         packed = pack(tree, self.archive(version))
-        fresh = replace(index, version=version, files=packed, **said)
+        # A good version is not left because a busy machine took a second to start a shell, or ten to start an
+        # agent. `release build` refuses checks that are slower than the trial, so 1.0.0 has its own.
+        patient = {"health": tuple({**check, **PATIENT} for check in index.health), "deadman_s": 120}
+        fresh = replace(index, version=version, files=packed, **patient | said)
         index_of(self.archive(version)).write_bytes(fresh.to_bytes())
         shutil.rmtree(tree)
         return self.archive(version)
