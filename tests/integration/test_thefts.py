@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
+from agent_core import slots
 from agent_core.errors import Exit
 from keys.roles import COHORTS, ONLINE_ROLES, SNAPSHOT, TIMESTAMP
 from release_server.config import Config
 from tests import forger
-from tests.integration.world import running, until
+from tests.integration.world import UNTIL_TOLD, running, until
 
 HOUSE = Path(__file__).resolve().parents[2]
 STRANGER = 65_534
@@ -259,6 +260,42 @@ def test_a_stolen_database_has_nothing_signed_by_the_signer_it_came_from(world, 
 
 
 # --- a floor, last: it stays -----------------------------------------------------------------------------
+
+
+def test_a_floor_that_rose_in_a_trial_leaves_the_host_what_is_good_though_it_is_below(world):
+    """Going back asks no policy: the good version is there, and what keeps it off would leave nothing."""
+    world.publish("1.1.0", "1.2.0")
+    host = world.host(world.cohort())
+    host.await_good("1.0.0")
+    world.derive("1.3.1", {"app/main.py": UNTIL_TOLD}, observe_s=3600.0)
+    world.pin(host.cohort, "1.3.1")
+    until("the trial", lambda: slots.version_of(host.news.get("version", "")) == "1.3.1")
+    assert host.record.phase == slots.TRIAL
+    world.release("policy", "set", "--floor", "1.1.0", "--yes")
+    host.await_look("in-trial")
+    until("the version on trial to have seen the floor", lambda: host.look() and host.record.floor == 2)
+
+    (host.root / "leave").touch()
+    host.await_good("1.0.0")
+    assert host.await_skip("1.3.1") == "workload-exited"
+    assert host.record.floor == 2
+    host.await_seen(version="1.0.0", reason="skipped")
+    assert host.states("1.3.1")[-1] == "rolled_back"
+    # It starts from there again, with and without its server's leave, and asks nobody.
+    host.kill(everything=True)
+    host.start_again()
+    host.await_agent()
+    host.await_look("skipped")
+    assert (host.good, host.record.floor) == ("1.0.0", 2)
+
+    # A new version is taken from there; of what is below the floor only what runs may go on.
+    world.derive("1.3.2", {})
+    world.pin(host.cohort, "1.3.2")
+    host.await_good("1.3.2")
+    world.pin(host.cohort, "1.0.0")
+    host.await_seen(reason="below-floor", version="1.3.2")
+    code, _, said = host.agent("rollback", "--to", "1.0.0", "--yes")
+    assert (code, "the floor is 2" in said) == (Exit.TRUST, True), said
 
 
 def test_a_floor_that_a_thief_raised_stops_nobody_and_is_outrun_by_a_new_version(world, hosts, untouched):
