@@ -50,7 +50,7 @@ def list_entries(query: AuditQuery) -> dict[str, Any]:
 
 class ChainQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    after: int = Field(0, ge=0, le=2**53)
+    after: int = Field(0, ge=0, le=pages.LARGEST_ID)
     limit: int = Field(audit.MOST, ge=1, le=audit.MOST)
 
 

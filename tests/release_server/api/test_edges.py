@@ -62,13 +62,42 @@ def test_no_reader_changes_anything_and_no_enroller_sees_anything(app, sign_in):
         assert enroller(method, path, json={}).status_code == 403, route
 
 
-def test_no_number_in_a_path_is_too_large_to_be_refused(app, sign_in):
-    call = sign_in("admin")
+LARGE = (2**31, 2**63, 10**30)
+"""The first that does not fit the column of an id, the widest column, and anything at all."""
+
+
+def numbered(app):
+    """(method, path with {}) of every route that takes the number of a row; agents are known by a text."""
     for rule in app.url_map.iter_rules():
-        if rule.rule.startswith("/api/v1") and "int:" in rule.rule:
-            path = re.sub(r"<int:\w+>", str(10**30), rule.rule).removeprefix("/api/v1")
-            for method in methods_of(rule):
-                assert call(method, path, json={}).status_code in (404, 422), f"{method} {rule.rule}"
+        path = re.sub(r"<(?:int:)?id>", "{}", rule.rule).replace("<sha256>", "0" * 64)
+        if path.startswith("/api/v1") and "{}" in path and not path.startswith("/api/v1/agents/"):
+            yield from ((method, path.removeprefix("/api/v1")) for method in sorted(methods_of(rule)))
+
+
+def test_no_number_in_a_path_is_too_large_to_be_refused(app, sign_in, clock):
+    call, asked = sign_in("admin"), list(numbered(app))
+    assert len(asked) > 20
+    for method, path in asked:
+        clock.step(minutes=5)  # how often tokens may be asked for is another test's
+        for number in LARGE:
+            answer = call(method, path.format(number), json={})
+            assert answer.status_code in (400, 404, 422), f"{method} {path} {number}: {answer.text}"
+
+
+def test_no_number_in_a_text_of_a_path_or_in_a_query_is_too_large_to_be_refused(app, client, sign_in, clock):
+    """Where a text stands a number may, and queries have numbers of their own."""
+    call, broken = sign_in("admin"), []
+    document = client.get("/api/v1/openapi.json").json
+    for path, operations in document["paths"].items():
+        taken = operations.get("get", {"parameters": []}).get("parameters", [])
+        queries = [f"?{entry['name']}=" for entry in taken if entry["in"] == "query"]
+        for number in LARGE if "get" in operations else ():
+            clock.step(minutes=1)
+            place = re.sub(r"\{\w+\}", str(number), path.removeprefix("/api/v1"))
+            for query in ("", *(f"{name}{number}" for name in queries)):
+                if call("GET", place + query).status_code >= 500:
+                    broken.append(place + query)
+    assert broken == []
 
 
 # --- limits ----------------------------------------------------------------------------------------------
