@@ -17,6 +17,7 @@ from release_server.blobs import Blobs
 from release_server.config import COUNTERS_VARIABLE, Config, data_directory
 from release_server.database import Sessions, make_engine
 from release_server.headers import SafeHeaders
+from release_server.presence import Pulse
 from release_server.slow import Pace, Watch
 from release_server.static import StaticFiles
 from release_server.transfers import Slots, Transfers
@@ -145,7 +146,9 @@ def wsgi() -> Flask:
     config = Config.load(data_directory())
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     share_counters(config)
-    return create_app(config)
+    app = create_app(config)
+    Pulse(app.extensions["relfleet"].sessions, wall.now).start()
+    return app
 
 
 def share_counters(config: Config) -> None:

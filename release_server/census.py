@@ -10,10 +10,10 @@ from sqlalchemy import and_, func, select
 
 from agent_core.directive import bucket, progress_for
 from agent_core.wire import AttemptState
-from release_server import agents, attempts, cohorts
+from release_server import agents, attempts, cohorts, presence
 from release_server.figures import compare
 from release_server.members import FAILED, Look, Member, Outlook, count, truth
-from release_server.models import Agent, Attempt, Lease, Rollout, RolloutCounter, RolloutStatus
+from release_server.models import Agent, Attempt, Rollout, RolloutCounter, RolloutStatus
 from release_server.rollout import Counters, State
 from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
@@ -65,7 +65,7 @@ def _look(session: Session, now: datetime, rollout: Rollout, spec: Spec, status:
         now,
         period=agents.period_of(pace.poll_s, pace.report_s),
         poll=timedelta(seconds=pace.poll_s),
-        since=session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS)),
+        since=presence.heard_since(session, now),
     )
 
 

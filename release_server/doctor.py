@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session
 from agent_core import clock
 from agent_core.errors import Exit, UnreachableError
 from agent_core.findings import Finding, State
-from release_server import certificates, repository, serve, signer
+from release_server import certificates, presence, repository, serve, signer
 from release_server.database import current_revision, make_engine, newest_revision
 from release_server.jobs import LEASE
+from release_server.members import NEVER
 from release_server.models import Lease
 from release_server.retention.pruner import standing
 from release_server.signing.client import over_socket
@@ -165,6 +166,20 @@ def _examine_lease(_config: Config, engine: Engine) -> list[Finding]:
     return [Finding("jobs", State.OK, f"{lease.holder} works, its lease ends {clock.iso(lease.until)}")]
 
 
+def _examine_presence(_config: Config, engine: Engine) -> list[Finding]:
+    """Whether the census takes agents to be heard, by the clock of this machine."""
+    now = clock.now()
+    with Session(engine) as session:
+        since = presence.heard_since(session, now)
+    if since == NEVER:
+        text = "no web process notes that it listens: nobody is silent, and no deadline, soak or watch ends"
+        return [
+            Finding("listening", State.NOTE, text, "release-server run; hold clocks of replicas together")
+        ]
+    told = "agents can be heard" + (f", again since {clock.iso(since)}" if since else "")
+    return [Finding("listening", State.OK, told)]
+
+
 def _examine_retention(config: Config, engine: Engine) -> list[Finding]:
     with Session(engine) as session:
         found = standing(session, config.retention, clock.now())
@@ -230,6 +245,7 @@ CHECKS: dict[str, Check] = {
     "database": _examine_schema,
     "metadata": _examine_expiries,
     "jobs": _examine_lease,
+    "listening": _examine_presence,
     "retention": _examine_retention,
     AWAY: _examine_web,
     "certificate": _examine_certificate,

@@ -478,7 +478,9 @@ class Pruning(Base):
 
 
 class Lease(Base):
-    """A lock that its holder renews: one process reconciles and re-signs at a time.
+    """A lock that its holder renews: one process reconciles and re-signs at a time (`JOBS`).
+
+    `WEB` is nobody's: web processes renew it together, to say that one of them listens (`presence`).
 
     `fence` grows with every change of hands; a process whose fence is no longer the row's writes nothing.
     `since` is when a process was there again after none had been; None while there always was one.
@@ -486,6 +488,7 @@ class Lease(Base):
 
     __tablename__ = "locks"
     JOBS: ClassVar[str] = "jobs"
+    WEB: ClassVar[str] = "web"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     holder: Mapped[str] = mapped_column(String(128))
     fence: Mapped[int] = mapped_column(default=0)

@@ -154,6 +154,7 @@ def test_doctor_finds_a_fresh_server_well_but_down_and_says_what_comes_next(made
         "database": "ok",
         "metadata": "note",
         "jobs": "note",
+        "listening": "ok",
         "retention": "ok",
         "web": "bad",
         "certificate": "note",

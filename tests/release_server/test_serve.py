@@ -18,10 +18,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy.orm import Session
 
 from agent_core.errors import Exit, RelfleetError
 from release_server import serve
 from release_server.cli import main
+from release_server.config import Config
+from release_server.database import make_engine
+from release_server.models import Lease
 
 SOURCE = Path(serve.__file__).parents[1]
 LONGEST_S = 90
@@ -150,7 +154,8 @@ def test_a_jobs_process_works_beside_it(running, capsys):
         capsys.readouterr()
         code = main(["doctor", "--data", str(running.data), "--json"])
         found = {finding["check"]: finding["state"] for finding in json.loads(capsys.readouterr().out)}
-        return (code, found["jobs"], found["signer"], found["web"]) == (Exit.DONE, "ok", "ok", "ok")
+        well = (code, found["jobs"], found["signer"], found["web"]) == (Exit.DONE, "ok", "ok", "ok")
+        return well and presence_noted(running.data)
 
     wait_for("the lease being taken", is_well)
 
@@ -184,6 +189,15 @@ def test_a_killed_parent_leaves_no_process(make_running):
     make_running().end(signal.SIGKILL)
 
 
+def presence_noted(data):
+    """Whether a web process has noted in the database that it listens."""
+    engine = make_engine(Config.load(data).database_url)
+    with Session(engine) as session:
+        noted = session.get(Lease, Lease.WEB)
+    engine.dispose()
+    return noted is not None
+
+
 # --- gunicorn --------------------------------------------------------------------------------------------
 
 
@@ -211,6 +225,7 @@ def test_gunicorn_serves_the_same_application(data, tmp_path):
             connection.request("GET", f"/targets/{digest}.any", headers={"Range": asked})
             assert connection.getresponse().read() == expected
         connection.close()
+        wait_for("its note that it listens", lambda: presence_noted(data))
     finally:
         process.terminate()
         process.wait(LONGEST_S)

@@ -1,0 +1,105 @@
+"""Whether the server could be heard: web processes note that they listen, and the census asks since when.
+
+Agents that cannot report are no silent agents. The jobs process may well go on while no web process is there,
+so its own lease does not tell; and how many agents are heard does not either, for a bad release silences all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from release_server.members import NEVER
+from release_server.models import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+    from release_server.database import Sessions
+
+log = logging.getLogger(__name__)
+
+LENGTH = timedelta(seconds=20)
+"""How long a note holds. It is less than any agent may be quiet for (`standing.GRACE`)."""
+EVERY_S = 5.0
+
+
+def note(session: Session, now: datetime) -> None:
+    """A web process listens now. Of many that note it one writes; a gap before it is kept in `since`.
+
+    Args:
+        session: of `Sessions.write()`.
+    """
+    row = session.scalar(select(Lease).where(Lease.name == Lease.WEB).with_for_update())
+    if row is None:
+        session.add(Lease(name=Lease.WEB, holder="", fence=0, until=now + LENGTH))
+        return
+    was_ahead = row.since is not None and row.since > now
+    if was_ahead or now > row.until:
+        row.since = now
+    row.until = now + LENGTH
+
+
+def is_noted(session: Session, now: datetime) -> bool:
+    """Whether the last note is new enough for another one to be saved."""
+    until = session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
+    return until is not None and now + LENGTH / 2 < until <= now + LENGTH
+
+
+def heard_since(session: Session, now: datetime) -> datetime | None:
+    """Since when agents are heard again after they could not be; None: always; `NEVER`: they are not now."""
+    rows = {row.name: row for row in session.scalars(select(Lease))}
+    web = rows.get(Lease.WEB)
+    if web is not None and now > web.until:
+        return NEVER
+    return max((row.since for row in rows.values() if row.since is not None), default=None)
+
+
+class Pulse:
+    """Notes from a thread of its own that this process listens, for as long as it lives.
+
+    Args:
+        sessions: of this process.
+        clock: what time it is.
+    """
+
+    def __init__(self, sessions: Sessions, clock: Callable[[], datetime]) -> None:
+        self.sessions = sessions
+        self.clock = clock
+
+    def start(self) -> None:
+        """Begin; in a process that was forked from this one too, which takes no thread along."""
+        os.register_at_fork(after_in_child=self._begin)
+        self._begin()
+
+    def _begin(self) -> None:
+        threading.Thread(target=self._run, name="presence", daemon=True).start()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            self.beat()
+            pause.wait(EVERY_S)
+
+    def beat(self) -> None:
+        """Note it once; what keeps it from being noted keeps agents from being heard as well."""
+        now = self.clock()
+        try:
+            with self.sessions.read() as session:
+                if is_noted(session, now):
+                    return
+            with self.sessions.write() as session:
+                note(session, now)
+        except IntegrityError:
+            log.debug("another process was first to note that it listens")
+        except Exception:
+            log.exception("that this process listens was not noted")
