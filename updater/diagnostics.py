@@ -17,7 +17,6 @@ import sys
 import zipfile
 from dataclasses import asdict
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,7 +25,7 @@ from agent_core.bundle import INDEX_NAME, Index, host_platforms
 from agent_core.errors import RelfleetError
 from agent_core.layout import Layout, read_json, write_durable
 from agent_core.settings import load_agent
-from updater import doctor, known, last_good, launchers
+from updater import doctor, known, last_good, launchers, wholeness
 from updater.commands.status import look, told
 from updater.commands.why import explained
 
@@ -222,22 +221,14 @@ def _checked(directory: Path) -> Any:
         index = Index.from_bytes(disk.read_file(directory / INDEX_NAME))
     except (OSError, RelfleetError) as error:
         return {"index": str(error)}
-    wrong = [file.path for file in index.files if not _is_file(directory / file.path, file.sha256)]
+    wrong = [file.path for file in index.files if not _is_signed(directory / file.path, file.sha256)]
     return {"files": len(index.files), "bytes": index.unpacked, "wrong or missing": wrong[:100]}
 
 
-def _is_file(path: Path, digest: str) -> bool:
-    found = sha256()
-    try:
-        handle = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            while piece := disk.read(handle, disk.READ):
-                found.update(piece)
-        finally:
-            disk.close(handle)
-    except OSError:
-        return False
-    return found.hexdigest() == digest
+def _is_signed(path: Path, digest: str) -> bool:
+    with contextlib.suppress(OSError):
+        return wholeness.is_signed(path, digest)
+    return False
 
 
 def _metadata(layout: Layout) -> Any:

@@ -65,21 +65,32 @@ def _target(device: Device, record: slots.Record, version: str | None) -> str:
         if record.phase != slots.IDLE:
             return target  # a trial is ended whatever the disk says
         version = target
-    here = [name for name in _names(device) if version in (name, slots.version_of(name))]
-    whole = [name for name in here if _is_whole(device, name)]
+    faults = {
+        name: _fault(device, name) for name in _names(device) if version in (name, slots.version_of(name))
+    }
+    whole = [name for name, fault in faults.items() if not fault]
     if len(whole) == 1:
         return whole[0]
     if whole:
         raise UsageError(
             f"{version} is here more than once", why=", ".join(whole), then="give one of these names"
         )
-    why = "it is here, and not whole" if here else "it is not on this host"
-    raise NotFoundError(f"cannot go back to {version}", why=why, then="agent versions lists what is")
+    if not faults:
+        why, then = "it is not on this host", "agent versions lists what is"
+    else:
+        why = f"it is here, and not whole: {'; '.join(faults.values())}"
+        then = "agent install FILE brings it anew, or agent rollback --to another; see agent versions"
+    raise NotFoundError(f"cannot go back to {version}", why=why, then=then)
 
 
-def _is_whole(device: Device, name: str) -> bool:
+def _fault(device: Device, name: str) -> str:
+    """What is wrong with a version, each of its files hashed: what runs now is not left for a half of one."""
+    from updater import wholeness  # it knows indexes, which no help needs
+
     try:
-        return slots.looks_complete(device.layout.root, name)
+        if not slots.looks_complete(device.layout.root, name):
+            return "a part of it is missing"
+        return wholeness.fault(device.layout.version_dir(name))
     except OSError as error:
         why = f"its files cannot be read: {error.strerror}"
         raise unreadable(f"cannot go back to {name}", why) from error

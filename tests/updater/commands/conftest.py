@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 
 from agent_core import slots
+from agent_core.bundle import INDEX_NAME, File, Index
 from agent_core.layout import Layout, write_durable
 from agent_core.slots import Record, Slots
 from agent_core.wire import ReleaseFacts
@@ -17,7 +19,21 @@ from updater.device import Device
 from updater.identity import Identity
 
 PRODUCT = "warehouse-agent"
-A, B, C = (f"1.{number}.0-{digit * 12}" for number, digit in enumerate("abc"))
+PROGRAM = b"{}"
+
+
+def _index(version, *words) -> bytes:
+    files = (File("agent.py", 0o644, len(PROGRAM), sha256(PROGRAM).hexdigest()),)
+    return Index(PRODUCT, version, "any", ("{python}", "agent.py", *words), files).to_bytes()
+
+
+def _named(raw) -> str:
+    return f"{Index.from_bytes(raw).version}-{sha256(raw).hexdigest()[:12]}"
+
+
+_MADE = [*map(_index, ("1.0.0", "1.1.0", "1.2.0")), _index("1.0.0", "--twin")]
+INDEXES = {_named(raw): raw for raw in _MADE}
+A, B, C, TWIN_OF_A = INDEXES
 
 
 class Host:
@@ -41,10 +57,11 @@ class Host:
         for name in names:
             place = self.layout.version_dir(name)
             place.mkdir()
-            for part in (".bundle.json", "agent.py"):
-                (place / part).write_text("{}")
-            number = seq if seq is not None else 1 + "abc".index(name[-1])
-            facts = ReleaseFacts(PRODUCT, slots.version_of(name), number, "any", name[-1] * 64, 2, 0, 0)
+            raw, version = INDEXES[name], slots.version_of(name)
+            (place / INDEX_NAME).write_bytes(raw)
+            (place / "agent.py").write_bytes(PROGRAM)
+            number = seq if seq is not None else 1 + int(version.split(".")[1])
+            facts = ReleaseFacts(PRODUCT, version, number, "any", sha256(raw).hexdigest(), len(raw), 2, 1)
             self.device().keep_facts(name, facts)
 
     def put(self, record: Record) -> None:

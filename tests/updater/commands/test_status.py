@@ -41,10 +41,9 @@ def trial(host):
 def rolled_back(host):
     resting(host)
     host.stage(C)
-    host.put(
-        replace(host.record, tried=C, reason="workload-exited", skip=(("c" * 12, "workload-exited", 0),))
-    )
-    last = Attempt("1.2.0", "c" * 12, "salt", AttemptState.ROLLED_BACK, "workload-exited", "it exited with 3")
+    digest, why = C.rpartition("-")[2], "workload-exited"
+    host.put(replace(host.record, tried=C, reason=why, skip=((digest, why, 0),)))
+    last = Attempt("1.2.0", digest, "salt", AttemptState.ROLLED_BACK, why, "it exited with 3")
     attempts.save(host.device().attempt_file, last)
     outcome(host, Action.STAY, Reason.SKIPPED, "this bundle failed here before", version="1.2.0")
 

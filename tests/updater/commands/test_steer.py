@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 
 from agent_core import clock, disk
-from tests.updater.commands.conftest import A, B, C
+from agent_core.bundle import INDEX_NAME
+from tests.updater.commands.conftest import INDEXES, TWIN_OF_A, A, B, C
 from updater import control
 
 
@@ -29,6 +31,58 @@ def test_nobody_is_asked_and_nothing_is_done(host):
     host.on(B, A)
     code, _, said = host.agent("rollback")
     assert (code, "This host leaves" in said, host.record.good) == (2, True, B)
+
+
+def cut_short(place):
+    """As a power cut leaves a file whose length was on the disk before its bytes."""
+    (place / "agent.py").write_bytes(b"\0" * 2)
+
+
+def other_index(place):
+    (place / INDEX_NAME).write_bytes(INDEXES[TWIN_OF_A])
+
+
+def empty_index(place):
+    (place / INDEX_NAME).write_bytes(b"")
+
+
+def linked(place):
+    (place / "agent.py").rename(place / "elsewhere")
+    (place / "agent.py").symlink_to("elsewhere")
+
+
+NAMED, BEFORE = ("--to", "1.0.0"), ()
+UNSIGNED = "its index is not the one that was signed"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "agents", "why"),
+    [
+        (cut_short, BEFORE, False, "agent.py is missing, or not as it was signed"),
+        (cut_short, NAMED, True, "agent.py is missing, or not as it was signed"),
+        (linked, NAMED, False, "agent.py is missing, or not as it was signed"),
+        (other_index, BEFORE, True, UNSIGNED),
+        (empty_index, NAMED, False, UNSIGNED),
+    ],
+)
+def test_what_is_damaged_within_is_not_gone_back_to(host, spoil, words, agents, why):
+    host.stage(A, B)
+    host.on(B, A)
+    spoil(host.layout.version_dir(A))
+    with control.alone(host.layout) if agents else nullcontext():
+        code, _, said = host.agent("rollback", *words, "--yes", "--json", "--timeout", "1s")
+    error = json.loads(said)["error"]
+    assert (code, error["reason"], why in error["why"]) == (7, "not-found", True)
+    assert "agent versions" in error["then"]
+    assert (host.record.good, control.read_request(host.layout)) == (B, None)
+
+
+@pytest.mark.parametrize("spoil", [cut_short, other_index])
+def test_a_trial_ends_at_the_good_version_however_that_is(host, spoil):
+    host.stage(A, B)
+    host.on(A, A, phase="trial", candidate=B, boots_left=1, boots_max=2, deadman_s=9)
+    spoil(host.layout.version_dir(A))
+    assert host.ask("rollback", "--yes") == (0, {"good": A, "left": B})
 
 
 @pytest.mark.parametrize(
@@ -91,11 +145,10 @@ def test_what_cannot_be_looked_at_is_told_where_an_agent_runs_too(host, words):
 
 def test_a_version_that_stands_here_twice_must_be_named_whole(host):
     host.stage(A, B)
-    twin = "1.0.0-" + "b" * 12
-    host.stage(twin, seq=1)
+    host.stage(TWIN_OF_A, seq=1)
     host.on(B, B)
     code, _, said = host.agent("rollback", "--to", "1.0.0", "--yes")
-    assert (code, A in said, twin in said) == (2, True, True)
+    assert (code, A in said, TWIN_OF_A in said) == (2, True, True)
     assert host.agent("rollback", "--to", A, "--yes")[0] == 0
 
 
