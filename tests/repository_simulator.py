@@ -84,6 +84,7 @@ class RepositorySimulator:
         self.timestamp = Timestamp(version=1, expires=self._expiry("timestamp"))
         self.extra: dict[str, Targets] = {}
         self.fresh = True
+        self.names_hashes = True
         self._signed_root_by: dict[int, list[CryptoSigner]] = {}
         (directory / "metadata").mkdir(parents=True, exist_ok=True)
         (directory / "targets").mkdir(parents=True, exist_ok=True)
@@ -218,12 +219,12 @@ class RepositorySimulator:
         for name, signed in roles.items():
             content = self.sign(signed, self.signers[name])
             self.write(f"{signed.version}.{name}.json", content)
-            self.snapshot.meta[f"{name}.json"] = _meta(signed.version, content)
+            self.snapshot.meta[f"{name}.json"] = self._meta(signed.version, content)
 
     def write_snapshot(self) -> None:
         content = self.sign(self.snapshot, self.signers["snapshot"])
         self.write(f"{self.snapshot.version}.snapshot.json", content)
-        self.timestamp.snapshot_meta = _meta(self.snapshot.version, content)
+        self.timestamp.snapshot_meta = self._meta(self.snapshot.version, content)
 
     def write_timestamp(self, signed_at: datetime | None = None) -> None:
         self.timestamp.unrecognized_fields["x-signed-at"] = clock.iso(signed_at or self.now)
@@ -265,6 +266,14 @@ class RepositorySimulator:
         body["signatures"] = []
         self.write(name, json.dumps(body).encode())
 
+    def resign(self, name: str, keyid: str, signature: str) -> None:
+        """Put another signature of one key into a published file."""
+        body = json.loads(self.read(name))
+        for entry in body["signatures"]:
+            if entry["keyid"] == keyid:
+                entry["sig"] = signature
+        self.write(name, json.dumps(body).encode())
+
     def tree(self) -> dict[str, bytes]:
         """Every metadata file as it is now; `replay` puts them back."""
         return {file.name: file.read_bytes() for file in (self.directory / "metadata").iterdir()}
@@ -277,6 +286,7 @@ class RepositorySimulator:
     def _expiry(self, role: str) -> datetime:
         return self.now.astimezone(UTC) + LIFE[role]
 
-
-def _meta(version: int, content: bytes) -> MetaFile:
-    return MetaFile(version, len(content), {"sha256": sha256(content).hexdigest()})
+    def _meta(self, version: int, content: bytes) -> MetaFile:
+        if not self.names_hashes:  # TUF leaves them out if it likes; our server never does
+            return MetaFile(version)
+        return MetaFile(version, len(content), {"sha256": sha256(content).hexdigest()})
