@@ -11,6 +11,7 @@ from flask_openapi3.openapi import OpenAPI
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from agent_core import clock as wall
+from release_server import bell
 from release_server.api import PREFIX, Services, contract, problems
 from release_server.api.access import COOKIE
 from release_server.blobs import Blobs
@@ -67,7 +68,7 @@ def create_app(config: Config, *, clock: Callable[[], datetime] = wall.now) -> F
     app.config["MAX_CONTENT_LENGTH"] = config.body_limit
     app.extensions["relfleet"] = Services(
         config=config,
-        sessions=Sessions(make_engine(config.database_url)),
+        sessions=Sessions(make_engine(config.database_url), lambda: bell.ring(config.bell)),
         blobs=Blobs(config.blobs, config.uploads),
         clock=clock,
         provider=_provider(config),

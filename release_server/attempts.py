@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select, update
 
 from agent_core.wire import AttemptState
+from release_server.database import stir
+from release_server.members import ENDED
 from release_server.models import Agent, Attempt, Rollout, RolloutCounter
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def move(
         attempt.state = str(state)
     attempt.reason, attempt.detail, attempt.updated_at = reason[:64], detail, now
     session.flush()
+    if state in ENDED:
+        stir(session)  # its stage may be over
     return True
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import func, or_, select, update
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import NAME, LeaseTerms, Window
 from release_server import audit, freezes, releases
+from release_server.database import stir
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.membership import resettle
 from release_server.models import (
@@ -426,6 +427,7 @@ def refresh_directive(session: Session, now: datetime, cohort: Cohort, base: str
     made = directive_for(facts, rollout, status.directive_revision).to_json()
     changed = made != status.directive
     if changed:
+        stir(session)
         made["revision"] = status.directive_revision + 1
     due_at = _changes_at(spec, now)
     if not changed and (settled, due_at) == (status.base, status.due_at):

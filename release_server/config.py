@@ -257,6 +257,11 @@ class Config:
         return self.data / "run"
 
     @property
+    def bell(self) -> Path:
+        """The socket by which web processes wake the jobs process of the same host."""
+        return self.run / "jobs.sock"
+
+    @property
     def counters(self) -> Path:
         """A file for each web process, of what it has counted since the server began."""
         return self.run / "counters"

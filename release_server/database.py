@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from agent_core.errors import RelfleetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from alembic.config import Config as AlembicConfig
     from sqlalchemy import Connection, Engine
@@ -100,11 +100,25 @@ def for_writing(engine: Engine) -> Engine:
     return engine.execution_options(**{WRITES: True}, isolation_level="READ COMMITTED")
 
 
-class Sessions:
-    """Gives out transactions: `read()` sees one consistent state, `write()` commits all or nothing."""
+STIRRED = "stirred"
 
-    def __init__(self, engine: Engine) -> None:
+
+def stir(session: Session) -> None:
+    """Say that what this transaction changes is for the jobs process to act on, once it is committed."""
+    session.info[STIRRED] = True
+
+
+class Sessions:
+    """Gives out transactions: `read()` sees one consistent state, `write()` commits all or nothing.
+
+    Args:
+        engine: of `make_engine`.
+        stirred: called after the commit of a transaction that `stir` was said in.
+    """
+
+    def __init__(self, engine: Engine, stirred: Callable[[], None] = lambda: None) -> None:
         self.engine = engine
+        self._stirred = stirred
         self._read = sessionmaker(engine, expire_on_commit=False)
         self._write = sessionmaker(for_writing(engine), expire_on_commit=False)
         self._around: ContextVar[Session | None] = ContextVar("around", default=None)
@@ -128,6 +142,7 @@ class Sessions:
             return
         with self._write.begin() as session:
             yield session
+        self._committed(session)
 
     @contextmanager
     def together(self) -> Iterator[Session]:
@@ -138,6 +153,11 @@ class Sessions:
                 yield session
             finally:
                 self._around.reset(before)
+        self._committed(session)
+
+    def _committed(self, session: Session) -> None:
+        if STIRRED in session.info:
+            self._stirred()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from agent_core import clock as wall
 from agent_core.errors import TrustError, UnreachableError
 from release_server import fleet, membership, repository
+from release_server.bell import Bell
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LEASE = Lease.JOBS
 MOST_BACKOFF_S = 30.0
+LEAST_PAUSE_S = 0.02
 SEND_EVERY_S = 1.0
 """How often the outbox of webhooks is looked into."""
 STOP_S = 2.0
@@ -139,6 +141,7 @@ class Jobs:
         self.blobs = Blobs(config.blobs, config.uploads)
         self.signer = signer or over_socket(config.signer_socket)
         self.pruner = Pruner(self.sessions, self.blobs, config.repository, config.retention)
+        self.bell = Bell(config.bell)
         self.holder = make_holder()
         self.fence: int | None = None
         self._restored = False
@@ -217,6 +220,7 @@ class Jobs:
     def _note(self, *, leading: bool) -> None:
         if leading != self._leading:
             self.signer.forget()
+            (self.bell.listen if leading else self.bell.mute)()
             log.info("the jobs lease is ours" if leading else "another process holds the jobs lease")
         self._leading = leading
 
@@ -254,6 +258,7 @@ class Jobs:
     def _tick_until(self, stop: threading.Event) -> None:
         failures = 0
         while not stop.is_set():
+            began_s = wall.boot_s()
             try:
                 self.tick()
                 failures = 0
@@ -265,7 +270,14 @@ class Jobs:
             except Exception:
                 failures += 1
                 log.exception("a tick failed", extra={"failures": failures})
+            self._pause(stop, failures, wall.boot_s() - began_s)
+
+    def _pause(self, stop: threading.Event, failures: int, took_s: float) -> None:
+        """Until the next tick is due, or the bell rings; however often it does, half of the time is free."""
+        if failures:
             stop.wait(min(self.config.tick_s * 2 ** min(failures, 10), MOST_BACKOFF_S))
+        else:
+            self.bell.wait(stop, max(took_s, LEAST_PAUSE_S), self.config.tick_s)
 
     def _wait_for_signer(self, error: UnreachableError) -> None:
         if not self._waiting:
@@ -274,6 +286,7 @@ class Jobs:
 
     def close(self) -> None:
         """Give the lease back and leave the database."""
+        self.bell.mute()
         try:
             with self.sessions.write() as session:
                 release_lease(session, self.holder, self.clock())

@@ -26,6 +26,7 @@ from agent_core.wire import Directive, Reason, directive_path
 from keys.changes import EMPTY, POLICY
 from keys.roles import COHORTS, ONLINE_ROLES, ROLES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from release_server.blobs import write_file
+from release_server.database import stir
 from release_server.models import Cohort, CohortStatus, MetadataFile, Product, Release
 from release_server.signing.policy import MOST_FIRST, SIGNED_AT
 
@@ -99,6 +100,7 @@ def store(session: Session, role: str, metadata: Metadata[Any], body: bytes, now
             created_at=now,
         )
     )
+    stir(session)
     try:
         session.flush()
     except IntegrityError as error:

@@ -11,7 +11,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
-from release_server.database import MIGRATIONS, current_revision, make_engine, newest_revision, upgrade
+from release_server.database import (
+    MIGRATIONS,
+    Sessions,
+    current_revision,
+    make_engine,
+    newest_revision,
+    stir,
+    upgrade,
+)
 from release_server.models import Base, Product, Release
 from tests.postgres import only_sqlite
 
@@ -146,3 +154,23 @@ def test_readers_do_not_wait_for_the_writer(sessions):
         writing.flush()
         with sessions.read() as reading:
             assert reading.query(Product).count() == 0
+
+
+def test_what_stirs_is_told_once_it_is_committed_and_only_then(config):
+    told = []
+    sessions = Sessions(make_engine(config.database_url), lambda: told.append(1))
+    with sessions.write():
+        pass
+    with suppress(ZeroDivisionError), sessions.write() as session:
+        stir(session)
+        raise ZeroDivisionError
+    assert told == []
+    with sessions.write() as session:
+        stir(session)
+        assert told == []
+    with sessions.together():
+        with sessions.write() as session:
+            stir(session)
+        assert told == [1]
+    assert told == [1, 1]
+    sessions.close()

@@ -10,8 +10,10 @@ from sqlalchemy import select
 
 from agent_core.errors import TrustError
 from release_server import fleet, jobs, signer
+from release_server.config import Config
 from release_server.jobs import Jobs, LostLeaseError
 from release_server.models import Lease, MetadataFile
+from tests.agent_core.loop import wait_until
 
 
 def lease(sessions):
@@ -222,3 +224,30 @@ def test_what_an_operator_asks_is_signed_within_a_tick(make_jobs, published_targ
     newest = max((config.repository / "metadata").glob("*.cohorts.json"))
     custom = json.loads(newest.read_bytes())["signed"]["targets"]["cohorts/demo/eu.json"]["custom"]
     assert (custom["base"], custom["cohort"]) == ("1.0", "eu")
+
+
+@pytest.fixture
+def rarely(data, make_jobs):
+    """A jobs process that runs, and whose ticks are further apart than anybody waits here."""
+    one, stop = make_jobs(), threading.Event()
+    one.config = Config.load(data, environ={"RELFLEET_JOBS_TICK_S": "60", "RELFLEET_JOBS_LEASE_S": "600"})
+    ticking = threading.Thread(target=one.run, args=(stop,))
+    ticking.start()
+    wait_until(one.config.bell.exists)
+    yield one
+    stop.set()
+    ticking.join(20)
+    assert not ticking.is_alive()
+
+
+def test_what_is_asked_in_a_web_process_is_signed_before_the_next_tick(
+    published_targets, rarely, sign_in, config
+):
+    def names_the_cohort():
+        signed = (config.repository / "metadata").glob("*.cohorts.json")
+        return any("cohorts/demo/eu.json" in place.read_text() for place in signed)
+
+    wait_until((config.repository / "metadata" / "timestamp.json").exists)
+    asked = {"product": "demo", "name": "eu", "match": "region=eu", "release": "1.0"}
+    assert sign_in("operator")("POST", "/cohorts", json=asked).status_code == 201
+    wait_until(names_the_cohort, timeout_s=30)
