@@ -35,7 +35,7 @@ from updater import identity as identities
 from updater.backoff import jittered, wait_s
 from updater.decide import Action
 from updater.device import Device, Outcome
-from updater.gate import Step, TrialFacts, judge
+from updater.gate import Step, TrialFacts, judge, observed_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,9 +161,10 @@ class Service:
             on_end=self._workload_ended,
         )
         checks = parse_checks(list(self.index.health))
-        self.monitor = Monitor(checks, Subject(place, self.workload), self.started_s)
+        subject = Subject(place, self.workload)
+        self.monitor = Monitor(checks, subject, self.started_s, launch=self._run_check)
         self.workload.start()
-        self.runtime.repeat("health", self._step_health)
+        self._health = self.runtime.repeat("health", self._step_health)
         self._post_activate(place)
 
     def _post_activate(self, place: Place) -> None:
@@ -185,6 +186,10 @@ class Service:
         self.hooked_s = None if self.hook_failure else self.runtime.now_s() - self.monitor.slept_s
         log.info("hook ended", extra={"hook": POST_ACTIVATE, "failure": self.hook_failure})
         self._judge()
+
+    def _run_check(self, run: Callable[[], None]) -> None:
+        """Run a check beside the loop, which hears of its end at once: each step it waited would be idle."""
+        self._in_thread(run, lambda *_: self._health.wake())
 
     def _step_health(self) -> float:
         """Often on trial and until all is well; a good version is looked at for the reports only."""
@@ -218,7 +223,8 @@ class Service:
             boots_left=self.record.boots_left,
             failures=tuple(str(failure) for failure in health.failures),
         )
-        verdict = judge(facts, self.runtime.now_s())
+        now_s = self.runtime.now_s()
+        verdict, left_s = judge(facts, now_s), facts.observe_s - observed_s(facts, now_s)
         self._show(trial=f"{verdict.step}: {verdict.detail}")
         match verdict.step:
             case Step.REARM:
@@ -227,7 +233,7 @@ class Service:
                 self._commit(verdict.detail)
             case Step.ROLL_BACK:
                 self._roll_back(str(verdict.reason), verdict.detail)
-        return TRIAL_STEP_S
+        return left_s if 0 < left_s < TRIAL_STEP_S else TRIAL_STEP_S
 
     def _commit(self, detail: str) -> None:
         disarm_deadman()
