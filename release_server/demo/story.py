@@ -92,7 +92,7 @@ class Story:
         self.processes = Processes(home, self.log)
         self.project = home / "product"
         self.url = ""
-        self._client: Client | None = None
+        self.client: Client
         self._building: dict[str, Any] = {}
         self._pushing: dict[str, Any] = {}
 
@@ -113,15 +113,6 @@ class Story:
         took = f"{time.monotonic() - since:.0f} s" if since is not None else ""
         click.echo(f" {label:<10} {text:<70} {took:>5}".rstrip())
 
-    @property
-    def client(self) -> Client:
-        if self._client is None:
-            from release_server.publish.client import Client
-
-            token = (self.home / "server" / "admin.token").read_text().strip()
-            self._client = Client(self.url, token)
-        return self._client
-
     def release(self, *words: str) -> str:
         return self.processes.run("release", *words, cwd=self.project)
 
@@ -132,16 +123,19 @@ class Story:
         self._begin_build("1.0.0")
         server = self.home / "server"
         data = ("--data", str(server))
-        # A short story on a small machine: rollouts are looked at often, and one web process is enough.
-        self.processes.environ |= {"RELFLEET_JOBS_TICK_S": "0.5", "RELFLEET_SERVER_WORKERS": "1"}
+        # A small machine: one web process is enough.
+        self.processes.environ["RELFLEET_SERVER_WORKERS"] = "1"
         self.processes.run("release-server", "init", *data)
         log = self.home / "server.log"
         port = str(_free_port())
         self.processes.keep_command("server", "release-server", "run", *data, "--port", port, log=log)
+        from release_server.publish.client import Client  # loaded while the server comes up
+
         url_file = server / "run" / "url"
         self.url = self.processes.wait_for(
-            "the server", lambda: url_file.exists() and url_file.read_text(), within_s=120
+            "the server", lambda: url_file.exists() and url_file.read_text(), within_s=120, every_s=0.05
         ).strip()
+        self.client = Client(self.url, (server / "admin.token").read_text().strip())
         reader = self.client.post("/tokens", {"name": "demo-page", "role": "reader", "expires_s": 86_400})
         self.line("server", f"{self.url}   data in {self.shown}")
         self.line("", f"sign-in link: {self.url}/#token={reader['token']}")
@@ -189,7 +183,9 @@ class Story:
         return version in self._pushing
 
     def _publish(self, version: str) -> Path:
-        self.processes.wait_for(f"the bundle of {version}", lambda: self._begin_push(version), within_s=120)
+        self.processes.wait_for(
+            f"the bundle of {version}", lambda: self._begin_push(version), within_s=120, every_s=0.05
+        )
         self.processes.finish(self._pushing[version])
         return self._archive(version)
 
@@ -360,8 +356,8 @@ class Story:
             raise RelfleetError("the tampered bundle was not refused", why=outcome["detail"])
         _flip_a_byte(bundle)
         self.names.append(name)
-        self.processes.finish(self.processes.begin("agent", "once", "--root", str(self._root(name))))
-        self._start(name)
+        words = ("run", "--root", str(self._root(name)), "--supervise")  # installs what is not there yet
+        self.processes.keep_command(name, "agent", *words, log=self.home / "agents" / f"{name}.log")
         self._await_all_on("1.1.0", 120)
         self.line("", f"the byte put back → {name} installed 1.1.0")
 

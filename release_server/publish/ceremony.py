@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from release_server.publish.propose import Manager
     from release_server.publish.sign import Trusted
 
-POLL_S = 0.25
+POLL_S = 0.1
 
 
 def fetch_chain(client: Client, trusted: Trusted) -> list[Metadata[Root]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from release_server.publish.sign import Trusted
 
 PUBLISH_S = 60.0
-POLL_S = 0.25
+POLL_S = 0.1
 PUBLISHED, ACCEPTED, STAGED = "published", "accepted", "staged"
 
 
