@@ -7,6 +7,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sqlalchemy import func, or_, select, update
 
+from agent_core.clock import iso
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import NAME, LeaseTerms, Window
 from release_server import audit, freezes, releases
@@ -85,6 +86,11 @@ def freeze_of(spec: CohortSpec, now: datetime) -> Freeze | None:
 
 def is_frozen(spec: CohortSpec, now: datetime) -> bool:
     return freeze_of(spec, now) is not None
+
+
+def reason_of(spec: CohortSpec, act: str) -> str:
+    """Why somebody pinned (`pin`) or froze (`freeze`) a cohort, as it is now; empty where nobody did."""
+    return str(spec.because.get(act, {}).get("reason", ""))
 
 
 def is_frozen_by_hand(spec: CohortSpec, now: datetime) -> bool:
@@ -224,7 +230,7 @@ def pin(
     """
     cohort = find(session, product, name)
     require_release(session, cohort.product, version)
-    _change(session, now, actor, cohort, reason=reason, base=version, pin=version)
+    _change(session, now, actor, cohort, reason=reason, begins="pin", base=version, pin=version)
     _note(session, now, actor, "cohort.pin", cohort, version=version, reason=reason)
     return cohort
 
@@ -234,7 +240,7 @@ def unpin(
 ) -> Cohort:
     """Let a cohort take new releases again; a rollout that the pin paused waits to be resumed."""
     cohort = find(session, product, name)
-    _change(session, now, actor, cohort, reason=reason, pin=None)
+    _change(session, now, actor, cohort, reason=reason, ends="pin", pin=None)
     _note(session, now, actor, "cohort.unpin", cohort, reason=reason)
     return cohort
 
@@ -258,7 +264,7 @@ def freeze(
         raise UsageError("the freeze would be over already", then="give a time in the future")
     cohort = find(session, product, name)
     stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
-    _change(session, now, actor, cohort, reason=reason, frozen=True, frozen_until=until)
+    _change(session, now, actor, cohort, reason=reason, begins="freeze", frozen=True, frozen_until=until)
     _note(session, now, actor, "cohort.freeze", cohort, until=until, reason=reason)
     if not stood:
         standstill.tell_frozen(session, now, actor, cohort, frozen=True, until=until, reason=reason)
@@ -271,7 +277,7 @@ def unfreeze(
     """End a freeze; what was going on goes on."""
     cohort = find(session, product, name)
     stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
-    _change(session, now, actor, cohort, reason=reason, frozen=False, frozen_until=None)
+    _change(session, now, actor, cohort, reason=reason, ends="freeze", frozen=False, frozen_until=None)
     _note(session, now, actor, "cohort.unfreeze", cohort, reason=reason)
     if stood:
         standstill.tell_frozen(session, now, actor, cohort, frozen=False, reason=reason)
@@ -339,6 +345,7 @@ COPIED = (
     "approval",
     "lease",
     "calendar",
+    "because",
 )
 
 
@@ -349,12 +356,21 @@ def _change(
     cohort: Cohort,
     *,
     reason: str,
+    begins: str = "",
+    ends: str = "",
     base: str | None = None,
     **changes: Any,
 ) -> None:
-    """Write the next revision: the newest one with `changes`; and the directive that follows from it."""
+    """Write the next revision: the newest one with `changes`; and the directive that follows from it.
+
+    Args:
+        begins, ends: `pin` or `freeze`, for which this actor and reason stand from now on, or none any more.
+    """
     newest = newest_spec(session, cohort.id)
     spec = CohortSpec(**{name: getattr(newest, name) for name in COPIED} | changes)
+    spec.because = {act: said for act, said in newest.because.items() if act not in (begins, ends)}
+    if begins:
+        spec.because[begins] = {"actor": actor, "reason": reason, "at": iso(now)}
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
     refresh_directive(session, now, cohort, base=base)

@@ -6,7 +6,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, func, not_, select
+from sqlalchemy import func, select
 from tuf.api.metadata import Metadata, Targets
 
 from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason, Window
@@ -58,7 +58,7 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
     known |= {
         "quiet": agents.silent_after(spec.poll_s, spec.report_s),
         "cohort": agent.cohort.name,
-        "wants": _held(session, now, spec),
+        "wants": _held(now, spec),
         "course": _course(session, spec),
         "directive": directive,
         "told_at": status.updated_at,
@@ -67,27 +67,9 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
     return why.Facts(**known, **_releases(session, agent, directive))
 
 
-def _held(session: Session, now: datetime, spec: CohortSpec) -> why.Held:
-    because = {
-        "pin_reason": reason_of(session, spec, *PIN),
-        "freeze_reason": reason_of(session, spec, *FREEZE),
-    }
-    return why.Held(spec.pin, cohorts.freeze_of(spec, now), **because)
-
-
-FREEZE, PIN = ("frozen", "frozen_until"), ("pin",)
-"""What of a cohort's spec a person set together, with one reason."""
-
-
-def reason_of(session: Session, spec: CohortSpec, *names: str) -> str:
-    """Why somebody set what these names of a spec say now; later revisions are about other things."""
-    here = select(CohortSpec).where(CohortSpec.cohort_id == spec.cohort_id)
-    same = and_(*(getattr(CohortSpec, name).is_not_distinct_from(getattr(spec, name)) for name in names))
-    other = select(func.coalesce(func.max(CohortSpec.revision), 0)).where(
-        CohortSpec.cohort_id == spec.cohort_id, not_(same)
-    )
-    since = here.where(CohortSpec.revision > other.scalar_subquery()).order_by(CohortSpec.revision)
-    return session.scalars(since.limit(1)).one().reason
+def _held(now: datetime, spec: CohortSpec) -> why.Held:
+    reasons = {f"{act}_reason": cohorts.reason_of(spec, act) for act in ("pin", "freeze")}
+    return why.Held(spec.pin, cohorts.freeze_of(spec, now), **reasons)
 
 
 def _course(session: Session, spec: CohortSpec) -> why.Course | None:
@@ -223,8 +205,8 @@ def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str
         askers=tuple(sorted(fleet.askers(session, rollout))),
         digest=fleet.digest_of(rollout, asked),
         pin=wants.pin,
-        pin_reason=reason_of(session, wants, *PIN),
-        freeze_reason=reason_of(session, wants, *FREEZE),
+        pin_reason=cohorts.reason_of(wants, "pin"),
+        freeze_reason=cohorts.reason_of(wants, "freeze"),
         yanked=rollout.release.yanked_at is not None,
         halt=_halt(session, rollout_id),
     )

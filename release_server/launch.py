@@ -217,7 +217,7 @@ def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, b
     if spec.pin is not None:
         raise ConflictError(
             f"cohort {cohort.name} is pinned to {spec.pin}",
-            why=spec.reason,
+            why=cohorts.reason_of(spec, "pin"),
             then=f"release cohort unpin {cohort.name}",
             reason="pinned",
         )
@@ -226,7 +226,7 @@ def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, b
         unfreeze = f"release cohort unfreeze {cohort.name}"
         raise ConflictError(
             f"cohort {cohort.name} is frozen",
-            why=f"by its calendar: {freeze.by}" if freeze.by else spec.reason,
+            why=f"by its calendar: {freeze.by}" if freeze.by else cohorts.reason_of(spec, "freeze"),
             then=f"release cohort edit {cohort.name} --calendar none" if freeze.by else unfreeze,
             reason="frozen",
         )

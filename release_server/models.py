@@ -110,7 +110,10 @@ class Cohort(Base):
 
 
 class CohortSpec(Base):
-    """One immutable revision of what people want of a cohort: who, when, why."""
+    """One immutable revision of what people want of a cohort: who, when, why.
+
+    `because` says the same of what stands by an earlier one: the `pin` and the `freeze` by hand.
+    """
 
     __tablename__ = "cohort_specs"
     __table_args__ = (UniqueConstraint("cohort_id", "revision", name="uq_cohort_specs_revision"),)
@@ -130,6 +133,7 @@ class CohortSpec(Base):
     lease: Mapped[dict[str, Any] | None]
     calendar: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     approval: Mapped[bool] = mapped_column(default=False, server_default=false())
+    because: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(Text, default="")
     created_at: Mapped[datetime]

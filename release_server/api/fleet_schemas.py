@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from release_server import agents, cohort_view, preview, rollout_view
-    from release_server.models import AgentEvent, RolloutEvent
+    from release_server.models import AgentEvent, CohortSpec, RolloutEvent
 
 NAME_FORM = f"^{NAME.pattern}$"
 VERSION_FORM = f"^{VERSION.pattern}$"
@@ -106,10 +106,11 @@ def render_cohort(view: cohort_view.View) -> dict[str, Any]:
         "match": spec.match,
         "priority": spec.priority,
         "pin": spec.pin,
+        "pinned": spec.because.get("pin") if spec.pin else None,
         "frozen": view.freeze is not None,
         "frozen_until": when(view.freeze.until if view.freeze else None),
         "frozen_by": view.freeze.by if view.freeze else "",
-        "freeze": {"until": when(spec.frozen_until)} if view.by_hand else None,
+        "freeze": _freeze(spec) if view.by_hand else None,
         "calendar": spec.calendar,
         "window": spec.window,
         "splay_s": spec.splay_s,
@@ -128,6 +129,11 @@ def render_cohort(view: cohort_view.View) -> dict[str, Any]:
         "created_at": iso(cohort.created_at),
         "changed_at": iso(spec.created_at),
     }
+
+
+def _freeze(spec: CohortSpec) -> dict[str, Any]:
+    """A freeze by hand: until when, and who made it and why."""
+    return {"until": when(spec.frozen_until), **spec.because.get("freeze", {})}
 
 
 def render_preview(name: str, found: preview.Preview) -> dict[str, Any]:

@@ -199,6 +199,18 @@ def standing(cohort: Mapping[str, Any]) -> str:
     return f"pinned to {cohort['pin']}" if cohort.get("pin") else "follows"
 
 
+def because(cohort: Mapping[str, Any]) -> str:
+    """Why a cohort stands as it does: who froze or pinned it, and what for; empty when nobody did."""
+    acts = {"frozen": cohort.get("freeze"), "pinned": cohort.get("pinned")}
+    return "; ".join(f"{verb} {said_by(act, act['at'])}" for verb, act in acts.items() if act and "at" in act)
+
+
+def said_by(act: Mapping[str, Any], at: str) -> str:
+    """When somebody did something, who, and what for."""
+    by = f"{at} by {act['actor']}" if act.get("actor") else at
+    return f"{by}: {act['reason']}" if act.get("reason") else by
+
+
 def cohort_table(found: Iterable[Mapping[str, Any]]) -> str:
     rows = [
         [
@@ -238,13 +250,14 @@ def cohort_view(cohort: Mapping[str, Any]) -> str:
             ("agents", reach(cohort)),
             ("base", cohort.get("base") or "none yet"),
             ("standing", standing(cohort)),
-            ("why", cohort.get("reason") or "-"),
+            ("why", because(cohort) or "-"),
             ("window", window(cohort.get("window"))),
             ("calendar", calendar(cohort.get("calendar"))),
             ("polls", f"every {duration(cohort.get('poll_s') or 0)}"),
             ("reports", f"every {duration(cohort.get('report_s') or 0)}"),
             ("splay", duration(cohort.get("splay_s") or 0)),
             ("revision", cohort.get("revision")),
+            ("changed", said_by(cohort, str(cohort.get("changed_at") or ""))),
         ]
     )
 

@@ -106,6 +106,40 @@ def test_rows_of_every_revision_go_up_to_the_newest_and_down_again(engine, empty
         assert compare_metadata(context, Base.metadata) == []
 
 
+def test_a_pin_and_a_freeze_that_stand_are_given_the_reasons_they_were_made_for(engine, empty_url):
+    upgrade(empty_url, "0015")
+    said = (
+        (None, False, "made"),
+        ("1.0", False, "the fair"),
+        ("1.0", True, "year end"),
+        ("1.0", True, "slower"),
+    )
+    with engine.begin() as connection:
+        tables = tables_of(connection).tables
+        connection.execute(tables["products"].insert(), {"id": 1, "name": "p", "created_at": NOON})
+        connection.execute(
+            tables["cohorts"].insert(), {"id": 1, "product_id": 1, "name": "c", "created_at": NOON}
+        )
+        for number, (pin, frozen, reason) in enumerate((*said, (None, True, "back")), 1):
+            table = tables["cohort_specs"]
+            row = {column.name: value_of(column, number) for column in table.columns}
+            row |= {"cohort_id": 1, "revision": number, "pin": pin, "frozen": frozen, "frozen_until": None}
+            connection.execute(table.insert(), row | {"actor": "olga", "reason": reason})
+    upgrade(empty_url, "0016")
+    with engine.connect() as connection:
+        table = tables_of(connection).tables["cohort_specs"]
+        found = connection.scalars(sa.select(table.c.because).order_by(table.c.revision)).all()
+    at = "2026-05-01T12:00:00Z"
+    pin, freeze = ({"actor": "olga", "reason": text, "at": at} for text in ("the fair", "year end"))
+    assert found == [
+        {},
+        {"pin": pin},
+        {"pin": pin, "freeze": freeze},
+        {"pin": pin, "freeze": freeze},
+        {"freeze": freeze},
+    ]
+
+
 def test_down_to_nothing_leaves_nothing(engine, empty_url):
     upgrade(empty_url)
     downgrade(empty_url, "base")

@@ -354,6 +354,38 @@ def test_a_freeze_and_a_pin_are_told_with_the_reason_that_they_were_made_for(wor
     ]
 
 
+def test_what_was_done_again_has_the_newer_reason_everywhere(world, at_desk):
+    """The same version pinned once more, the same freeze made once more: each is an act of its own."""
+    world.call(cohorts.pin, "demo", "all", version="1.0.0", reason="the fair")
+    world.call(cohorts.freeze, "demo", "all", reason="year end")
+    world.clock.step(hours=1)
+    world.call(cohorts.pin, "demo", "all", version="1.0.0", reason="the audit")
+    world.call(cohorts.edit, "demo", "all", splay_s=60, reason="a slower start")
+    with world.read() as session:
+        spec = cohorts.newest_spec(session, 1)
+        assert [cohorts.reason_of(spec, act) for act in ("pin", "freeze")] == ["the audit", "year end"]
+        texts = [
+            link["text"]
+            for link in explain.agent_why(session, world.clock(), next(iter(world.hosts)))["chain"]
+        ]
+    assert "cohort all is frozen: year end" in texts
+    shown = at_desk.json("cohort", "show", "all")
+    assert shown["pinned"] == {"actor": "olga", "reason": "the audit", "at": "2026-05-01T13:00:00Z"}
+    assert (shown["freeze"]["reason"], shown["reason"]) == ("year end", "a slower start")
+    told = at_desk.run("cohort", "show", "all")[1]
+    assert (
+        "frozen 2026-05-01T12:00:00Z by olga: year end; pinned 2026-05-01T13:00:00Z by olga: the audit"
+        in told
+    )
+    assert "by olga: a slower start" in told
+    code, _, said = at_desk.run("rollout", "start", "1.1.0", "--cohort", "all", "--yes")
+    assert (code, "the audit" in said) == (Exit.CONFLICT, True)
+    for lift in (cohorts.unpin, cohorts.unfreeze):
+        world.call(lift, "demo", "all")
+    shown = at_desk.json("cohort", "show", "all")
+    assert (shown["pinned"], shown["freeze"]) == (None, None)
+
+
 def test_what_was_yanked_and_who_paused_are_named(world):
     world.start("1.1.0")
     world.call(yanks.yank, "demo", "1.1.0", "it burns")

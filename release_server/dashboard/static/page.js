@@ -214,9 +214,10 @@ function cohortVersion(cohort) {
 function cohortMarks(cohort) {
   const mode = cohort.directive?.mode ?? "enabled";
   const until = cohort.frozen_until ? ` until ${new Date(cohort.frozen_until).toLocaleString()}` : "";
+  const why = (act) => (act?.reason ? `: ${act.reason}` : "");
   const marks = [
-    cohort.pin ? `pinned to ${cohort.pin}` : "",
-    cohort.frozen ? `frozen${until}` : "",
+    cohort.pin ? `pinned to ${cohort.pin}${why(cohort.pinned)}` : "",
+    cohort.frozen ? `frozen${until}${why(cohort.freeze)}` : "",
     cohort.frozen || mode === "enabled" ? "" : mode,
   ];
   return marks.filter(Boolean).map((mark) => make("span", { class: "state warn mark" }, mark));
