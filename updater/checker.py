@@ -57,12 +57,16 @@ def _check(root: Path) -> dict[str, Any]:
 
 
 def _refused(device: Device, error: SettingsError) -> Outcome:
-    """A slip in the settings is an outcome as well, so that the reports name it and not what was before."""
-    outcome = Outcome.of_failure(error)
+    """A slip in the settings is an outcome as well; the server hears of it, and of another one, at once."""
+    from updater import poll
+
+    before, outcome = device.outcome(), Outcome.of_failure(error)
     try:
         device.remember_outcome(outcome)
     except (RelfleetError, OSError) as problem:
         log.warning("the outcome could not be kept", extra={"why": str(problem)})
+    if before is None or (before.reason, before.detail) != (outcome.reason, outcome.detail):
+        poll.tell(device)
     return outcome
 
 

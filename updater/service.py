@@ -113,6 +113,7 @@ class Service:
         self._reports = self.runtime.repeat("report", self._heartbeat, first_s=poll.report_s(device))
         self._live = Live(lambda: load_agent(device.layout), self._apply, device.settings)
         self._read_settings()
+        self._forced |= bool(self._live.problem)
         self._watcher = Watcher(
             [device.layout.settings, device.layout.settings_dir],
             lambda: self.runtime.call_soon(self._reload_settings),
@@ -473,8 +474,10 @@ class Service:
     def _reload_settings(self) -> None:
         had = self._live.problem
         self._read_settings()
-        if had and not self._live.problem:
-            self._look_now()  # the checks that failed for the slip have left a backoff that nothing else ends
+        if had != self._live.problem:
+            # A slip is told to the server now and not with the next heartbeat; that it is mended ends the
+            # backoff which the checks that failed for it have left.
+            self._look_now()
         self._show()  # a file that cannot be used shows at once, not with the next poll that finds something
 
     def _apply(self, settings: AgentSettings) -> None:

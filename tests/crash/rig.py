@@ -183,6 +183,9 @@ class Rig:
         )
         return archive, index
 
+    def origin(self, version: str) -> Origin:
+        return self._origins[version]
+
     def url(self, version: str) -> str:
         """The server that leads every agent to this version."""
         return self._origins[version].url

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -25,6 +26,12 @@ def comes(claim):
     return found
 
 
+def last_told(rig):
+    """The reason in the last report of whom is led to the new version."""
+    reports = [request for request in rig.origin(NEW).requests if request.method == "POST"]
+    return json.loads(reports[-1].body)["reason"] if reports else ""
+
+
 def test_a_slip_in_the_settings_keeps_the_product_running_and_new_versions_away_until_it_is_mended(rig):
     host = rig.copy(rig.home / "installed", rig.home / "host")
     assert host.settle(GOOD) == ""
@@ -42,3 +49,9 @@ def test_a_slip_in_the_settings_keeps_the_product_running_and_new_versions_away_
         assert ("moon" in status["settings"], status["workload_pid"] is not None) == (True, True)
         host.layout.settings.write_text(good)
         assert comes(lambda: host.rests_on(NEW))
+        # An hour lies between two heartbeats: it is the slip itself that is told, and its end.
+        assert comes(lambda: last_told(rig) == "up-to-date")
+        host.layout.settings.write_text(f"{good}\n[mars]\nphase = 1\n")
+        assert comes(lambda: last_told(rig) == "bad-settings")
+        host.layout.settings.write_text(good)
+        assert comes(lambda: last_told(rig) == "up-to-date")

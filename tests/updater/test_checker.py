@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent_core.layout import Layout
+from agent_core.wire import ReportAnswer
+from tests.http_origin import Origin, Status
 from updater import identity as identities
 from updater import report
 from updater.decide import Action
@@ -70,6 +72,19 @@ def test_a_slip_in_the_settings_is_an_outcome_that_the_reports_name(enrolled: Pa
     assert (outcome.reason, outcome.failed, "moon" in outcome.detail) == ("bad-settings", True, True)
     told = report.build(Device.load_anyway(enrolled))
     assert (told.reason, told.detail) == ("bad-settings", outcome.detail)
+
+
+def test_a_slip_and_another_one_are_told_to_the_server_at_once_and_each_only_once(enrolled: Path) -> None:
+    answer = json.dumps(ReportAnswer("main", 0, "session", 86_400).to_json()).encode()
+    with Origin() as origin:
+        origin.answer("POST", "/api/v1/report", Status(200, {"Content-Type": "application/json"}, answer))
+        identities.save(Layout(enrolled), Identity(origin.url, "shop", "web-1", "any", "main"))
+        for slip in ("moon", "mars"):
+            Layout(enrolled).settings.write_text(f"[{slip}]\nphase = 1\n")
+            asked(enrolled, "check\ncheck\n")
+        told = [json.loads(request.body) for request in origin.requests]
+    assert [report["reason"] for report in told] == ["bad-settings"] * 2
+    assert ["moon" in told[0]["detail"], "mars" in told[1]["detail"]] == [True, True]
 
 
 LOOKED_AT = """
