@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from release_server.cli import main
-from tests.release_server.test_serve import Running, wait_for
+from tests.release_server.test_serve import LONGEST_S, Running, wait_for
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin")
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -104,13 +105,23 @@ class Front:
         return context.wrap_socket(plain, server_hostname=HOST)
 
     def ask(self, path, **headers):
-        connection = http.client.HTTPSConnection(HOST, timeout=30)
+        with self.asking() as ask:
+            return ask(path, **headers)
+
+    @contextmanager
+    def asking(self):
+        """Ask on one connection as often as one likes."""
+        connection = http.client.HTTPSConnection(HOST, timeout=LONGEST_S)
         connection.sock = self.connect()
-        connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        answer.body = answer.read()
-        connection.close()
-        return answer
+
+        def ask(path, **headers):
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            answer.body = answer.read()
+            return answer
+
+        with closing(connection):
+            yield ask
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +154,17 @@ def test_the_server_knows_that_it_is_asked_by_tls(front):
 
 
 def test_what_a_client_says_of_its_address_does_not_reach_the_server(front):
-    """Sixty guesses a minute from one address: a made-up X-Forwarded-For would give each its own."""
-    codes = [
-        front.ask(
-            "/api/v1/whoami", Authorization="Bearer rft_x", **{"X-Forwarded-For": f"192.0.2.{n}"}
-        ).status
-        for n in range(90)
-    ]
-    assert 429 in codes
+    """Sixty guesses a minute from one address: a made-up X-Forwarded-For would give each its own.
+
+    One more is allowed each second, so as many as a slow machine needs are made, on one connection.
+    """
+    with front.asking() as ask:
+
+        def guess(number):
+            made_up = {"X-Forwarded-For": f"198.51.{number // 250}.{number % 250}"}
+            return ask("/api/v1/whoami", Authorization="Bearer rft_x", **made_up).status
+
+        assert any(guess(number) == 429 for number in range(900))
 
 
 def test_the_etag_of_the_timestamp_names_the_root_through_nginx(front, server):

@@ -177,8 +177,7 @@ def test_a_body_of_nobody_known_is_not_waited_for(patient):
 
 def test_downloads_that_nobody_reads_are_ended(strict):
     slow = [Unread(strict) for _ in range(OF_A_KIND)]
-    assert [one.status for one in slow] == [200] * OF_A_KIND
-    assert Unread(strict).status == 503
+    assert [one.status for one in slow] == [200] * OF_A_KIND  # as many as may; two seconds later none is left
     wait_for("another download", lambda: strict.ask("GET", FILE).status == 200)
     assert "it is too slow" in strict.log.read_text()
     wait_for("their end", lambda: all(is_over(one) for one in slow))

@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -28,17 +29,28 @@ def authority(tmp_path_factory):
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, authority):
-    """One that speaks TLS, and gives a request's head half a second."""
-    directory = tmp_path_factory.mktemp("tls")
+@contextmanager
+def speaking_tls(directory, authority, limits=""):
     certificate, key = authority.issue("server")
     assert main(["init", "--data", str(directory / "server"), "--port", "0", "-q"]) == 0
     with (directory / "server" / "server.toml").open("a") as settings:
-        settings.write(f'tls_cert = "{certificate}"\ntls_key = "{key}"\n[limits]\nhead_s = 0.5\n')
+        settings.write(f'tls_cert = "{certificate}"\ntls_key = "{key}"\n{limits}')
     running = Running(directory / "server", directory / "log")
     yield running
     running.end(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, authority):
+    with speaking_tls(tmp_path_factory.mktemp("tls"), authority) as running:
+        yield running
+
+
+@pytest.fixture
+def hasty(tmp_path, authority):
+    """One that gives a request's head half a second: too little for whoever else is busy."""
+    with speaking_tls(tmp_path, authority, "[limits]\nhead_s = 0.5\n") as running:
+        yield running
 
 
 class Person:
@@ -184,8 +196,8 @@ def test_a_backup_follows_what_is_published_over_tls(person, server, tmp_path):
     assert whole.is_dir()
 
 
-def test_a_head_that_does_not_end_is_ended_by_the_server_itself(server, authority):
-    with connect(server, authority) as client:
+def test_a_head_that_does_not_end_is_ended_by_the_server_itself(hasty, authority):
+    with connect(hasty, authority) as client:
         client.settimeout(20)  # granian itself would wait for 30 s
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         said = client.recv(65_536)
