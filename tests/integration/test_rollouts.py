@@ -36,6 +36,7 @@ def test_a_bad_release_halts_itself_at_its_first_agent_and_the_others_never_see_
 def test_a_paused_rollout_offers_nothing_until_it_is_resumed_and_an_abort_takes_agents_back(world):
     cohort = world.cohort()
     host = world.host(cohort)
+    world.publish("1.1.0")
     with world.jobs_stopped():  # so that no agent hears of the rollout before it is paused
         number = world.roll_out("1.1.0", cohort, 1, "all", soak_s=3600)
         assert world.exit_of("release", "rollout", "pause", f"r-{number}")[0] == 0

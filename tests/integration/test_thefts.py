@@ -116,7 +116,7 @@ def forged(world, lead_to, stolen):
     keys |= {role: CryptoSigner.generate_ed25519() for role in ONLINE_ROLES if role not in stolen}
     with world.jobs_stopped():
         honest = world.timestamp()
-        version = json.loads(honest)["signed"]["version"] + 1
+        version = max(versions(world).values()) + 1
         for role, made in forger.run_forward(world.metadata, keys, version, lead_to=lead_to).items():
             name = "timestamp.json" if role == TIMESTAMP else f"{version}.{role}.json"
             (world.metadata / name).write_bytes(made.to_bytes())
@@ -127,16 +127,25 @@ def forged(world, lead_to, stolen):
     overtake(world, version)
 
 
+def versions(world):
+    """Of each online role, as it is served; after a tick that came to nothing any may be the highest."""
+    newest = json.loads(world.timestamp())["signed"]
+    number = newest["meta"]["snapshot.json"]["version"]
+    listed = json.loads((world.metadata / f"{number}.snapshot.json").read_bytes())["signed"]["meta"]
+    return {
+        TIMESTAMP: newest["version"],
+        SNAPSHOT: number,
+        COHORTS: listed["cohorts.json"]["version"],
+    }
+
+
 def overtake(world, version):
     """Have the honest server sign until its own numbers are above the thief's; below, hosts wait."""
     cohort = world.cohort()
 
     def is_past():
         world.client.patch(f"/cohorts/probe/{cohort}", {"report_s": 1 + next(world.numbers)})
-        newest = json.loads(world.timestamp())["signed"]
-        number = newest["meta"]["snapshot.json"]["version"]
-        listed = json.loads((world.metadata / f"{number}.snapshot.json").read_bytes())["signed"]["meta"]
-        return min(newest["version"], number, listed["cohorts.json"]["version"]) > version
+        return min(versions(world).values()) > version
 
     until("the server's numbers to be above the thief's", is_past)
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from agent_core import clock, slots
 from agent_core.archive import stored_zip
 from agent_core.bundle import Index, host_platforms, pack, unpack
+from agent_core.errors import UnreachableError
 from agent_core.hooks import Hook, Hooks
 from agent_core.layout import Layout
 from agent_core.slots import Record
@@ -307,8 +309,16 @@ class World:
             worker.resume()
 
     def _can_write(self) -> bool:
-        sessions = Sessions(make_engine(self.database_url or f"sqlite:///{self.server_data / 'relfleet.db'}"))
-        with closing(sessions):
+        engine = make_engine(self.database_url or f"sqlite:///{self.server_data / 'relfleet.db'}")
+        hurry = "PRAGMA busy_timeout=200" if engine.dialect.name == "sqlite" else "SET lock_timeout='200ms'"
+
+        @event.listens_for(engine, "connect")
+        def be_brief(connection: Any, _: object) -> None:
+            """Whoever stands still in a transaction is to go on before his own deadlines pass."""
+            connection.execute(hurry)
+            connection.commit()
+
+        with closing(Sessions(engine)) as sessions:
             try:
                 with sessions.write() as session:
                     session.connection()  # nothing is begun before something is asked
@@ -594,7 +604,16 @@ class Host:
 
     def await_look(self, reason: str) -> None:
         """Have the agent check until this comes of it: one in progress may have fetched what was before."""
-        until(f"{self.name} to look and say {reason}", lambda: self.look() == reason)
+        said: list[str] = []
+
+        def says_so() -> bool:
+            said.append(self.look())
+            return said[-1] == reason
+
+        try:
+            until(f"{self.name} to look and say {reason}", says_so)
+        except UnreachableError:
+            raise AssertionError(f"{self.name} was to say {reason} and said {said[-5:]}") from None
 
     # --- waiting ---------------------------------------------------------------------------------------
 
