@@ -87,6 +87,7 @@ class Reason(StrEnum):
     OUTSIDE_WINDOW = "outside-window"
     SPLAY = "splay"
     LEASE = "lease"
+    BUDGET = "budget"
     BACKOFF = "backoff"
     SKIPPED = "skipped"
     IN_TRIAL = "in-trial"
@@ -415,6 +416,97 @@ class LeaseTerms:
         return cls(get.text("scope", form=LABEL_KEY), limit, share_bp)
 
 
+LEAST_SHARE_BPS = 4096
+"""No share is smaller, but of a host that wants less: four times what device and server call too slow."""
+MOST_BPS = 2**31 - 1
+MOST_AT_ONCE = 1000
+
+
+@late_dataclass(frozen=True)
+class BudgetTerms:
+    """How many bytes a second may go into one failure domain for updates.
+
+    Attributes:
+        scope: the label whose value names an agent's domain, such as `site`.
+        at_once: among how many agents it is divided: each gets no more than its part of the whole, so that
+            as many can download at one time.
+    """
+
+    scope: str
+    bytes_per_s: int
+    at_once: int = 1
+
+    @property
+    def part_bps(self) -> int:
+        """The most that one agent is given."""
+        return self.bytes_per_s // self.at_once
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scope": self.scope, "bytes_per_s": self.bytes_per_s, "at_once": self.at_once}
+
+    @classmethod
+    def from_json(cls, budget: object, path: str = "budget") -> Self:
+        get = Getter(budget, path)
+        made = cls(
+            get.text("scope", form=LABEL_KEY),
+            get.integer("bytes_per_s", low=LEAST_SHARE_BPS, high=MOST_BPS),
+            get.integer("at_once", 1, low=1, high=MOST_AT_ONCE),
+        )
+        if made.part_bps < LEAST_SHARE_BPS:
+            raise get.refuse("at_once", f"fewer than {LEAST_SHARE_BPS} bytes a second would be left for each")
+        return made
+
+
+@late_dataclass(frozen=True)
+class ShareRequest:
+    """`POST /api/v1/share`, signed: how much of its domain's budget may this agent download with?
+
+    Attributes:
+        wants_bps: the host's own ceiling, 0 for none: more would be given in vain.
+        done: nothing more is downloaded; the share is given back.
+    """
+
+    version: str
+    wants_bps: int = 0
+    done: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "version": self.version, "wants_bps": self.wants_bps, "done": self.done}
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "share") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(get.text("version", form=VERSION), get.integer("wants_bps", 0), get.boolean("done", False))
+
+
+@late_dataclass(frozen=True)
+class ShareAnswer:
+    """How many bytes a second, and for how many seconds from the request on, before somebody else has it.
+
+    Of 0 bytes a second: why, and after how long to ask again.
+    """
+
+    rate_bps: int
+    lasts_s: int = 0
+    detail: str = ""
+    again_s: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **vars(self)}
+
+    @classmethod
+    def from_json(cls, body: object, path: str = "share") -> Self:
+        get = Getter(body, path)
+        get.integer("schema", low=1, high=SCHEMA)
+        return cls(
+            rate_bps=get.integer("rate_bps", high=MOST_BPS),
+            lasts_s=get.integer("lasts_s", 0, high=86_400),
+            detail=get.text("detail", ""),
+            again_s=get.integer("again_s", 0, high=86_400),
+        )
+
+
 @late_dataclass(frozen=True)
 class LeaseRequest:
     """`POST /api/v1/lease`, signed: may this agent leave its version for another one now?"""
@@ -479,6 +571,7 @@ class Directive:
     mode: Mode = Mode.ENABLED
     window: Window | None = None
     lease: LeaseTerms | None = None
+    budget: BudgetTerms | None = None
     splay_s: int = 0
     poll_s: int = 60
     report_s: int = 300
@@ -498,6 +591,7 @@ class Directive:
             "mode": str(self.mode),
             "window": self.window.to_json() if self.window else None,
             "lease": self.lease.to_json() if self.lease else None,
+            "budget": self.budget.to_json() if self.budget else None,
             "splay_s": self.splay_s,
             "poll_s": self.poll_s,
             "report_s": self.report_s,
@@ -509,6 +603,7 @@ class Directive:
         get = Getter(custom, path)
         get.integer("schema", low=1, high=SCHEMA)
         window, lease = get.object("window", None), get.object("lease", None)
+        budget = get.object("budget", None)
         return cls(
             product=get.text("product", form=NAME),
             cohort=get.text("cohort", form=NAME),
@@ -521,6 +616,7 @@ class Directive:
             mode=get.choice("mode", Mode, "enabled"),
             window=Window.from_json(window, f"{path}.window") if window is not None else None,
             lease=LeaseTerms.from_json(lease, f"{path}.lease") if lease is not None else None,
+            budget=BudgetTerms.from_json(budget, f"{path}.budget") if budget is not None else None,
             splay_s=get.integer("splay_s", 0, high=7 * 86_400),
             poll_s=get.integer("poll_s", 60, low=1, high=86_400),
             report_s=get.integer("report_s", 300, low=1, high=86_400),

@@ -10,7 +10,7 @@ from sqlalchemy import and_, func, literal, or_, select
 
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Reason
-from release_server import audit, cohorts, leases, membership, releases, standing
+from release_server import audit, cohorts, leases, membership, releases, shares, standing
 from release_server.models import Agent, AgentEvent, Attempt, Cohort, CohortSpec, Rollout, RolloutStatus
 from release_server.rollout import StageState
 
@@ -275,6 +275,7 @@ def retire(session: Session, now: datetime, actor: str, agent_id: str, *, reason
     if agent.retired_at is None:
         agent.retired_at = now
         leases.give_back(session, agent.id)
+        shares.give_back(session, agent.id)
         agent.session_hash = None
         session.flush()
         audit.record(session, now, actor, "agent.retire", agent.id, reason=reason)

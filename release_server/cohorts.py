@@ -9,7 +9,7 @@ from sqlalchemy import func, or_, select, update
 
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, NotFoundError, UsageError
-from agent_core.wire import NAME, LeaseTerms, Window
+from agent_core.wire import NAME, BudgetTerms, LeaseTerms, Window
 from release_server import audit, freezes, releases
 from release_server.database import stir
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
@@ -117,6 +117,7 @@ def create(
     window: dict[str, Any] | None = None,
     approval: bool = False,
     lease: dict[str, Any] | None = None,
+    budget: dict[str, Any] | None = None,
     calendar: dict[str, str] | None = None,
     reason: str = "",
 ) -> Cohort:
@@ -149,6 +150,7 @@ def create(
         retry_epoch=0,
         approval=approval,
         lease=_checked_lease(lease),
+        budget=_checked_budget(budget),
         calendar=_checked_calendar(calendar),
     )
     spec.actor, spec.reason = actor, reason
@@ -176,7 +178,18 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
     return cohort
 
 
-EDITABLE = ("match", "priority", "poll_s", "report_s", "splay_s", "window", "approval", "lease", "calendar")
+EDITABLE = (
+    "match",
+    "priority",
+    "poll_s",
+    "report_s",
+    "splay_s",
+    "window",
+    "approval",
+    "lease",
+    "budget",
+    "calendar",
+)
 
 
 def edit(
@@ -312,6 +325,10 @@ def _checked_lease(lease: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if lease is None else LeaseTerms.from_json(lease, "lease").to_json()
 
 
+def _checked_budget(budget: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if budget is None else BudgetTerms.from_json(budget, "budget").to_json()
+
+
 def _checked_calendar(calendar: dict[str, str] | None) -> dict[str, str]:
     try:
         return freezes.check(calendar or {})
@@ -328,6 +345,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "match": _checked_match,
     "window": _checked_window,
     "lease": _checked_lease,
+    "budget": _checked_budget,
     "calendar": _checked_calendar,
 }
 """How each of `EDITABLE` that can be wrong is looked at before it is written."""
@@ -344,6 +362,7 @@ COPIED = (
     "retry_epoch",
     "approval",
     "lease",
+    "budget",
     "calendar",
     "because",
 )
@@ -517,6 +536,7 @@ def pace_of(spec: CohortSpec) -> Pace:
     return Pace(
         window=None if spec.window is None else Window.from_json(spec.window, "window"),
         lease=None if spec.lease is None else LeaseTerms.from_json(spec.lease, "lease"),
+        budget=None if spec.budget is None else BudgetTerms.from_json(spec.budget, "budget"),
         splay_s=spec.splay_s,
         poll_s=spec.poll_s,
         report_s=spec.report_s,

@@ -9,7 +9,7 @@ from agent_core.wire import PROGRESS_FULL, Directive, Mode
 from release_server.rollout import State
 
 if TYPE_CHECKING:
-    from agent_core.wire import LeaseTerms, Window
+    from agent_core.wire import BudgetTerms, LeaseTerms, Window
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Pace:
 
     window: Window | None = None
     lease: LeaseTerms | None = None
+    budget: BudgetTerms | None = None
     splay_s: int = 0
     poll_s: int = 60
     report_s: int = 300

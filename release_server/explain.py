@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 from tuf.api.metadata import Metadata, Targets
 
-from agent_core.wire import AttemptState, Directive, LeaseTerms, Policy, Reason, Window
-from release_server import agents, census, cohorts, fleet, leases, repository, rollout_view, rollout_why, why
+from agent_core.wire import AttemptState, BudgetTerms, Directive, LeaseTerms, Policy, Reason, Window
+from release_server import (
+    agents,
+    census,
+    cohorts,
+    fleet,
+    leases,
+    repository,
+    rollout_view,
+    rollout_why,
+    shares,
+    why,
+)
 from release_server.foresight import Allowance
 from release_server.models import Agent, Attempt, Bundle, CohortSpec, Release, Rollout, RolloutEvent
 from release_server.rollout import State
@@ -63,6 +74,7 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
         "directive": directive,
         "told_at": status.updated_at,
         "room": _room(session, now, agent, spec),
+        "line": _line(session, now, agent, spec),
     }
     return why.Facts(**known, **_releases(session, agent, directive))
 
@@ -175,6 +187,12 @@ def _room(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> wh
     if spec.lease is None:
         return None
     return leases.room(session, now, agent, LeaseTerms.from_json(spec.lease))
+
+
+def _line(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> why.Line | None:
+    if spec.budget is None:
+        return None
+    return shares.line(session, now, agent, BudgetTerms.from_json(spec.budget))
 
 
 # --- rollouts --------------------------------------------------------------------------------------------

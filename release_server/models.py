@@ -131,6 +131,7 @@ class CohortSpec(Base):
     report_s: Mapped[int] = mapped_column(default=300)
     retry_epoch: Mapped[int] = mapped_column(default=0)
     lease: Mapped[dict[str, Any] | None]
+    budget: Mapped[dict[str, Any] | None]
     calendar: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     approval: Mapped[bool] = mapped_column(default=False, server_default=false())
     because: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
@@ -334,6 +335,22 @@ class ActivationLease(Base):
     domain: Mapped[str] = mapped_column(String(256))
     version: Mapped[str] = mapped_column(String(64))
     granted_at: Mapped[datetime]
+    until: Mapped[datetime]
+
+
+class DownloadShare(Base):
+    """How fast an agent may download now, until a time, of the budget of one failure domain.
+
+    Not of one product alone: a site's line is the same for all of them.
+    """
+
+    __tablename__ = "download_shares"
+    __table_args__ = (Index("ix_download_shares_domain", "scope", "domain"),)
+    agent_id: Mapped[str] = mapped_column(ForeignKey("agents.id"), primary_key=True)
+    scope: Mapped[str] = mapped_column(String(64))
+    domain: Mapped[str] = mapped_column(String(256))
+    rate_bps: Mapped[int]
+    budget_bps: Mapped[int]
     until: Mapped[datetime]
 
 

@@ -1,4 +1,4 @@
-"""What agents say: reports that prove who sent them, the transitions in them, and requests for a lease."""
+"""What agents say: reports that prove who sent them, with transitions, and requests for leases and shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from agent_core.errors import NotAllowedError
 from agent_core.wire import AttemptState, Reason, Report, ReportAnswer, Transition, signed_text
-from release_server import agents, attempts, bearer, cohorts, leases, membership
+from release_server import agents, attempts, bearer, cohorts, leases, membership, shares
 from release_server.models import Agent, AgentEvent, Cohort, Rollout, RolloutStatus
 from release_server.rollout import State
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from agent_core.wire import LeaseRequest
+    from agent_core.wire import LeaseRequest, ShareRequest
 
 SESSION = timedelta(hours=1)
 RENEW = timedelta(minutes=15)
@@ -90,6 +90,15 @@ def take_lease_request(
     agent = prove(session, now, proof)
     agents.refuse_retired(agent)
     return leases.ask(session, now, agent, wanted, _quiet_for(session, agent)).to_json()
+
+
+def take_share_request(
+    session: Session, now: datetime, proof: Signed | Bearer, wanted: ShareRequest
+) -> dict[str, Any]:
+    """Answer an agent that asks how fast it may download now; errors as of `take_report`."""
+    agent = prove(session, now, proof)
+    agents.refuse_retired(agent)
+    return shares.ask(session, now, agent, wanted).to_json()
 
 
 def _quiet_for(session: Session, agent: Agent) -> timedelta:

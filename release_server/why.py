@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent_core.clock import iso
 from agent_core.directive import Assignment, assign, bucket, splay
@@ -125,6 +125,23 @@ class Room:
     until: datetime | None = None
 
 
+class Line(NamedTuple):
+    """How much of its failure domain's download budget others use; `mine_bps`: what it may use itself."""
+
+    domain: str
+    budget_bps: int
+    taken_bps: int
+    downloads: int
+    full: bool
+    mine_bps: int = 0
+    until: datetime | None = None
+
+    @property
+    def text(self) -> str:
+        taken, budget = f"{self.taken_bps / 1000:g} kB/s", f"{self.budget_bps / 1000:g} kB/s"
+        return f"{self.domain} downloads with {taken} of {budget} ({self.downloads} at it)"
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that the explanation may know.
@@ -161,6 +178,7 @@ class Facts:
     launcher: int | None = None
     failed: tuple[str, str, str] | None = None
     room: Room | None = None
+    line: Line | None = None
 
 
 def target(directive: Directive | None) -> str | None:
@@ -400,6 +418,8 @@ def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:
         yield Link(False, state, text, "release rollout retry", says=Reason.SKIPPED if skips else None)
     if facts.running and facts.directive is not None:
         yield from _by_the_clock(facts, facts.directive, now)
+    if facts.line is not None:
+        yield _line(facts.line, has_all=facts.reason == Reason.LEASE)
     if facts.room is not None:
         yield _room(facts.room)
 
@@ -417,6 +437,16 @@ def _by_the_clock(facts: Facts, directive: Directive, now: datetime) -> Iterator
     if now < begins:
         text = f"its turn in the splay comes {begins:%H:%M:%S} UTC"
         yield Link(False, str(Reason.SPLAY), text, until=begins, says=Reason.SPLAY)
+
+
+def _line(line: Line, *, has_all: bool) -> Link:
+    """Whether it may download; `has_all`: it has the bundle, and waits for what comes after that."""
+    seen = {"domain": line.domain, "budget_bps": line.budget_bps, "taken_bps": line.taken_bps}
+    if line.mine_bps:
+        return Link(True, "budget", f"it may download with {line.mine_bps / 1000:g} kB/s", seen=seen)
+    if has_all or not line.full:
+        return Link(True, "budget", line.text, seen=seen)
+    return Link(False, str(Reason.BUDGET), line.text, until=line.until, says=Reason.BUDGET, seen=seen)
 
 
 def _room(room: Room) -> Link:

@@ -17,6 +17,7 @@ from agent_core.errors import RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
 from agent_core.layout import read_json, write_json
 from agent_core.wire import Getter, Reason
+from updater.share import NoShareError
 from updater.stage import check_room, stage
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ def take(layout: Layout, way: Way, release: Release, index_bytes: bytes, reserve
 
     Raises:
         DiskError: `no-room`, before anything was begun: there is none for the full bundle either.
+        NoShareError: it has to wait, as it would for the full bundle; that is no try.
     """
     delta, tries = way.delta, _Tries(layout)
+    before = tries.of(delta)
     part = layout.download / f"{delta.sha256}.part"
     check_room(layout, Index.from_bytes(index_bytes), reserve, part, delta.length)
     try:
-        tries.note(delta, tries.of(delta) + 1)
+        tries.note(delta, before + 1)
         fetch(delta.url, delta.sha256, delta.length, part)
         # Before it is applied: what ends this process, as the kernel does for want of memory, ends it once.
         tries.note(delta, MOST_TRIES)
@@ -86,6 +89,9 @@ def take(layout: Layout, way: Way, release: Release, index_bytes: bytes, reserve
         stage(layout, part, index_bytes, release.facts, delta.sha256, reserve=reserve, base=base)
         with suppress(RelfleetError, OSError):  # the version stands; a note is no reason to fetch it again
             tries.note(delta, 0)
+    except NoShareError:
+        tries.note(delta, before)
+        raise
     except UnreachableError as error:
         return _told(delta, error)
     except Exception as error:  # noqa: BLE001 - whatever it is, the full bundle is there

@@ -21,7 +21,7 @@ from agent_core.wire import Reason
 
 if TYPE_CHECKING:
     import hashlib
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from updater.transport import Origin, Stream
@@ -31,6 +31,11 @@ CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
 MIN_RATE_BPS = 1024.0
 GRACE_S = 30.0
+
+
+def no_ceiling() -> float | None:
+    """As fast as it comes."""
+    return None
 
 
 class Progress(Protocol):
@@ -48,7 +53,7 @@ class _Wanted:
     length: int
     part: Path
     progress: Progress | None
-    rate_limit_bps: float | None
+    ceiling: Callable[[], float | None]
     min_rate_bps: float
     grace_s: float
     deadline_s: float | None
@@ -72,7 +77,7 @@ def fetch(
     into: Path,
     *,
     progress: Progress | None = None,
-    rate_limit_bps: float | None = None,
+    ceiling: Callable[[], float | None] = no_ceiling,
     min_rate_bps: float = MIN_RATE_BPS,
     grace_s: float = GRACE_S,
     deadline_s: float | None = None,
@@ -86,8 +91,10 @@ def fetch(
         length: signed length in bytes.
         into: the part file, `download/DIGEST.part`; its directory exists.
         progress: told how far it is.
-        rate_limit_bps: bytes a second at most.
-        min_rate_bps: bytes a second, over the whole transfer, under which it is given up for now.
+        ceiling: bytes a second at most from now on; asked before the transfer and after each piece. It may
+            end it with an error of its own; what arrived is kept.
+        min_rate_bps: bytes a second, over the whole transfer, under which it is given up for now; never more
+            than half of the ceiling.
         grace_s: seconds before `min_rate_bps` counts.
         deadline_s: seconds for this attempt.
 
@@ -99,8 +106,7 @@ def fetch(
         TrustError: `digest-mismatch`, `length-mismatch`, `bad-answer`; nothing is kept.
         DiskError: `no-room`, or `disk`.
     """
-    floor = min_rate_bps if rate_limit_bps is None else min(min_rate_bps, rate_limit_bps / 2)
-    wanted = _Wanted(path, sha256, length, into, progress, rate_limit_bps, floor, grace_s, deadline_s)
+    wanted = _Wanted(path, sha256, length, into, progress, ceiling, min_rate_bps, grace_s, deadline_s)
     with _disk_errors(into):
         resumed = _run(transport, wanted)
         if resumed is None:
@@ -143,6 +149,7 @@ def _run(transport: Origin, wanted: _Wanted) -> bool | None:
         digest, had = _rehash(fd, wanted.length)
         resumed = had > 0
         if had < wanted.length:
+            wanted.ceiling()
             disk.reserve(fd, wanted.length)
             digest, resumed = _transfer(transport, wanted, fd, digest, had)
         if digest.hexdigest() != wanted.sha256:
@@ -182,7 +189,7 @@ def _transfer(
 
 
 def _receive(wanted: _Wanted, stream: Stream, fd: int, digest: hashlib._Hash, had: int) -> None:
-    began, total = clock.boot_s(), had
+    pace, total = _Pace(wanted), had
     for piece in stream.chunks:
         if total + len(piece) > wanted.length:
             _clear(wanted)
@@ -192,22 +199,42 @@ def _receive(wanted: _Wanted, stream: Stream, fd: int, digest: hashlib._Hash, ha
         total += len(piece)
         if wanted.progress:
             wanted.progress(total, wanted.length)
-        _pace(wanted, total - had, began, done=total == wanted.length)
+        if total < wanted.length:
+            pace.keep(total - had)
     if total < wanted.length:
         raise _unfinished(wanted, f"it ended after {total} of {wanted.length} bytes")
 
 
-def _pace(wanted: _Wanted, received: int, began: float, *, done: bool) -> None:
-    """Wait when faster than the ceiling, give up when slower than the floor."""
-    elapsed = clock.boot_s() - began
-    if done:
-        return
-    if wanted.deadline_s is not None and elapsed > wanted.deadline_s:
-        raise _unfinished(wanted, f"it was not complete within {wanted.deadline_s:g} s")
-    if elapsed > wanted.grace_s and received < elapsed * wanted.min_rate_bps:
-        raise _unfinished(wanted, f"{received} bytes in {elapsed:.0f} s is too slow")
-    if wanted.rate_limit_bps and (ahead := received / wanted.rate_limit_bps - elapsed) > 0:
-        time.sleep(ahead)
+class _Pace:
+    """How fast a transfer may be and must be; its ceiling may change under way.
+
+    What was not used of a ceiling is gone after a second: another host may have had it.
+    """
+
+    def __init__(self, wanted: _Wanted) -> None:
+        self._wanted = wanted
+        self._began = self._seen = clock.boot_s()
+        self._may = self._must = 0.0
+        self._rate = wanted.ceiling()
+
+    def keep(self, received: int) -> None:
+        """Wait when faster than the ceiling, give up when slower than the floor."""
+        wanted, now = self._wanted, clock.boot_s()
+        self._count(received, now - self._seen)
+        self._seen, elapsed = now, now - self._began
+        if wanted.deadline_s is not None and elapsed > wanted.deadline_s:
+            raise _unfinished(wanted, f"it was not complete within {wanted.deadline_s:g} s")
+        if elapsed > wanted.grace_s and received < self._must:
+            raise _unfinished(wanted, f"{received} bytes in {elapsed:.0f} s is too slow")
+        self._rate = wanted.ceiling()
+        if self._rate and (ahead := received - self._may) > 0:
+            time.sleep(ahead / self._rate)
+
+    def _count(self, received: int, passed: float) -> None:
+        floor, rate = self._wanted.min_rate_bps, self._rate
+        self._must += passed * (floor if rate is None else min(floor, rate / 2))
+        if rate is not None:
+            self._may = min(self._may + passed * rate, received + rate)
 
 
 def _check_range(wanted: _Wanted, stream: Stream, had: int) -> None:

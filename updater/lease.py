@@ -42,10 +42,11 @@ def ask(device: Device, directive: Directive, version: str) -> Wait | None:
     try:
         answer = server.ask_lease(device.transport(), device.identity, device.layout, LeaseRequest(version))
     except RelfleetError as error:
-        return _wait(f"no lease for its {directive.lease.scope} could be asked for: {error}", AGAIN_S)
-    return None if answer.granted else _wait(answer.detail, answer.again_s or AGAIN_S)
+        return wait(f"no lease for its {directive.lease.scope} could be asked for: {error}", AGAIN_S)
+    return None if answer.granted else wait(answer.detail, answer.again_s or AGAIN_S)
 
 
-def _wait(detail: str, again_s: float) -> Wait:
+def wait(detail: str, again_s: float) -> Wait:
+    """Not now, for about so long: hosts that were told the same do not come back in step."""
     chance = random.random()  # noqa: S311 - jitter is no secret
     return Wait(detail[:500], timedelta(seconds=jittered(again_s, chance)))

@@ -28,6 +28,7 @@ from updater import identity as identities
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
 from updater.device import Outcome, skip_reason
+from updater.share import Line, NoShareError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -247,6 +248,7 @@ class _Check:
     by_hand: bool = False  # from a file: no bandwidth to save, and no server to tell on the way
     fallback: str = ""  # why a delta did not serve
     record: slots.Record | None = None  # by which it decides
+    line: Line | None = None  # by which a bundle comes
 
     def run(self) -> Outcome:
         cohort = self.device.identity.cohort
@@ -377,7 +379,10 @@ class _Check:
             if not self.by_hand:
                 tell(self.device)  # a download may take hours
         try:
-            name, index = self._stage(release)
+            with Line(self.device, directive.budget, release.facts.version) as self.line:
+                name, index = self._stage(release)
+        except NoShareError as error:
+            return self._wait(outcome, Reason.BUDGET, error.wait)
         except (RelfleetError, OSError) as error:
             # Said once an attempt: a disk that stays full must not fill the spool as well.
             retried = isinstance(error, UnreachableError)
@@ -388,7 +393,7 @@ class _Check:
         if halt := self._stop():  # a download may have taken hours
             return self._wait_for_stop(outcome, halt)
         if not self.by_hand and (wait := lease.ask(self.device, directive, release.facts.version)):
-            return self._wait_for_lease(outcome, wait)
+            return self._wait(outcome, Reason.LEASE, wait)
         refused = self._preflight(name, release) or self._pre_activate(name, index, release)
         if refused is not None:
             # A version that cannot even import, or says no, is remembered like one that failed its trial.
@@ -411,10 +416,10 @@ class _Check:
             outcome, action=Action.STAY, reason=str(Reason.STOP_FILE), detail=str(halt), again=again
         )
 
-    def _wait_for_lease(self, outcome: Outcome, wait: lease.Wait) -> Outcome:
-        """What is staged stays; the whole decision is made anew, for the rollout may have stopped by then."""
+    def _wait(self, outcome: Outcome, reason: Reason, wait: lease.Wait) -> Outcome:
+        """What is here stays; the whole decision is made anew, for the rollout may have stopped by then."""
         again = clock.iso(clock.now() + wait.again)
-        return replace(outcome, action=Action.STAY, reason=str(Reason.LEASE), detail=wait.detail, again=again)
+        return replace(outcome, action=Action.STAY, reason=str(reason), detail=wait.detail, again=again)
 
     def _stage(self, release: Release) -> tuple[str, Index]:
         """Download and unpack; versions that are kept without need give way when there is no room."""
@@ -436,6 +441,8 @@ class _Check:
         part = layout.download / f"{release.sha256}.part"
         index = believe(index_bytes, release.facts)
         is_here = is_complete(layout.version_dir(name), index_bytes)
+        if not is_here:
+            self._ceiling()  # before anything is begun: whoever has to wait has not tried
         by_delta = not is_here and self._by_delta(release, index_bytes)
         if not is_here and not by_delta:
             # Before the download: what could never be unpacked is not worth an hour of somebody's line.
@@ -465,6 +472,9 @@ class _Check:
         self.fallback = delta.take(device.layout, way, release, index_bytes, reserve, fetch)
         return not self.fallback
 
+    def _ceiling(self) -> float | None:
+        return None if self.by_hand or self.line is None else self.line.ceiling()
+
     def _download(self, url: str, sha256: str, length: int, part: Path, deadline_s: float) -> None:
         from updater.download import fetch
 
@@ -476,10 +486,12 @@ class _Check:
             length,
             part,
             progress=self.progress,
-            rate_limit_bps=None if self.by_hand else settings.download_rate_bps or None,
+            ceiling=self._ceiling,
             min_rate_bps=settings.download_min_rate_bps,
-            deadline_s=deadline_s,
+            deadline_s=max(deadline_s, self.line.needs_s(length) if self.line else 0.0),
         )
+        if self.line is not None:
+            self.line.leave()  # what comes next, such as unpacking, keeps nobody waiting
 
     def _preflight(self, name: str, release: Release) -> Outcome | None:
         """The refusal of a version that does not start, or None when it says what the manifest says."""
@@ -542,7 +554,7 @@ def _collect(device: Device) -> None:
         return
     _discard(device, record, Retention(device.settings.versions_keep, device.settings.versions_keep_bytes))
     for part in disk.listdir(device.layout.download):
-        if outcome is not None and not outcome.failed:
+        if outcome is not None and not outcome.failed and outcome.reason != Reason.BUDGET:
             disk.remove(device.layout.download / part)
 
 

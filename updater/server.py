@@ -30,6 +30,7 @@ ENROLL_PATH = "/api/v1/enroll"
 REPORT_PATH = "/api/v1/report"
 ROTATE_PATH = "/api/v1/rotate-key"
 LEASE_PATH = "/api/v1/lease"
+SHARE_PATH = "/api/v1/share"
 MAX_ANSWER = 64 * 1024
 DEADLINE_S = 30.0
 
@@ -96,6 +97,14 @@ def ask_lease(
     """Ask for leave to activate a version; errors as of `report_signed`."""
     answer = _post_signed(transport, identity, paths, LEASE_PATH, _encode(request.to_json()))
     return wire.LeaseAnswer.from_json(answer)
+
+
+def ask_share(
+    transport: Transport, identity: Identity, paths: Layout, request: wire.ShareRequest
+) -> wire.ShareAnswer:
+    """Ask how fast to download, or give that back; errors as of `report_signed`."""
+    answer = _post_signed(transport, identity, paths, SHARE_PATH, _encode(request.to_json()))
+    return wire.ShareAnswer.from_json(answer)
 
 
 def _post_signed(transport: Transport, identity: Identity, paths: Layout, path: str, body: bytes) -> Any:

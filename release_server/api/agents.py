@@ -20,6 +20,7 @@ from agent_core.wire import (
     LeaseRequest,
     Problem,
     Report,
+    ShareRequest,
 )
 from release_server import agents, auth, enrolment, explain, membership, queries, reports
 from release_server.api import PREFIX, access, problems, services
@@ -73,6 +74,12 @@ def report() -> dict[str, Any] | Response:
 def lease() -> dict[str, Any] | Response:
     """Say whether an agent may leave its version now, by how many of its failure domain do."""
     return _from_agent(reports.take_lease_request, LeaseRequest.from_json)
+
+
+@blueprint.post("/share")
+def share() -> dict[str, Any] | Response:
+    """Give an agent its share of what may go into its failure domain, or take it back."""
+    return _from_agent(reports.take_share_request, ShareRequest.from_json)
 
 
 @blueprint.post("/rotate-key")

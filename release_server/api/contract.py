@@ -74,6 +74,7 @@ PLAIN_POSTS = frozenset(
         ("post", "/enroll"),
         ("post", "/report"),
         ("post", "/lease"),
+        ("post", "/share"),
         ("post", "/rotate-key"),
         ("post", "/rollouts/rehearse"),
     }

@@ -54,6 +54,7 @@ class CohortChange(Because):
     window: dict[str, Any] | None = Field(None, max_length=8)
     approval: bool = False
     lease: dict[str, Any] | None = Field(None, max_length=8)
+    budget: dict[str, Any] | None = Field(None, max_length=8)
     calendar: dict[Label, Label] = Field(default_factory=dict, max_length=freezes.MOST_ENTRIES)
 
 
@@ -119,6 +120,7 @@ def render_cohort(view: cohort_view.View) -> dict[str, Any]:
         "retry_epoch": spec.retry_epoch,
         "approval": spec.approval,
         "lease": spec.lease,
+        "budget": spec.budget,
         "revision": spec.revision,
         "actor": spec.actor,
         "reason": spec.reason,

@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "priority": 0,
     "window": None,
     "lease": None,
+    "budget": None,
     "poll_s": 60,
     "report_s": 300,
     "splay_s": 0,
@@ -138,6 +139,11 @@ def _lease(value: Any) -> dict[str, Any] | None:
     return None if isinstance(said, str) else said
 
 
+def _budget(value: Any) -> dict[str, Any] | None:
+    said = words.budget(_text(value))
+    return None if isinstance(said, str) else said
+
+
 def _match(value: Any) -> str:
     return words.match(_text(value))
 
@@ -181,6 +187,7 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "priority": ("priority", _whole),
     "window": ("window", _window),
     "lease": ("lease", _lease),
+    "budget": ("budget", _budget),
     "poll": ("poll_s", _seconds),
     "report": ("report_s", _seconds),
     "splay": ("splay_s", _seconds),

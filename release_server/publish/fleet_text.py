@@ -49,12 +49,14 @@ def shown(name: str, value: Any) -> str:
             return "true" if value else "false"
         case "window", None:
             return '"always"'
-        case "lease", None:
+        case "lease" | "budget", None:
             return '"none"'
         case "window", _:
             return _quoted(f"{','.join(value['days'])} {value['from']}-{value['to']} {value['zone']}")
         case "lease", _:
             return _quoted(f"{value['scope']}={_most(value)}")
+        case "budget", _:
+            return _quoted(f"{value['scope']}={value['bytes_per_s']},{value['at_once']}")
         case "calendar", _:
             return (
                 "{ " + ", ".join(f"{_key(entry)} = {_quoted(text)}" for entry, text in value.items()) + " }"

@@ -240,6 +240,23 @@ def calendar(said: Mapping[str, str] | None) -> str:
     return "; ".join(f"{name}={entry}" for name, entry in (said or {}).items()) or "none"
 
 
+def lease(said: Mapping[str, Any] | None) -> str:
+    """How many of a failure domain may be between two versions, as `--lease` takes it."""
+    if not said:
+        return "none"
+    count, share = said.get("limit"), said.get("share_bp")
+    sizes = [None if count is None else str(count), None if share is None else percent(share)]
+    return f"{said['scope']}={','.join(filter(None, sizes))}"
+
+
+def budget(said: Mapping[str, Any] | None) -> str:
+    """`2000 kB/s into each site, for 4 agents at once`."""
+    if not said:
+        return "none"
+    whole, at_once = f"{said['bytes_per_s'] / 1000:g} kB/s into each {said['scope']}", said["at_once"]
+    return f"{whole}, for {at_once} agents at once" if at_once > 1 else f"{whole}, for one agent at a time"
+
+
 def cohort_view(cohort: Mapping[str, Any]) -> str:
     return console.facts(
         [
@@ -256,6 +273,8 @@ def cohort_view(cohort: Mapping[str, Any]) -> str:
             ("polls", f"every {duration(cohort.get('poll_s') or 0)}"),
             ("reports", f"every {duration(cohort.get('report_s') or 0)}"),
             ("splay", duration(cohort.get("splay_s") or 0)),
+            ("lease", lease(cohort.get("lease"))),
+            ("budget", budget(cohort.get("budget"))),
             ("revision", cohort.get("revision")),
             ("changed", said_by(cohort, str(cohort.get("changed_at") or ""))),
         ]

@@ -1,4 +1,4 @@
-"""How what operators write is read, in a call and in a file: amounts, steps, labels, times, windows, leases.
+"""How what operators write is read, in a call and in a file: amounts, steps, labels, times, windows, limits.
 
 Each reader takes a text and raises a ValueError that says what is wrong with it.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from decimal import Decimal
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, console
 from agent_core.errors import MalformedError, UsageError
-from agent_core.wire import LABEL_KEY, PROGRESS_FULL, Window
+from agent_core.wire import LABEL_KEY, PROGRESS_FULL, BudgetTerms, Window
 from release_server import freezes, queries
 from release_server.freezes import days
 
@@ -204,6 +205,33 @@ def lease(text: str) -> dict[str, Any] | str:
     if not LABEL_KEY.fullmatch(scope.strip()) or not said or len(said) < len(sizes) or 0 in said.values():
         raise ValueError(f"{text!r} is not a lease such as site=2, rack=10% or site=2,10%")
     return {"scope": scope.strip(), **said}
+
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def rate(text: str) -> int:
+    """Read bytes a second: `500kB`, `1.5MB` or `4096`."""
+    found = re.fullmatch(r"(\d{1,10}(?:\.\d{1,3})?)\s*(k|M|G)?B?(?:/s)?", text.strip())
+    if found is None:
+        raise ValueError(f"{text.strip()!r} is not so many bytes a second, such as 500kB or 1.5MB")
+    return int(Decimal(found[1]) * UNITS[found[2] or ""])
+
+
+def budget(text: str) -> dict[str, Any] | str:
+    """Read `site=500kB` (a second), `site=2MB,4` (for four at once, a quarter each), or `none`."""
+    if text.strip() == NONE:
+        return NONE
+    scope, equals, most = text.partition("=")
+    bytes_per_s, comma, at_once = most.partition(",")
+    form = LABEL_KEY.fullmatch(scope.strip()) and (not comma or re.fullmatch(r"\s*\d{1,4}\s*", at_once))
+    if not equals or not form:
+        raise ValueError(f"{text!r} is not a budget such as site=500kB or site=2MB,4")
+    said = {"scope": scope.strip(), "bytes_per_s": rate(bytes_per_s), "at_once": int(at_once or 1)}
+    try:
+        return BudgetTerms.from_json(said, "budget").to_json()
+    except MalformedError as error:
+        raise ValueError(f"{error.what}: {error.why}") from None
 
 
 def match(text: str) -> str:

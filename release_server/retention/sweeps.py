@@ -19,6 +19,7 @@ from release_server.models import (
     Agent,
     AgentEvent,
     Attempt,
+    DownloadShare,
     KeptAnswer,
     MetadataFile,
     PersonSession,
@@ -300,6 +301,11 @@ def ended_leases(session: Session, turn: Turn) -> Step:
     return _all_of(session, ActivationLease.agent_id, turn, turn.most, ActivationLease.until <= turn.now)
 
 
+def ended_shares(session: Session, turn: Turn) -> Step:
+    """Shares of a budget whose time is over; whoever asks for one counts them no more either."""
+    return _all_of(session, DownloadShare.agent_id, turn, turn.most, DownloadShare.until <= turn.now)
+
+
 def kept_answers(session: Session, turn: Turn) -> Step:
     """Answers whose `Idempotency-Key` is a new one by now."""
     over = select(KeptAnswer.person, KeptAnswer.key).where(KeptAnswer.at <= turn.now - ANSWERS)
@@ -335,6 +341,7 @@ def abandoned_uploads(turn: Turn) -> Step:
 
 SWEEPS = {
     "leases": Sweep(ended_leases, timed=False),
+    "shares": Sweep(ended_shares, timed=False),
     "sessions": Sweep(ended_sessions, timed=False),
     "answers": Sweep(kept_answers, timed=False),
     "secrets": Sweep(ended_secrets, timed=False),

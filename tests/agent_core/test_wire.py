@@ -63,6 +63,12 @@ VALUES: dict[str, Any] = {
     "lease_terms": wire.LeaseTerms("site", None, 1_000),
     "lease_request": wire.LeaseRequest("1.5.0"),
     "lease_answer": wire.LeaseAnswer(granted=False, detail="2 of site berlin are at it", again_s=30),
+    "budget_terms": wire.BudgetTerms("site", 2_000_000, 4),
+    "share_request": wire.ShareRequest("1.5.0", 800_000),
+    "share_answer": wire.ShareAnswer(500_000, 300),
+    "share_answer_later": wire.ShareAnswer(
+        0, detail="site berlin downloads with 2000 kB/s of 2000 kB/s (4 at it)", again_s=60
+    ),
     "delta_facts": DeltaFacts("1.4.2", "ab" * 32, "cd" * 32),
     "release_facts": ReleaseFacts(
         product="warehouse-agent",
@@ -90,6 +96,7 @@ VALUES: dict[str, Any] = {
         revision=31,
         window=Window(("mon", "tue", "wed", "thu"), "09:00", "16:30", "Europe/Berlin"),
         lease=wire.LeaseTerms("rack", 2),
+        budget=wire.BudgetTerms("site", 500_000),
         splay_s=120,
         retry_epoch=2,
     ),
@@ -254,6 +261,24 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "from_sha256": (MISSING, None, *DIGESTS),
         "to_sha256": (MISSING, None, *DIGESTS),
     },
+    "budget_terms": {
+        "scope": (MISSING, None, "", "Site", "a b", *NOT_TEXT),
+        "bytes_per_s": (MISSING, None, 0, 4_095, 2**31, *COUNTS),
+        "at_once": (None, 0, 489, 1_001, *COUNTS),
+    },
+    "share_request": {
+        "schema": SCHEMAS,
+        "version": (MISSING, None, *VERSIONS),
+        "wants_bps": (None, *COUNTS),
+        "done": FLAGS,
+    },
+    "share_answer": {
+        "schema": SCHEMAS,
+        "rate_bps": (MISSING, None, 2**31, *COUNTS),
+        "lasts_s": (None, 86_401, *COUNTS),
+        "detail": NOTHING_TEXTS,
+        "again_s": (None, 86_401, *COUNTS),
+    },
     "policy": {
         "schema": SCHEMAS,
         "floor_seq": (None, *COUNTS),
@@ -278,6 +303,7 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "mode": ("on", "", "ENABLED", None, 1),
         "window": ([], "always", {"days": ["mon"]}),
         "lease": ([], 2, "rack"),
+        "budget": ([], 2, "site", {"scope": "site"}),
         "splay_s": (None, 7 * 86_400 + 1, *COUNTS),
         "poll_s": (None, 0, 86_401, *COUNTS),
         "report_s": (None, 0, 86_401, *COUNTS),
@@ -455,6 +481,12 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 counts = st.integers(0, 2**53)
 labels = st.dictionaries(st.from_regex(wire.LABEL_KEY, fullmatch=True), texts, max_size=4)
 clock_times = st.from_regex(wire.CLOCK_TIME, fullmatch=True)
+budgets = st.builds(
+    wire.BudgetTerms,
+    st.sampled_from(["site", "rack"]),
+    st.integers(10 * wire.LEAST_SHARE_BPS, wire.MOST_BPS),
+    st.integers(1, 10),
+)
 windows = st.builds(
     Window,
     st.lists(st.sampled_from(wire.DAYS), min_size=1, unique=True).map(tuple),
@@ -507,11 +539,15 @@ MESSAGES: list[st.SearchStrategy[Any]] = [
         window=st.none() | windows,
         lease=st.none()
         | st.builds(wire.LeaseTerms, st.sampled_from(["site", "rack"]), st.integers(1, 9), st.none()),
+        budget=st.none() | budgets,
         splay_s=st.integers(0, 7 * 86_400),
         poll_s=st.integers(1, 86_400),
         report_s=st.integers(1, 86_400),
         retry_epoch=counts,
     ),
+    budgets,
+    st.builds(wire.ShareRequest, versions, counts, st.booleans()),
+    st.builds(wire.ShareAnswer, st.integers(0, wire.MOST_BPS), st.integers(0, 86_400), texts),
     st.builds(EnrollRequest, names, agent_ids, digests, platforms, texts, labels),
     st.builds(KeyChange, digests, digests.map(lambda half: half * 2)),
     st.builds(EnrollAnswer, agent_ids, st.none() | names, st.booleans()),

@@ -17,8 +17,19 @@ from sqlalchemy import event, func, null, select, update
 from tuf.api.metadata import Metadata, Timestamp
 
 from agent_core.errors import NotAllowedError
-from agent_core.wire import LeaseRequest
-from release_server import agents, attempts, audit, auth, enrolment, explain, fleet, leases, repository
+from agent_core.wire import LeaseRequest, ShareRequest
+from release_server import (
+    agents,
+    attempts,
+    audit,
+    auth,
+    enrolment,
+    explain,
+    fleet,
+    leases,
+    repository,
+    shares,
+)
 from release_server.blobs import Blobs, UploadConflictError, open_locked
 from release_server.config import Config
 from release_server.database import Sessions, make_engine
@@ -30,6 +41,7 @@ from release_server.models import (
     Attempt,
     AuditEntry,
     CohortStatus,
+    DownloadShare,
     Lease,
     MetadataFile,
     PersonSession,
@@ -182,6 +194,19 @@ def test_a_lease_goes_with_its_time(world, sessions, clock, prune):
     prune()
     with sessions.read() as session:
         assert session.scalars(select(ActivationLease.agent_id)).all() == [other.id]
+
+
+def test_a_share_of_a_budget_goes_with_its_time(world, sessions, clock, prune):
+    world.cohort(budget={"scope": "site", "bytes_per_s": 100_000, "at_once": 2})
+    host, other = world.enroll("web-1"), world.enroll("web-2")
+    for one in (host, other):
+        with world.write() as session:
+            shares.ask(session, clock(), session.get_one(Agent, one.id), ShareRequest("1.1.0"))
+    with world.write() as session:
+        session.get_one(DownloadShare, other.id).until = clock() + timedelta(days=1)
+    prune()
+    with sessions.read() as session:
+        assert session.scalars(select(DownloadShare.agent_id)).all() == [other.id]
 
 
 # --- rollouts --------------------------------------------------------------------------------------------
@@ -539,7 +564,7 @@ def test_zero_keeps_a_kind_for_ever(sessions, prune):
         assert (
             set(session.scalars(select(Pruning.kind)))
             == set(SWEEPS) - set(kinds)
-            == {"leases", "sessions", "answers", "secrets"}
+            == {"leases", "shares", "sessions", "answers", "secrets"}
         )
 
 

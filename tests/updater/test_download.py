@@ -26,6 +26,7 @@ from tests.http_origin import (
     Whole,
     WithoutEtag,
 )
+from tests.updater.stepped import Stepped
 from updater.download import fetch, fetch_small, hashed_path
 from updater.transport import Transport
 
@@ -318,9 +319,47 @@ def test_a_download_keeps_to_its_deadline(origin: Origin, transport: Transport, 
 
 def test_the_bandwidth_ceiling_holds(transport: Transport, part: Path) -> None:
     began = time.monotonic()
-    get(transport, part, rate_limit_bps=500_000, min_rate_bps=10_000_000, grace_s=0)
+    get(transport, part, ceiling=lambda: 500_000, min_rate_bps=10_000_000, grace_s=0)
     # The floor never lies above the ceiling, and the last piece is not waited for.
     assert 0.35 < time.monotonic() - began < 3
+
+
+PIECE = 64 * 1024
+
+
+def test_a_ceiling_that_changes_under_way_holds_from_then_on(
+    transport: Transport, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped, seen = Stepped(monkeypatch), []
+
+    def ceiling() -> float:
+        return 50_000 if stepped.now_s < 1_003 else 10_000
+
+    def progress(received: int, _: int) -> None:
+        seen.append((stepped.now_s - 1_000, received))
+
+    # As slow as that is no drip: the floor goes down with the ceiling.
+    get(transport, part, ceiling=ceiling, progress=progress, min_rate_bps=40_000, grace_s=0)
+    for at, received in seen:
+        assert received <= 50_000 * min(at, 4) + 10_000 * max(0, at - 4) + 2 * PIECE
+    assert seen[-1][1] == len(CONTENT)
+    assert 10 < seen[-1][0] < 20
+
+
+def test_what_a_stalled_download_did_not_use_it_does_not_take_later(
+    transport: Transport, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host may have had it: the ceiling is a part of a line that many share."""
+    stepped, seen = Stepped(monkeypatch), []
+
+    def progress(received: int, _: int) -> None:
+        if not seen:
+            stepped.step(3_600)
+        seen.append((stepped.now_s, received))
+
+    get(transport, part, ceiling=lambda: 10_000, progress=progress, min_rate_bps=0)
+    took, received = seen[-1][0] - seen[0][0], seen[-1][1] - seen[0][1]
+    assert took >= (received - 2 * PIECE) / 10_000 - 1
 
 
 @pytest.mark.parametrize(

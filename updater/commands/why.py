@@ -28,6 +28,7 @@ CHANGED_BY = {
     Reason.OUTSIDE_WINDOW: "the window, which opens by itself; agent install FILE does not wait for it",
     Reason.SPLAY: "nothing to do: its turn comes by itself",
     Reason.LEASE: "nothing to do: it asks again by itself; release cohort show says how many may at once",
+    Reason.BUDGET: "nothing to do: it asks again by itself; release cohort show has its site's budget",
     Reason.BACKOFF: "nothing to do: it tries again by itself; agent once tries now",
     Reason.SKIPPED: "agent retry here, or release rollout retry for all",
     Reason.IN_TRIAL: "the end of the trial: agent status",

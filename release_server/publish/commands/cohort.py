@@ -10,6 +10,7 @@ import click
 from agent_core import clock, console
 from release_server.publish import fleet_text, render
 from release_server.publish.commands.operate import (
+    BUDGET,
     ENTRY,
     LEASE,
     MOMENT,
@@ -60,6 +61,12 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=LEASE,
             help="How many of one label's value may change version at once: site=2, rack=10%, none;"
             " site=2,10% is the smaller of both.",
+        ),
+        click.option(
+            "--budget",
+            type=BUDGET,
+            help="Bytes a second into each value of one label: site=500kB, none;"
+            " site=2MB,4 is divided among four agents at once.",
         ),
         click.option(
             "--calendar",
@@ -116,12 +123,11 @@ def edit(name: str, **spec: Any) -> None:
     body = given(**with_calendar(spec))
     if body.get("window") == ALWAYS:
         body["window"] = None
-    if body.get("lease") == NONE:
-        body["lease"] = None
+    body |= {key: None for key in ("lease", "budget") if body.get(key) == NONE}
     if not body.keys() - {"reason"}:
         raise click.UsageError(
             "nothing to change: give --match, --priority, --window, --poll, --report, --splay, --lease,"
-            " --calendar or --approval"
+            " --budget, --calendar or --approval"
         )
     if "match" in body:
         confirm_match(name, body["match"])

@@ -102,6 +102,7 @@ DEVICES = {
     "POST /report",
     "POST /rotate-key",
     "POST /lease",
+    "POST /share",
 }
 SIGNED = {
     # Signed bytes are kept as they are; what is in them is the business of TUF's own reader.

@@ -43,6 +43,17 @@ def test_a_window_is_kept_until_it_is_taken_off(world, call):
     assert call("PATCH", "/cohorts/demo/eu", json={"window": None}).json["window"] is None
 
 
+def test_a_budget_is_kept_until_it_is_taken_off_and_one_that_is_too_small_is_refused(world, call):
+    budget = {"scope": "site", "bytes_per_s": 500_000, "at_once": 4}
+    made = call("POST", "/cohorts", json=NEW | {"budget": budget}).json
+    assert (made["budget"], made["directive"]["budget"]) == (budget, budget)
+    assert call("PATCH", "/cohorts/demo/eu", json={"priority": 3}).json["budget"] == budget
+    refused = call("PATCH", "/cohorts/demo/eu", json={"budget": budget | {"bytes_per_s": 16_000}})
+    assert (refused.status_code, refused.json["reason"]) == (400, "malformed")
+    assert "4096 bytes a second" in refused.json["detail"]
+    assert call("PATCH", "/cohorts/demo/eu", json={"budget": None}).json["budget"] is None
+
+
 def test_pin_and_unpin(world, call):
     call("POST", "/cohorts", json=NEW)
     pinned = call("POST", "/cohorts/demo/eu/pin", json={"version": "0.9.0", "reason": "audit"}).json

@@ -22,6 +22,7 @@ OPEN = {
     "POST /api/v1/report",  # an agent's key or session
     "POST /api/v1/rotate-key",  # an agent's key
     "POST /api/v1/lease",  # an agent's key or session
+    "POST /api/v1/share",  # the same
 }
 """Routes without a person behind them. Who adds one here says what stands in the place of a scope."""
 ANYBODY = {"GET /api/v1/whoami"}

@@ -53,6 +53,7 @@ def write(text: str) -> None:
         pytest.param("[cohorts.a]\npoll = '0.5s'\n", "f.toml:2: cohorts.a.poll", "whole", id="half a second"),
         pytest.param("[cohorts.a]\nwindow = 'x'\n", "f.toml:2: cohorts.a.window", "window", id="a window"),
         pytest.param("[cohorts.a]\nlease = 'site'\n", "f.toml:2: cohorts.a.lease", "lease", id="a lease"),
+        pytest.param("[cohorts.a]\nbudget = 'a=1B'\n", "f.toml:2: cohorts.a.budget", "4096", id="a drip"),
         pytest.param(
             "[cohorts.a]\npriority = true\n", "f.toml:2: cohorts.a.priority", "number", id="a number"
         ),
@@ -226,6 +227,37 @@ def test_a_lease_that_cannot_be_meant_is_refused(text):
         words.lease(text)
 
 
+BUDGETS = [
+    None,
+    {"scope": "site", "bytes_per_s": 500_000, "at_once": 1},
+    {"scope": "rack", "bytes_per_s": 2_000_000, "at_once": 4},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("none", "none"),
+        ("site=500kB", BUDGETS[1]),
+        ("site=0.5MB/s", BUDGETS[1]),
+        ("site=500000", BUDGETS[1]),
+        ("rack=2MB,4", BUDGETS[2]),
+        ("rack=2000000,4", BUDGETS[2]),
+    ],
+)
+def test_a_budget_is_bytes_a_second_and_for_how_many_at_once(text, read):
+    assert words.budget(text) == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "site", "site=", "=1MB", "site=1TB", "site=-1", "site=1MB,0", "site=4kB", "S=1MB"],
+)
+def test_a_budget_that_cannot_be_meant_is_refused(text):
+    with pytest.raises(ValueError, match="is not"):
+        words.budget(text)
+
+
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,8}", fullmatch=True)
 WINDOWS = {"days": ["mon", "tue"], "from": "22:00", "to": "04:00", "zone": "Europe/Berlin"}
 PRESENT = st.fixed_dictionaries(
@@ -234,6 +266,7 @@ PRESENT = st.fixed_dictionaries(
         "priority": st.integers(-5, 5),
         "window": st.sampled_from([None, WINDOWS]),
         "lease": st.sampled_from(LEASES),
+        "budget": st.sampled_from(BUDGETS),
         "poll_s": st.integers(1, 90_000),
         "report_s": st.integers(1, 90_000),
         "splay_s": st.integers(0, 90_000),

@@ -214,6 +214,29 @@ def test_a_window_is_shown_as_the_option_takes_it(text: str) -> None:
     assert f"window    {text}\n" in shown
 
 
+@pytest.mark.parametrize(
+    ("lease", "budget", "lines"),
+    [
+        (None, None, ("lease     none", "budget    none")),
+        (
+            "site=2,10%",
+            "site=500kB",
+            ("lease     site=2,10%", "budget    500 kB/s into each site, for one agent at a time"),
+        ),
+        (
+            "rack=2",
+            "rack=2MB,4",
+            ("lease     rack=2", "budget    2000 kB/s into each rack, for 4 agents at once"),
+        ),
+    ],
+)
+def test_what_limits_a_failure_domain_is_shown(
+    lease: str | None, budget: str | None, lines: tuple[str, str]
+) -> None:
+    said = {"lease": lease and words.lease(lease), "budget": budget and words.budget(budget)}
+    assert set(lines) <= set(render.cohort_view({"name": "eu-web", **said}).splitlines())
+
+
 def test_a_preview_marks_who_joins_and_who_leaves() -> None:
     answer = {"match": "", "agents": ["a", "b"], "joins": ["b"], "leaves": ["c"]}
     assert render.preview(answer) == "2 agents would match everything: 1 join, 1 leave\n  a\n+ b\n- c"
