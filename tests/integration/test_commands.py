@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import socketserver
+import threading
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -47,13 +51,51 @@ def test_of_two_pushes_at_once_at_most_one_has_to_be_repeated_and_both_are_publi
     assert len(seqs) == 2
 
 
+@contextmanager
+def a_line_that_stalls(port, after):
+    """A port before the server's own that hands on so many bytes and no more; and whether it has."""
+    left, stalled, gone = after, threading.Event(), threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            nonlocal left
+            with socket.create_connection(("127.0.0.1", port)) as server:
+                back = threading.Thread(target=hand_on, args=(server, self.request))
+                back.start()
+                while left > 0 and (piece := self.request.recv(min(left, 65_536))):
+                    server.sendall(piece)
+                    left -= len(piece)
+                if left == 0:
+                    stalled.set()
+                    gone.wait()
+                server.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as line:
+        serving = threading.Thread(target=line.serve_forever, kwargs={"poll_interval": 0.02})
+        serving.start()
+        try:
+            yield line.server_address[1], stalled
+        finally:
+            gone.set()
+            line.shutdown()
+            serving.join()
+
+
+def hand_on(source, sink):
+    with suppress(OSError):
+        while piece := source.recv(65_536):
+            sink.sendall(piece)
+
+
 def test_a_push_killed_in_the_middle_of_its_upload_is_finished_by_the_same_command(world):
     archive = world.derive("3.3.0", {"app/noise.bin": os.urandom(40 * 2**20)})
-    child = world.processes.begin("release", "push", str(archive), cwd=world.project)
-    uploads = world.server_data / "uploads"
-    until("the upload", lambda: any(part.stat().st_size for part in uploads.iterdir()), every_s=0.001)
-    child.send_signal(signal.SIGKILL)
-    assert world.processes.finish(child, codes=(-signal.SIGKILL,)) == ""
+    words = ("release", "push", str(archive), "--server")
+    with a_line_that_stalls(int(world.port), 20 * 2**20) as (port, stalled):
+        child = world.processes.begin(*words, f"http://127.0.0.1:{port}", cwd=world.project)
+        until("half of the upload", stalled.is_set)
+        child.send_signal(signal.SIGKILL)
+        assert world.processes.finish(child, codes=(-signal.SIGKILL,)) == ""
     assert world.exit_of("release", "show", "3.3.0")[0] == 7
     code, outcome = push(world, "3.3.0")
     assert (code, outcome["state"]) == (0, "published")
