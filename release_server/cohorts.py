@@ -27,6 +27,7 @@ from release_server.models import (
 from release_server.queries import parse
 from release_server.rollout import FINISHED, StageState, State
 from release_server.webhooks import standstill
+from release_server.webhooks.standstill import Stand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,7 +174,8 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
         raise ConflictError(f"{owner.name} has a cohort {name} already", then=f"release cohort show {name}")
     else:
         cohort.deleted_at = None
-        status_of(session, cohort.id).base = base
+        status = status_of(session, cohort.id)
+        status.base, status.frozen_by, status.frozen_by_hand = base, None, False
     session.flush()
     return cohort
 
@@ -276,11 +278,8 @@ def freeze(
     if until is not None and until <= now:
         raise UsageError("the freeze would be over already", then="give a time in the future")
     cohort = find(session, product, name)
-    stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
     _change(session, now, actor, cohort, reason=reason, begins="freeze", frozen=True, frozen_until=until)
     _note(session, now, actor, "cohort.freeze", cohort, until=until, reason=reason)
-    if not stood:
-        standstill.tell_frozen(session, now, actor, cohort, frozen=True, until=until, reason=reason)
     return cohort
 
 
@@ -289,11 +288,8 @@ def unfreeze(
 ) -> Cohort:
     """End a freeze; what was going on goes on."""
     cohort = find(session, product, name)
-    stood = is_frozen_by_hand(newest_spec(session, cohort.id), now)
     _change(session, now, actor, cohort, reason=reason, ends="freeze", frozen=False, frozen_until=None)
     _note(session, now, actor, "cohort.unfreeze", cohort, reason=reason)
-    if stood:
-        standstill.tell_frozen(session, now, actor, cohort, frozen=False, reason=reason)
     return cohort
 
 
@@ -385,6 +381,9 @@ def _change(
     Args:
         begins, ends: `pin` or `freeze`, for which this actor and reason stand from now on, or none any more.
     """
+    due_at = status_of(session, cohort.id).due_at
+    if due_at is not None and due_at <= now:
+        refresh_directive(session, now, cohort)  # what time has brought is told before what a person does
     newest = newest_spec(session, cohort.id)
     spec = CohortSpec(**{name: getattr(newest, name) for name in COPIED} | changes)
     spec.because = {act: said for act, said in newest.because.items() if act not in (begins, ends)}
@@ -392,7 +391,7 @@ def _change(
         spec.because[begins] = {"actor": actor, "reason": reason, "at": iso(now)}
     spec.actor, spec.reason = actor, reason
     _revise(session, now, cohort, spec)
-    refresh_directive(session, now, cohort, base=base)
+    refresh_directive(session, now, cohort, base=base, act=standstill.Act(actor, reason))
 
 
 def _revise(session: Session, now: datetime, cohort: Cohort, spec: CohortSpec) -> None:
@@ -442,11 +441,18 @@ def unfinished(session: Session, cohort_id: int) -> list[tuple[Rollout, RolloutS
     return [(rollout, status) for rollout, status in session.execute(query)]
 
 
-def refresh_directive(session: Session, now: datetime, cohort: Cohort, base: str | None = None) -> bool:
+def refresh_directive(
+    session: Session,
+    now: datetime,
+    cohort: Cohort,
+    base: str | None = None,
+    act: standstill.Act = standstill.BY_TIME,
+) -> bool:
     """Make the cohort's directive anew; its revision grows only when its content changes.
 
     Args:
         base: the version the cohort has settled on from now on, when that changes.
+        act: who led to it; the server where time did.
 
     Returns:
         Whether there is a new one to sign.
@@ -464,19 +470,31 @@ def refresh_directive(session: Session, now: datetime, cohort: Cohort, base: str
     if changed:
         stir(session)
         made["revision"] = status.directive_revision + 1
-    due_at = _changes_at(spec, now)
-    if not changed and (settled, due_at) == (status.base, status.due_at):
+    due_at, before = _changes_at(spec, now), Stand(status.frozen_by, by_hand=status.frozen_by_hand)
+    stand = _stand(spec, now, before)
+    if not changed and (settled, due_at, stand.told) == (status.base, status.due_at, before.told):
         return False
-    _store(session, now, cohort, status, base=settled, made=made, due_at=due_at)
+    _store(session, now, cohort, status, base=settled, made=made, due_at=due_at, stand=stand)
+    standstill.tell(session, now, cohort, before, stand, act)
     return changed
+
+
+def _stand(spec: CohortSpec, now: datetime, before: Stand) -> Stand:
+    """What freezes a cohort now; entries of its calendar without a gap between them are one freeze."""
+    by_hand = is_frozen_by_hand(spec, now)
+    freeze = freezes.standing(spec.calendar, now)
+    by = (before.by or freeze.by) if freeze else None
+    return Stand(by, freeze.until if freeze else None, by_hand, spec.frozen_until if by_hand else None)
 
 
 def _changes_at(spec: CohortSpec, now: datetime) -> datetime | None:
     """When a freeze ends, or begins by the calendar; one by the calendar without end is looked at daily."""
-    freeze = freeze_of(spec, now)
-    if freeze is None:
-        return freezes.next_beginning(spec.calendar, now)
-    return freeze.until or (now + freezes.DAY if spec.calendar else None)
+    freeze = freezes.standing(spec.calendar, now)
+    by_calendar = (
+        (freeze.until or now + freezes.DAY) if freeze else freezes.next_beginning(spec.calendar, now)
+    )
+    by_hand = spec.frozen_until if is_frozen_by_hand(spec, now) else None
+    return min(filter(None, (by_calendar, by_hand)), default=None)
 
 
 def _store(
@@ -488,6 +506,7 @@ def _store(
     base: str | None,
     made: dict[str, Any],
     due_at: datetime | None,
+    stand: Stand,
 ) -> None:
     """Compare-and-swap on `edition`: of two that saw the same status one stores."""
     stored = session.execute(
@@ -498,6 +517,8 @@ def _store(
             directive=made,
             directive_revision=made["revision"],
             due_at=due_at,
+            frozen_by=stand.by,
+            frozen_by_hand=stand.by_hand,
             edition=seen.edition + 1,
             updated_at=now,
         )

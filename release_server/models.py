@@ -141,7 +141,10 @@ class CohortSpec(Base):
 
 
 class CohortStatus(Base):
-    """What is so of a cohort: the version it has settled on, and the directive last made for it."""
+    """What is so of a cohort: the version it has settled on, and the directive last made for it.
+
+    `frozen_by` (an entry of its calendar) and `frozen_by_hand` are the freezes that stand and were told of.
+    """
 
     __tablename__ = "cohort_status"
     cohort_id: Mapped[int] = mapped_column(ForeignKey("cohorts.id"), primary_key=True)
@@ -149,6 +152,8 @@ class CohortStatus(Base):
     directive: Mapped[dict[str, Any] | None]
     directive_revision: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(index=True)
+    frozen_by: Mapped[str | None] = mapped_column(String(64))
+    frozen_by_hand: Mapped[bool] = mapped_column(default=False, server_default=false())
     edition: Mapped[int] = mapped_column(default=0)
     updated_at: Mapped[datetime]
 

@@ -1,14 +1,20 @@
-"""This module tells when people freeze a cohort or let it go, and when a whole fleet stands by that."""
+"""This module tells when a cohort is frozen and when it is let go, by people or by time, and when a whole
+fleet stands by that.
+
+What was told is kept with the cohort (`CohortStatus.frozen_by`, `frozen_by_hand`) and stored by the same
+compare-and-swap as its directive, so that each beginning and each end is told once.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import select
 
 from agent_core.clock import iso
-from release_server.models import Cohort, CohortSpec, Webhook
+from release_server import audit
+from release_server.models import Cohort, CohortStatus, Webhook
 from release_server.webhooks import events, outbox
 
 if TYPE_CHECKING:
@@ -17,37 +23,100 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
-def tell_frozen(
+@dataclass(frozen=True)
+class Stand:
+    """What freezes a cohort, each cause by itself.
+
+    Attributes:
+        by: the entry of the calendar that began it; None where none holds.
+        until: when the calendar lets it go.
+        by_hand: a person's freeze stands, until `hand_until`, or without end.
+    """
+
+    by: str | None = None
+    until: datetime | None = None
+    by_hand: bool = False
+    hand_until: datetime | None = None
+
+    @property
+    def told(self) -> tuple[str | None, bool]:
+        return self.by, self.by_hand
+
+
+@dataclass(frozen=True)
+class Act:
+    """Who did what led to a change; the server is who, where time did."""
+
+    actor: str = audit.SERVER
+    reason: str = ""
+
+
+BY_TIME = Act()
+
+
+def tell(session: Session, now: datetime, cohort: Cohort, before: Stand, after: Stand, act: Act) -> None:
+    """Tell and audit what of a cohort's freezes has begun and ended between two stands, just stored."""
+    if before.by_hand != after.by_hand:
+        _tell_hand(session, now, cohort, after, act)
+    if before.by != after.by:
+        if before.by:
+            _tell_calendar(session, now, cohort, before.by, None, frozen=False)
+        if after.by:
+            _tell_calendar(session, now, cohort, after.by, after.until, frozen=True)
+    stood, stands = (bool(stand.by or stand.by_hand) for stand in (before, after))
+    if stood != stands and _has_webhooks(session) and not _another_moves(session, cohort):
+        kind = events.FLEET_STOPPED if stands else events.FLEET_RESUMED
+        outbox.tell(session, now, kind, cohort.product.name, reason=act.reason, actor=act.actor)
+
+
+def _tell_hand(session: Session, now: datetime, cohort: Cohort, after: Stand, act: Act) -> None:
+    reason = act.reason
+    if act.actor == audit.SERVER and not after.by_hand:
+        reason = "its time is over"
+        _audit(session, now, cohort, "cohort.unfreeze", reason=reason)
+    _put(session, now, cohort, Act(act.actor, reason), "", after.hand_until, frozen=after.by_hand)
+
+
+def _tell_calendar(
+    session: Session, now: datetime, cohort: Cohort, by: str, until: datetime | None, *, frozen: bool
+) -> None:
+    ends = {"until": iso(until)} if until else {}
+    _audit(session, now, cohort, "cohort.freeze" if frozen else "cohort.unfreeze", by=by, **ends)
+    _put(session, now, cohort, Act(reason=f"by its calendar: {by}"), by, until, frozen=frozen)
+
+
+def _audit(session: Session, now: datetime, cohort: Cohort, action: str, **detail: str) -> None:
+    audit.record(session, now, audit.SERVER, action, f"{cohort.product.name}/{cohort.name}", **detail)
+
+
+def _put(
     session: Session,
     now: datetime,
-    actor: str,
     cohort: Cohort,
+    act: Act,
+    by: str,
+    until: datetime | None,
     *,
     frozen: bool,
-    until: datetime | None = None,
-    reason: str = "",
 ) -> None:
-    """Tell that a cohort was frozen or unfrozen by hand just now, and what that makes of its fleet."""
-    if session.execute(select(Webhook.id).limit(1)).first() is None:
+    if not _has_webhooks(session):
         return
-    said = {"reason": reason, "actor": actor}
-    ends = None if until is None else iso(until)
     kind = events.COHORT_FROZEN if frozen else events.COHORT_UNFROZEN
-    outbox.tell(session, now, kind, cohort.product.name, cohort=cohort.name, until=ends, **said)
-    if not _another_moves(session, now, cohort):
-        kind = events.FLEET_STOPPED if frozen else events.FLEET_RESUMED
-        outbox.tell(session, now, kind, cohort.product.name, **said)
+    ends = iso(until) if frozen and until else None
+    said = {"until": ends, "by": by, "reason": act.reason, "actor": act.actor}
+    outbox.tell(session, now, kind, cohort.product.name, cohort=cohort.name, **said)
 
 
-def _another_moves(session: Session, now: datetime, cohort: Cohort) -> bool:
-    """Whether another cohort of the product is not frozen by hand."""
-    any_spec = aliased(CohortSpec)
-    newest = select(func.max(any_spec.revision)).where(any_spec.cohort_id == Cohort.id).scalar_subquery()
+def _has_webhooks(session: Session) -> bool:
+    return session.execute(select(Webhook.id).limit(1)).first() is not None
+
+
+def _another_moves(session: Session, cohort: Cohort) -> bool:
+    """Whether another cohort of the product is not frozen, as far as that was told."""
     moving = (
         select(Cohort.id)
-        .join(CohortSpec, CohortSpec.cohort_id == Cohort.id)
+        .join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
         .where(Cohort.product_id == cohort.product_id, Cohort.id != cohort.id, Cohort.deleted_at.is_(None))
-        .where(CohortSpec.revision == newest)
-        .where(CohortSpec.frozen.is_(False) | (CohortSpec.frozen_until <= now))
+        .where(CohortStatus.frozen_by.is_(None), CohortStatus.frozen_by_hand.is_(False))
     )
     return session.execute(moving.limit(1)).first() is not None

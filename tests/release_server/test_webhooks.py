@@ -200,7 +200,52 @@ def test_a_freeze_that_lapsed_stands_no_more_when_the_next_is_told(world, heard,
         world.clock.step(hours=1)
     world.call(cohorts.unfreeze, "demo", "eu")
     send()
-    assert heard.types() == ["cohort.frozen", "fleet.stopped"] * 2
+    assert heard.types() == ["cohort.frozen", "fleet.stopped", "cohort.unfrozen", "fleet.resumed"] * 2
+
+
+LUNCH = {"lunch": "fri 12:30-13:00 UTC", "nap": "fri 13:00-13:30 UTC"}
+
+
+def test_what_the_calendar_freezes_is_told_once_when_it_begins_and_once_when_it_ends(
+    world, heard, subscribe, send
+):
+    """By the jobs process, also in the middle of a freeze by hand, which is told by itself."""
+    for name in ("eu", "us"):
+        world.cohort(name, match=f"region={name}", calendar=LUNCH)
+    subscribe(heard.url, "cohort.*", "fleet.*")
+    world.call(cohorts.freeze, "demo", "eu", until=world.clock() + timedelta(minutes=45), reason="a fire")
+    for _ in range(14):
+        world.tick(minutes=10)
+        world.tick()
+    send()
+    told = [(at, kind, data.get("cohort"), data.get("by"), data["actor"]) for at, kind, data in said(heard)]
+    assert told == [
+        ("12:00", "cohort.frozen", "eu", "", "olga"),
+        ("12:30", "cohort.frozen", "eu", "lunch", "server"),
+        ("12:30", "cohort.frozen", "us", "lunch", "server"),
+        ("12:30", "fleet.stopped", None, None, "server"),
+        ("12:50", "cohort.unfrozen", "eu", "", "server"),
+        ("13:30", "cohort.unfrozen", "eu", "lunch", "server"),
+        ("13:30", "fleet.resumed", None, None, "server"),
+        ("13:30", "cohort.unfrozen", "us", "lunch", "server"),
+    ]
+    assert said(heard)[1][2]["until"] == "2026-05-01T13:30:00Z"
+    with world.read() as session:
+        lines = [
+            (entry.action, entry.subject, entry.detail)
+            for entry in session.scalars(select(AuditEntry).order_by(AuditEntry.id))
+            if entry.actor == "server" and entry.subject == "demo/eu"
+        ]
+    assert lines == [
+        ("cohort.freeze", "demo/eu", {"by": "lunch", "until": "2026-05-01T13:30:00Z"}),
+        ("cohort.unfreeze", "demo/eu", {"reason": "its time is over"}),
+        ("cohort.unfreeze", "demo/eu", {"by": "lunch"}),
+    ]
+
+
+def said(heard):
+    bodies = [json.loads(body) for _, body in heard.got]
+    return [(each["timestamp"][11:16], each["type"], each["data"]) for each in bodies]
 
 
 def test_what_was_rolled_back_is_told_to_nobody(world, heard, subscribe, send):
