@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_LINE = 65_536
-IDLE_S = 30.0
+IDLE_S = 60.0
 """Long enough for the stages of a rollout to find it loaded, short enough to be gone on a quiet day."""
 
 

@@ -124,7 +124,7 @@ class Processes:
             if child.poll() is not None:
                 self._again[name]()
 
-    def wait_for(self, what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.2) -> Any:
+    def wait_for(self, what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.25) -> Any:
         """As the function of that name, with everything kept alive meanwhile."""
 
         def look() -> Any:
@@ -148,7 +148,7 @@ class Processes:
         self._kept.clear()
 
 
-def wait_for(what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.2) -> Any:
+def wait_for(what: str, found: Callable[[], Any], *, within_s: float, every_s: float = 0.25) -> Any:
     """Ask again until the answer is true.
 
     Raises:
