@@ -71,7 +71,7 @@ def test_an_honest_delta_is_taken(victim):
     assert (outcome.action, outcome.detail) == (Action.INSTALL, f"to {NEW}"), outcome
     assert outcome.candidate == victim.name_of(NEW)
     assert asked_for(victim, ".delta", ".tar.zst") == [".delta"]
-    victim.is_well_again()
+    victim.is_well_again(told=True)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_a_delta_that_does_not_give_the_signed_files_costs_its_own_download(vict
     assert (kept, led) == (record, links)
     assert files.items() <= now.items()
     assert list(victim.layout.staging.iterdir()) == list(victim.layout.download.iterdir()) == []
-    victim.is_well_again()
+    victim.is_well_again(told=True)

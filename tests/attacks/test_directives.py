@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Delegations, Targets
 
 from agent_core import slots, wire
 from agent_core.bundle import host_platforms
-from tests.attacks.victim import COHORT, GOOD, NEW, OLD, PRODUCT, SEQ
+from tests.attacks.victim import COHORT, GOOD, NEW, OLD, PRODUCT, SEQ, bundle
 
 FOREIGN = "linux-s390x" if "linux-s390x" not in host_platforms() else "linux-riscv64"
 BELOW_THE_FLOOR = 1
@@ -133,6 +135,57 @@ def test_a_release_over_the_head_of_its_stepping_stone(victim):
     victim.server.lead_to("2.0.0")
     victim.refuses("stepping-stone")
     victim.is_well_again()
+
+
+def test_a_release_that_this_host_has_no_launcher_for(victim):
+    victim.server.release("2.0.0", 9, min_launcher=999)
+    victim.server.lead_to("2.0.0")
+    victim.refuses("old-launcher")
+    victim.is_well_again()
+
+
+# --- what release keys signed, carelessly or by another's hand ---------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["bundles/*/*/*", "*/*/*/*", "policy/*"])
+def test_a_role_that_would_speak_for_releases(victim, pattern):
+    """However it came to be signed: a host takes releases and policies of the release keys alone."""
+    server = victim.server
+    server.delegate("extra", ["harmless/*", pattern], CryptoSigner.generate_ed25519())
+    server.extra["extra"] = Targets(version=1, expires=server.targets.expires)
+    server.lead_to(GOOD)
+    victim.refuses("bad-delegation")
+    victim.is_well_again()
+
+
+def test_a_cohorts_key_that_lets_another_speak(victim):
+    key = CryptoSigner.generate_ed25519().public_key
+    victim.server.cohorts.delegations = Delegations({key.keyid: key}, {})
+    victim.server.lead_to(GOOD)
+    victim.refuses("bad-delegation")
+    victim.is_well_again()
+
+
+@pytest.mark.parametrize(
+    ("archive", "index", "reason"),
+    [
+        (bundle(NEW).archive, b"{}", "bad-index"),
+        (bundle(NEW).archive, bundle(NEW).index.replace(b"1.1.0", b"1.0.9"), "bad-index"),
+        (b"no archive", bundle("1.0.1").index, "bad-archive"),
+        (bundle(NEW).archive, bundle("1.0.1").index, "digest-mismatch"),
+    ],
+    ids=["no index", "an index of another version", "no archive", "an archive of another index"],
+)
+def test_a_signed_bundle_that_is_none(victim, archive, index, reason):
+    """The signature is right and says only whose it is: what is inside is read as if nobody had signed it."""
+    sizes = {"unpacked": bundle("1.0.1").unpacked, "files": bundle("1.0.1").files}
+    victim.server.add_release("1.0.1", 5, archive, index, **sizes)
+    victim.server.lead_to("1.0.1")
+    victim.refuses(reason)
+    victim.is_well_again()
+
+
+# --- and what he does get ----------------------------------------------------------------------------------
 
 
 def test_what_a_thief_of_all_online_keys_does_get_is_a_choice_among_signed_releases(victim):

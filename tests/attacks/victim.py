@@ -28,6 +28,8 @@ from tests.http_origin import Origin, Request, Status
 from tests.repository_simulator import LIFE, PRODUCT, RepositorySimulator
 from updater import identity as identities
 from updater import install, poll
+from updater.commands.status import look
+from updater.commands.why import explained
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
@@ -168,7 +170,7 @@ class Victim:
     # --- what it comes to --------------------------------------------------------------------------------
 
     def refuses(self, reason: str) -> Outcome:
-        """The next check changes nothing that runs, says `reason`, and has the server hear it."""
+        """The next check changes nothing that runs, says `reason`, and has server and `agent why` hear it."""
         heard = len(self.reports)
         outcome = self.poll()
         assert (outcome.action, outcome.reason) == (Action.REFUSE, reason), outcome
@@ -177,6 +179,9 @@ class Victim:
         assert list(self.layout.staging.iterdir()) == []
         # A download that was cut goes on at the next poll, so that is what the host is still doing.
         self._is_told(heard, reason, wire.Phase.IDLE, wire.Phase.DOWNLOADING)
+        *_, last = explained(look(self.layout.root))["chain"]
+        assert (last["code"], last["ok"]) == (reason, False)
+        assert last["then"], "nobody on the host is told what would change it"
         return outcome
 
     def says_otherwise(self) -> None:
@@ -190,10 +195,14 @@ class Victim:
         assert (last.reason, last.version) == (reason, GOOD), told
         assert last.phase in phases, told
 
-    def is_well_again(self) -> None:
-        """With an honest server and a free way to it, the next check stages the next release whole."""
+    def is_well_again(self, *, told: bool = False) -> None:
+        """With an honest server and a free way to it, the next check stages the next release whole.
+
+        Args:
+            told: it was staged before this, so the server has heard of it and does not hear it twice.
+        """
         self.mend()
-        heard, outcome = len(self.reports), self.poll()
+        heard, outcome = 0 if told else len(self.reports), self.poll()
         assert (outcome.action, outcome.reason, outcome.verified) == (Action.INSTALL, "update", True), outcome
         assert outcome.candidate == self.name_of(NEW)
         assert slots.is_complete(self.layout.root, outcome.candidate)

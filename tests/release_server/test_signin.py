@@ -340,6 +340,25 @@ def test_guesses_are_limited_before_the_provider_is_asked(app, browser, provider
     assert browser.ask("GET", "/api/v1/whoami", headers=headers).status_code == 200
 
 
+def test_a_sign_in_that_begins_at_one_replica_ends_at_another_and_counts_at_both(
+    app, make_app, browser, provider
+):
+    """No process keeps anything of an attempt: all there is of it is the browser's cookie."""
+    other = Browser(make_app(provider.issuer))
+    back = browser.go()
+    attempt = browser.client.get_cookie(ATTEMPT, domain="fleet.example.org").value
+    other.client.set_cookie(ATTEMPT, attempt, domain="fleet.example.org")
+    assert other.come_back(back).status_code == 303
+    secret = other.client.get_cookie(access.COOKIE, domain="fleet.example.org").value
+    for there in (app, make_app(provider.issuer)):
+        here = Browser(there)
+        here.client.set_cookie(access.COOKIE, secret, domain="fleet.example.org")
+        assert here.who().json["name"] == "ada@example.org"
+    assert reason_of(browser.come_back(back)) in ("signin-replayed", "signin-code")
+    assert other.ask("POST", "/signout").status_code == 204
+    assert here.who().status_code == 401
+
+
 def test_what_the_rules_say_now_counts_for_sessions_that_began_before(make_app, browser, provider, clock):
     browser.sign_in()
     secret = browser.client.get_cookie(access.COOKIE, domain="fleet.example.org").value
