@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select, update
+from sqlalchemy import and_, func, select, update
 
-from agent_core.wire import AttemptState
+from agent_core.wire import AttemptState, Reason
 from release_server.database import stir
 from release_server.members import ENDED
 from release_server.models import Agent, Attempt, Rollout, RolloutCounter
@@ -14,6 +14,7 @@ from release_server.models import Agent, Attempt, Rollout, RolloutCounter
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from sqlalchemy import ColumnElement
     from sqlalchemy.orm import Session
 
 _AFTER_HEALTHY = frozenset({AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT})
@@ -84,6 +85,27 @@ def _count(session: Session, rollout_id: int, state: AttemptState, change: int) 
         .values(count=RolloutCounter.count + change)
         .execution_options(synchronize_session=False)
     )
+
+
+SENT_BACK = "sent-back"
+"""The counter that stays when attempts go: of those rolled back, how many a person had sent back."""
+IS_SENT_BACK = and_(Attempt.state == str(AttemptState.ROLLED_BACK), Attempt.reason == str(Reason.GO_BACK))
+
+
+def keep_sent_back(session: Session, rollout_id: int) -> None:
+    """Keep of a rollout how many were sent back, before its attempts go."""
+    found = select(func.count()).where(Attempt.rollout_id == rollout_id, IS_SENT_BACK)
+    if count := session.scalar(found):
+        session.add(RolloutCounter(rollout_id=rollout_id, state=SENT_BACK, count=count))
+        session.flush()
+
+
+def sent_back(session: Session, of: ColumnElement[bool]) -> int:
+    """How many agents people sent back in the rollouts that `of` selects, whatever is left of these."""
+    here = select(func.count()).select_from(Attempt).join(Rollout, Rollout.id == Attempt.rollout_id)
+    kept = select(func.sum(RolloutCounter.count)).join(Rollout, Rollout.id == RolloutCounter.rollout_id)
+    there = session.scalar(here.where(of, IS_SENT_BACK, Rollout.pruned_at.is_(None))) or 0
+    return there + int(session.scalar(kept.where(of, RolloutCounter.state == SENT_BACK)) or 0)
 
 
 def make_counters(session: Session, rollout_id: int) -> None:

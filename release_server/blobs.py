@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -17,6 +18,8 @@ from agent_core.wire import SHA256, Reason
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 PIECE = 1 << 18
 
@@ -151,7 +154,8 @@ class Blobs:
         if not self.uploads.is_dir():
             return 0
         old = (part for part in self.uploads.iterdir() if _changed(part) < before)
-        return sum(_drop(part, before) for part in islice(old, most))
+        dropped = (part for part in old if _drop(part, before))
+        return sum(1 for _ in islice(dropped, most))
 
     def link(self, digest: str, place: Path) -> None:
         """Make the blob appear at `place` too, whole or not at all; does nothing when it is there."""
@@ -218,6 +222,11 @@ def _drop(part: Path, before: float) -> bool:
                 return False
             part.unlink()
     except UploadConflictError:
+        return False
+    except OSError as error:  # one that cannot be opened keeps none of the others
+        log.warning(
+            "an upload that stopped cannot be removed", extra={"upload": part.name, "why": str(error)}
+        )
         return False
     return True
 

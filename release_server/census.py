@@ -90,6 +90,7 @@ def _baseline(session: Session, rollout: Rollout) -> Baseline:
             Rollout.cohort_id == rollout.cohort_id,
             Rollout.id != rollout.id,
             RolloutStatus.state == str(State.COMPLETED),
+            RolloutCounter.state != attempts.SENT_BACK,
         )
         .group_by(RolloutCounter.state)
     )

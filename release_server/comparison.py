@@ -7,11 +7,11 @@ from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import func, select
 
 from agent_core.errors import NotFoundError, UsageError
-from agent_core.wire import AttemptState, Reason
-from release_server import cohorts, releases
+from agent_core.wire import AttemptState
+from release_server import attempts, cohorts, releases
 from release_server.figures import LIMITS
 from release_server.members import FAILED
 from release_server.models import Agent, Attempt, Rollout, RolloutCounter
@@ -28,7 +28,6 @@ LOOKED_AT = 1_000
 """The figures of at most so many agents, those that were heard of last."""
 REASONS = 5
 ENDED = (*FAILED, AttemptState.HEALTHY)
-_IS_SENT_BACK = and_(Attempt.state == str(AttemptState.ROLLED_BACK), Attempt.reason == str(Reason.GO_BACK))
 
 
 class By(StrEnum):
@@ -56,7 +55,7 @@ class Side:
         versions: what they run, and how many of them.
         attempts: how the attempts of its rollouts stand.
         failed_share: of those that ended; None where none has. Who was healthy and was sent back (undo)
-            did not fail; that is forgotten with the attempts of a rollout that is long over.
+            did not fail.
         reasons: why attempts failed, the most frequent first.
         figures: by name; of agents that are idle or not, as they last reported.
     """
@@ -124,7 +123,7 @@ def _side(session: Session, product: Product, kind: By, name: str) -> Side:
     versions = select(Agent.version, func.count()).where(*present).group_by(Agent.version)
     counted = _attempts(session, of)
     ended = sum(counted.get(str(state), 0) for state in ENDED)
-    failed = sum(counted.get(str(state), 0) for state in FAILED) - _sent_back(session, of)
+    failed = sum(counted.get(str(state), 0) for state in FAILED) - attempts.sent_back(session, of)
     running = {version: int(count) for version, count in session.execute(versions)}
     return Side(
         name=name,
@@ -158,16 +157,11 @@ def _attempts(session: Session, of: ColumnElement[bool]) -> dict[str, int]:
     return {str(state): found[state] for state in AttemptState if found.get(state)}
 
 
-def _sent_back(session: Session, of: ColumnElement[bool]) -> int:
-    query = select(func.count()).select_from(Attempt).join(Rollout, Rollout.id == Attempt.rollout_id)
-    return session.scalar(query.where(of, _IS_SENT_BACK)) or 0
-
-
 def _reasons(session: Session, of: ColumnElement[bool]) -> dict[str, int]:
     query = (
         select(Attempt.reason, func.count())
         .join(Rollout, Rollout.id == Attempt.rollout_id)
-        .where(of, Attempt.state.in_([str(state) for state in FAILED]), ~_IS_SENT_BACK)
+        .where(of, Attempt.state.in_([str(state) for state in FAILED]), ~attempts.IS_SENT_BACK)
         .group_by(Attempt.reason)
         .order_by(func.count().desc(), Attempt.reason)
         .limit(REASONS)

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from agent_core.clock import parse_iso
 from agent_core.errors import RelfleetError
 from keys.roles import COHORTS, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
+from release_server import attempts
 from release_server.config import COUNTERS_VARIABLE
 from release_server.jobs import LEASE
 from release_server.models import Cohort, Lease, Product, Pruning, Rollout, RolloutCounter, RolloutStatus
@@ -210,7 +211,7 @@ def _agents(session: Session) -> tuple[tuple[Any, ...], ...]:
         .join(Rollout, Rollout.id == RolloutCounter.rollout_id)
         .join(Cohort, Cohort.id == Rollout.cohort_id)
         .join(Product, Product.id == Cohort.product_id)
-        .where(RolloutStatus.state.in_(UNFINISHED))
+        .where(RolloutStatus.state.in_(UNFINISHED), RolloutCounter.state != attempts.SENT_BACK)
         .group_by(Product.name, Cohort.name, RolloutCounter.state)
     )
     return tuple(

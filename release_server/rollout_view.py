@@ -9,7 +9,7 @@ from sqlalchemy import and_, func, select
 
 from agent_core.errors import NotFoundError
 from agent_core.wire import AttemptState
-from release_server import releases
+from release_server import attempts, releases
 from release_server.models import (
     Agent,
     Cohort,
@@ -116,6 +116,7 @@ def _views(session: Session, conditions: Sequence[ColumnElement[bool]], limit: i
 def _counted(session: Session, rollout_ids: Sequence[int]) -> dict[int, dict[str, int]]:
     counted = {rollout_id: dict.fromkeys(map(str, AttemptState), 0) for rollout_id in rollout_ids}
     query = select(RolloutCounter.rollout_id, RolloutCounter.state, RolloutCounter.count)
-    for rollout_id, state, count in session.execute(query.where(RolloutCounter.rollout_id.in_(rollout_ids))):
+    here = query.where(RolloutCounter.rollout_id.in_(rollout_ids), RolloutCounter.state != attempts.SENT_BACK)
+    for rollout_id, state, count in session.execute(here):
         counted[rollout_id][state] = count
     return counted

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from release_server.models import Lease, Pruning
+from release_server.models import AuditEntry, Lease, Pruning
 from release_server.retention.sweeps import SWEEPS, Step, Turn
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Standing:
 def standing(session: Session, keep: Retention, now: datetime) -> Standing:
     """How far old records have gone; what was never gone through, since the server is there."""
     rows = list(session.scalars(select(Pruning).order_by(Pruning.kind)))
-    since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS))
+    since = session.scalar(select(Lease.since).where(Lease.name == Lease.JOBS)) or _made_at(session)
     ended = dict.fromkeys(sorted(SWEEPS), since)
     ended |= {row.kind: row.finished_at for row in rows if row.finished_at and row.kind in SWEEPS}
     return Standing(
@@ -132,6 +132,11 @@ def standing(session: Session, keep: Retention, now: datetime) -> Standing:
         tuple(kind for kind, at in ended.items() if at and now - at > BEHIND and _is_wanted(kind, keep, now)),
         tuple(row.kind for row in rows if row.under_way),
     )
+
+
+def _made_at(session: Session) -> datetime | None:
+    """When the server was made, by its first entry in the audit log, which stays."""
+    return session.scalar(select(AuditEntry.at).order_by(AuditEntry.id).limit(1))
 
 
 def _is_wanted(kind: str, keep: Retention, now: datetime) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from keys.roles import COHORTS, SNAPSHOT, TARGETS, TIMESTAMP
-from release_server import repository
+from release_server import attempts, repository
 from release_server.models import (
     ActivationLease,
     Agent,
@@ -181,12 +181,15 @@ def rollouts(session: Session, turn: Turn) -> Step:
     rollout_id = session.scalar(_prunable(turn).order_by(Rollout.id).limit(1))
     if rollout_id is None:
         return Step(0)
-    session.execute(
+    marked = session.execute(
         update(Rollout)
         .where(Rollout.id == rollout_id, Rollout.pruned_at.is_(None))
         .values(pruned_at=turn.now)
+        .returning(Rollout.id)
         .execution_options(synchronize_session=False)
-    )
+    ).first()
+    if marked is not None:
+        attempts.keep_sent_back(session, rollout_id)
     removed = 0
     for key, owner in ((Attempt.id, Attempt.rollout_id), (RolloutEvent.id, RolloutEvent.rollout_id)):
         if removed < turn.most:

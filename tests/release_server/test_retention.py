@@ -30,6 +30,7 @@ from release_server import (
     repository,
     shares,
 )
+from release_server import blobs as rooms_of_blobs
 from release_server.blobs import Blobs, UploadConflictError, open_locked
 from release_server.config import Config
 from release_server.database import Sessions, make_engine
@@ -471,6 +472,28 @@ def test_an_upload_that_stopped_goes_and_can_be_begun_anew(today, blobs, session
     assert blobs.append(DIGEST, 0, len(CONTENT), BytesIO(CONTENT)) == len(CONTENT)
 
 
+def test_an_upload_that_cannot_be_opened_keeps_no_other(today, blobs, sessions, prune, monkeypatch, caplog):
+    """Hundreds of another user's; root opens any file, so the refusal is made."""
+    begin_upload(blobs, days_ago=8)
+    then = time.time() - 8 * 86_400
+    for number in range(250):
+        part = blobs.uploads / f"{number:064}"
+        part.touch()
+        os.utime(part, (then, then))
+    really = rooms_of_blobs.open_locked
+    monkeypatch.setattr(rooms_of_blobs, "open_locked", lambda path: refuse_others(path, really))
+    prune()
+    assert removed(sessions, "uploads") == 1
+    assert not (blobs.uploads / DIGEST).exists()
+    assert "an upload that stopped cannot be removed" in caplog.text
+
+
+def refuse_others(path, really):
+    if path.name != DIGEST:
+        raise PermissionError(13, "Permission denied", str(path))
+    return really(path)
+
+
 def test_an_upload_that_goes_on_or_is_young_stays(today, blobs, prune):
     part = begin_upload(blobs, days_ago=6)
     prune()
@@ -734,6 +757,15 @@ def test_what_was_never_gone_through_is_behind_once_the_server_is_there_for_a_da
         kept = Retention({"events": timedelta(days=1)}, 50)
         found = room.standing(session, kept, clock() + timedelta(hours=25))
         assert set(found.behind) == {"events"} | {kind for kind in SWEEPS if not SWEEPS[kind].timed}
+
+
+def test_where_jobs_never_paused_a_kind_counts_from_when_the_server_was_made(world, clock, config):
+    """`Lease.since` is set by a pause alone."""
+    world.cohort()
+    with world.read() as session:
+        for hours, behind in ((24, set()), (25, set(SWEEPS))):
+            found = room.standing(session, config.retention, clock() + timedelta(hours=hours))
+            assert set(found.behind) == behind
 
 
 def test_metrics_count_what_has_gone_and_say_how_long_ago(world, sessions, clock, prune, client, token):

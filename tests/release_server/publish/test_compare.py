@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import func, select
 
 from agent_core.errors import Exit
 from release_server import fleet
-from release_server.comparison import Figure, worse
+from release_server.comparison import Figure, compare, worse
+from release_server.models import Attempt
+from release_server.retention import sweeps
+from release_server.retention.settings import Retention
+from release_server.retention.sweeps import Turn
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 from tests.release_server.operator_desk import desk
@@ -86,6 +91,28 @@ def test_who_was_sent_back_by_undo_did_not_fail(at_desk, world):
     new = at_desk.json("compare", "1.0.0", "1.1.0")["sides"][1]
     assert new["attempts"] == {"healthy": 1, "rolled_back": 2}
     assert (new["failed_share"], new["reasons"]) == (0.3333, {"workload-exited": 1})
+    world.report(world.hosts["web-1"], world.hosts["web-1"].step(world.clock(), "healthy", "1.0.0", salt))
+    for name in ("web-0", "web-1"):
+        world.hosts[name].version = "1.0.0"
+        world.report(world.hosts[name])
+    world.tick(minutes=1)
+    world.start("1.2.0", Stage(count=3), cohort="main")
+    world.clock.step(days=400)
+    with world.write() as session:
+        keep = Retention({}, 50)
+        turn = Turn(world.clock(), world.clock(), "", 1, keep, blobs=None, metadata=None)
+        while sweeps.rollouts(session, turn).removed:  # one attempt after the other
+            assert _first_share(session) == 0.3333
+        assert _first_share(session) == 0.3333
+        assert _no_attempt_is_left(session)
+
+
+def _first_share(session):
+    return compare(session, "demo", ("1.0.0", "1.1.0"))["sides"][1]["failed_share"]
+
+
+def _no_attempt_is_left(session):
+    return session.scalar(select(func.count()).where(Attempt.rollout_id == 1)) == 0
 
 
 @pytest.mark.parametrize(
