@@ -1,9 +1,10 @@
-"""This module makes archives that Python runs from: the launcher's one file, for any Python from 3.9 on."""
+"""This module makes the launcher's one file, which any Python from 3.9 on runs, and reads its number."""
 
 from __future__ import annotations
 
 import io
 import marshal
+import re
 import zipfile
 from importlib.util import MAGIC_NUMBER, source_hash
 from pathlib import Path
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 _PARTS = ("__init__.py", "disk.py", "slots.py", "launcher.py", "self_test.py")
 _MAIN = b"from agent_core.launcher import main\n\nraise SystemExit(main())\n"
 _UNCHECKED_HASH = (1).to_bytes(4, "little")
+_MOST_SOURCE = 2**20
+_NUMBER = re.compile(rb"^LAUNCHER = ([0-9]{1,6})$", re.MULTILINE)
+
+
+def launcher_number(file: Path) -> int | None:
+    """What the launcher in `file` can do, None when there is none that can be read. Nothing of it is run."""
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open("agent_core/launcher.py") as source:
+            found = _NUMBER.search(source.read(_MOST_SOURCE))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError):
+        return None
+    return int(found[1]) if found else None
 
 
 def launcher_archive() -> bytes:

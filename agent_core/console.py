@@ -8,7 +8,6 @@ Data goes to stdout through `emit`, everything else to stderr through `say` and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json as jsonlib
 import os
@@ -195,6 +194,8 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
+            import difflib  # for people who mistyped
+
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from agent_core import clock, console, disk, slots
+from agent_core.archive import launcher_number
 from agent_core.bundle import INDEX_NAME, Index, host_platforms
 from agent_core.errors import RelfleetError
 from agent_core.layout import Layout, read_json, write_durable
 from agent_core.settings import load_agent
-from updater import doctor, known, last_good, launchers, wholeness
+from updater import doctor, known, last_good, wholeness
 from updater.commands.status import look, told
 from updater.commands.why import explained
 
@@ -192,8 +193,8 @@ def _record(layout: Layout) -> Any:
         "record": asdict(record) if record else None,
         "links": {name: slots.link(layout.root, name) for name in links},
         "by the links": _asdict(slots.by_links(layout.root)),
-        "launcher": launchers.number_of(layout.launcher_file),
-        "launcher before": launchers.number_of(layout.launcher_previous),
+        "launcher": launcher_number(layout.launcher_file),
+        "launcher before": launcher_number(layout.launcher_previous),
     }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk, slots
+from agent_core.archive import launcher_number
 from agent_core.errors import NotFoundError, RelfleetError, TrustError
 from agent_core.findings import Finding, State
 from agent_core.layout import BALLAST_LENGTH, Layout
@@ -294,7 +295,7 @@ def _record(host: Host) -> Iterator[Finding]:
 
 
 def _launcher(host: Host) -> Iterator[Finding]:
-    number = launchers.number_of(host.layout.launcher_file)
+    number = launcher_number(host.layout.launcher_file)
     if number is None:
         detail = f"{host.layout.launcher_file} is missing or no launcher: nothing could start the agent"
         yield Finding("launcher", State.BAD, detail, "agent upgrade-launcher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Self
@@ -107,7 +106,7 @@ def make_key(paths: Layout, *, fresh: bool = False) -> str:
     if fresh:
         disk.remove(paths.next_key)
     if fresh or not paths.key.exists():
-        layout.write_durable(paths.key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
+        layout.write_durable(paths.key, os.urandom(32).hex().encode() + b"\n", 0o600)
     return public_key(paths)
 
 
@@ -123,7 +122,7 @@ def make_next_key(paths: Layout) -> str:
         The public half, 64 hex digits.
     """
     if not disk.exists(paths.next_key):
-        layout.write_durable(paths.next_key, secrets.token_bytes(32).hex().encode() + b"\n", 0o600)
+        layout.write_durable(paths.next_key, os.urandom(32).hex().encode() + b"\n", 0o600)
     return _private_key(paths.next_key).public_key().public_bytes_raw().hex()
 
 

@@ -7,17 +7,15 @@ of the record, it has to read the same and come to the same decision as the code
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_core import disk, launcher, slots
-from agent_core.archive import launcher_archive
+from agent_core.archive import launcher_archive, launcher_number
 from agent_core.errors import ConflictError, NotFoundError, RelfleetError
 from agent_core.layout import write_durable
 
@@ -28,8 +26,6 @@ OWN = launcher.LAUNCHER
 """What the launcher can do that this code brings."""
 MODE = 0o755
 TEST_S = 30.0
-MOST_SOURCE = 2**20
-_NUMBER = re.compile(rb"^LAUNCHER = ([0-9]{1,6})$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -41,19 +37,9 @@ class Change:
     changed: bool
 
 
-def number_of(file: Path) -> int | None:
-    """What the launcher in `file` can do, None when there is none that can be read. Nothing of it is run."""
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open("agent_core/launcher.py") as source:
-            found = _NUMBER.search(source.read(MOST_SOURCE))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError):
-        return None
-    return int(found[1]) if found else None
-
-
 def in_force(layout: Layout) -> int:
     """The number of the launcher that starts this host's agent next."""
-    return number_of(layout.launcher_file) or launcher.LAUNCHER
+    return launcher_number(layout.launcher_file) or launcher.LAUNCHER
 
 
 def upgrade(layout: Layout) -> Change:
@@ -64,7 +50,7 @@ def upgrade(layout: Layout) -> Change:
         RelfleetError: `self-test`, the new one did not prove itself; nothing was changed.
         DiskError: it cannot be written; `launcher.pyz` is the old one.
     """
-    fresh, before = launcher_archive(), number_of(layout.launcher_file)
+    fresh, before = launcher_archive(), launcher_number(layout.launcher_file)
     old = _content(layout.launcher_file)
     if before is not None and before > launcher.LAUNCHER:
         raise ConflictError(
@@ -84,7 +70,7 @@ def go_back(layout: Layout) -> Change:
     kept = _content(layout.launcher_previous)
     if kept is None:
         raise NotFoundError("there is no launcher before this one", why=f"no {layout.launcher_previous}")
-    before, after = number_of(layout.launcher_file), number_of(layout.launcher_previous)
+    before, after = launcher_number(layout.launcher_file), launcher_number(layout.launcher_previous)
     if after is None:
         raise RelfleetError(f"{layout.launcher_previous} is no launcher", reason="self-test")
     old = _content(layout.launcher_file)
@@ -124,7 +110,7 @@ def prove(layout: Layout, file: Path) -> None:
     Raises:
         RelfleetError: `self-test`, with what it said.
     """
-    if (number_of(file) or 0) < 2:
+    if (launcher_number(file) or 0) < 2:
         _run([str(file), "--help"])
         return
     with tempfile.TemporaryDirectory(prefix="relfleet-launcher-") as place:

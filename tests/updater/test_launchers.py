@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from agent_core import disk, launcher, slots
-from agent_core.archive import launcher_archive
+from agent_core.archive import launcher_archive, launcher_number
 from agent_core.errors import ConflictError, NotFoundError, RelfleetError
 from tests.updater.commands.conftest import A, B, Host
 from updater import launchers, poll
@@ -45,12 +45,12 @@ NUMBER = b"LAUNCHER = %d\n" % launcher.LAUNCHER
 
 
 def test_the_number_is_read_without_running_anything(host):
-    assert launchers.number_of(host.layout.launcher_file) == launcher.LAUNCHER
+    assert launcher_number(host.layout.launcher_file) == launcher.LAUNCHER
     for content in (b"", b"PK", variant(NUMBER, b"")):
         host.layout.launcher_file.write_bytes(content)
-        assert launchers.number_of(host.layout.launcher_file) is None
+        assert launcher_number(host.layout.launcher_file) is None
     host.layout.launcher_file.unlink()
-    assert launchers.number_of(host.layout.launcher_file) is None
+    assert launcher_number(host.layout.launcher_file) is None
 
 
 def test_an_older_launcher_is_replaced_kept_and_brought_back(host):

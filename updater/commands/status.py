@@ -8,6 +8,7 @@ import click
 
 from agent_core import clock, console, slots
 from agent_core.errors import RelfleetError
+from agent_core.late import late_dataclass
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings, load_agent
 from updater import attempt as attempts
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from updater.decide import Hold
-from dataclasses import dataclass
 
 
 @click.command()
@@ -32,7 +32,7 @@ def status(root: Path) -> None:
     console.emit(told(host), text=lambda: console.facts(_lines(host)))
 
 
-@dataclass(frozen=True)
+@late_dataclass(frozen=True)
 class Host:
     """What the two commands show, read once, from whatever can be read of a host at three in the morning.
 
@@ -77,7 +77,7 @@ def look(root: Path) -> Host:
 
 def told(host: Host) -> dict[str, Any]:
     """What `agent status --json` says."""
-    from updater import launchers  # it knows archives and processes, which no help needs
+    from agent_core.archive import launcher_number  # it knows archives, which no help needs
 
     device, record = host.device, host.record
     outcome, hold = device.outcome(), device.hold()
@@ -100,7 +100,7 @@ def told(host: Host) -> dict[str, Any]:
             for entry in (record.skip if record else ())
         ],
         "hold": _held(hold) if hold and hold.holds(host.now) else None,
-        "launcher": launchers.number_of(device.layout.launcher_file),
+        "launcher": launcher_number(device.layout.launcher_file),
         "last_check": outcome.to_json() if outcome else None,
         "news": control.read_status(device.layout),
         "problem": host.problem,

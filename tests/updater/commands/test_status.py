@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -163,3 +165,19 @@ def test_an_agent_that_is_not_in_the_fleet_says_so_and_what_would_change_it(host
     assert f"({standing}: agent why)" in host.agent("status")[1]
     assert f"{standing}, so it is told nothing to run" in host.agent("doctor")[1]
     assert host.agent("status", "--json")[1].count(f'"standing": "{standing}"') == 1
+
+
+LOADED = """
+import sys
+from updater.cli import main
+main(["status", "--root", sys.argv[1]])
+heavy = {"argparse", "difflib", "secrets", "subprocess", "tempfile", "tuf", "updater.transport"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_who_only_looks_loads_nothing_that_acts(host):
+    resting(host)
+    argv = [sys.executable, "-c", LOADED, str(host.root)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
