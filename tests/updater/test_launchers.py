@@ -13,7 +13,7 @@ import pytest
 from agent_core import disk, launcher, slots
 from agent_core.archive import launcher_archive, launcher_number
 from agent_core.errors import ConflictError, NotFoundError, RelfleetError
-from tests.updater.commands.conftest import A, B, Host
+from tests.updater.commands.conftest import A, B, C, Host
 from updater import launchers, poll
 
 
@@ -112,14 +112,14 @@ def test_one_that_does_not_prove_itself_changes_nothing(host, fault, monkeypatch
         lambda host: None,
         lambda host: host.layout.slots.write_bytes(b"garbage" * 1000),
         lambda host: host.layout.slots.unlink(),
-        lambda host: slots.begin_trial(host.root, "1.2.0-" + "c" * 12, 2, 60),
+        lambda host: slots.begin_trial(host.root, C, 2, 60),
         lambda host: (host.layout.version_dir(B) / "agent.py").unlink(),
         lambda host: host.layout.current.unlink(),
     ],
     ids=["sound", "garbage slots", "no slots", "on trial", "damaged version", "no link"],
 )
 def test_both_come_to_the_same_decision_in_every_state_and_the_root_stays_as_it_is(host, damage):
-    host.stage("1.2.0-" + "c" * 12)
+    host.stage(C)
     damage(host)
     content = host.layout.slots.read_bytes() if host.layout.slots.exists() else None
     launchers.prove(host.layout, host.layout.launcher_file)
