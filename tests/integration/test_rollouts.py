@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from agent_core.errors import ConflictError
+from tests.integration.world import until
+from updater.device import Device
 
 
 def test_a_good_release_reaches_every_agent_through_its_stages(world):
@@ -61,7 +63,9 @@ def test_a_pin_takes_a_cohort_back_to_an_older_version_and_its_end_moves_nobody(
     world.pin(cohort, "1.0.0")
     host.await_good("1.0.0")
     assert world.client.get(f"/cohorts/probe/{cohort}")["directive"]["rollback"] is True
+    pinned = world.directive(cohort)["revision"]
     world.steer(cohort, "unpin")
+    until("the host to hear of it", lambda: Device.load(host.root).seen().directive.revision > pinned)
     host.await_look("up-to-date")  # taking the pin off moves nobody
     assert (host.good, host.skipped) == ("1.0.0", {})
 
