@@ -23,7 +23,7 @@ from agent_core.wire import (
     ShareRequest,
 )
 from release_server import agents, auth, enrolment, explain, membership, queries, reports
-from release_server.api import PREFIX, access, problems, services
+from release_server.api import PREFIX, access, editions, problems, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import AgentPath, AgentQuery, Because, Labels, Move, render_agent
 from release_server.api.people import SECURITY
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from sqlalchemy.orm import Session
+
+Answer = tuple[dict[str, Any], int, dict[str, str]]
 
 blueprint = APIBlueprint("agents", __name__, url_prefix=PREFIX, abp_tags=[Tag(name="agents")])
 MOST_COUNTER = 2**53
@@ -136,15 +138,18 @@ def _counter() -> int:
 # --- what people see and ask -----------------------------------------------------------------------------
 
 
-def _show(session: Session, now: datetime, agent_id: str) -> dict[str, Any]:
-    return render_agent(agents.show(session, now, agent_id), agents.events(session, agent_id))
+def _show(session: Session, now: datetime, agent_id: str) -> Answer:
+    view = agents.show(session, now, agent_id)
+    return editions.tagged(render_agent(view, agents.events(session, agent_id)), editions.of_agent(view))
 
 
-def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> dict[str, Any]:
+def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> Answer:
     """Ask one thing of an agent in one transaction, and show what has come of it."""
     hub = services()
     now = hub.clock()
     with hub.sessions.write() as session:
+        agents.lock(session, path.id)  # of two that were meant for one edition one comes second
+        editions.refuse_stale(f"agent {path.id}", editions.of_agent(agents.show(session, now, path.id)))
         service(session, now, g.person.name, path.id, **said)
         return _show(session, now, path.id)
 
@@ -175,7 +180,7 @@ def _pairs(labels: list[str]) -> tuple[tuple[str, str], ...]:
 
 @blueprint.get("/agents/<id>", security=SECURITY)
 @requires("reader")
-def show_agent(path: AgentPath) -> dict[str, Any]:
+def show_agent(path: AgentPath) -> Answer:
     """One agent with what it did lately."""
     hub = services()
     with hub.sessions.read() as session:
@@ -193,14 +198,14 @@ def why(path: AgentPath) -> dict[str, Any]:
 
 @blueprint.post("/agents/<id>/move", security=SECURITY)
 @requires("operator")
-def move(path: AgentPath, body: Move) -> dict[str, Any]:
+def move(path: AgentPath, body: Move) -> Answer:
     """Put an agent into a cohort whatever its labels say; null lets them decide again."""
     return _ask(path, agents.move, cohort=body.cohort, reason=body.reason)
 
 
 @blueprint.post("/agents/<id>/label", security=SECURITY)
 @requires("operator")
-def label(path: AgentPath, body: Labels) -> dict[str, Any]:
+def label(path: AgentPath, body: Labels) -> Answer:
     """Replace the operators' labels of an agent."""
     labels = Getter({"labels": body.labels}, "body").labels("labels")
     return _ask(path, agents.label, labels=labels, reason=body.reason)
@@ -208,20 +213,20 @@ def label(path: AgentPath, body: Labels) -> dict[str, Any]:
 
 @blueprint.post("/agents/<id>/retire", security=SECURITY)
 @requires("operator")
-def retire(path: AgentPath, body: Because) -> dict[str, Any]:
+def retire(path: AgentPath, body: Because) -> Answer:
     """Take an agent out of the fleet for good."""
     return _ask(path, agents.retire, reason=body.reason)
 
 
 @blueprint.post("/agents/<id>/accept", security=SECURITY)
 @requires("operator")
-def accept(path: AgentPath, body: Because) -> dict[str, Any]:
+def accept(path: AgentPath, body: Because) -> Answer:
     """Let an agent in that waits for it."""
     return _ask(path, enrolment.accept, reason=body.reason)
 
 
 @blueprint.post("/agents/<id>/reject", security=SECURITY)
 @requires("operator")
-def reject(path: AgentPath, body: Because) -> dict[str, Any]:
+def reject(path: AgentPath, body: Because) -> Answer:
     """Turn an agent away that waits to be accepted."""
     return _ask(path, enrolment.reject, reason=body.reason)

@@ -90,7 +90,7 @@ IDEMPOTENCY_KEY: dict[str, Any] = {
     "same key with another path, `If-Match` or body is refused (422, `key-reused`). A refusal is not kept.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"},
 }
-CONDITIONAL = ("/cohorts/{product}/{name}", "/rollouts/{id}")
+CONDITIONAL = ("/agents/{id}", "/cohorts/{product}/{name}", "/rollouts/{id}")
 """What has an ETag; whatever changes it takes `If-Match`."""
 IF_MATCH: dict[str, Any] = {
     "name": "If-Match",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from flask import request
@@ -9,7 +11,7 @@ from flask import request
 from agent_core.errors import ConflictError
 
 if TYPE_CHECKING:
-    from release_server import cohort_view, rollout_view
+    from release_server import agents, cohort_view, rollout_view
 
 STALE = "stale"
 """The reason that the API answers with 412."""
@@ -23,6 +25,13 @@ def of_cohort(view: cohort_view.View) -> str:
 def of_rollout(view: rollout_view.View) -> str:
     """Changes with everything that people ask of a rollout, and with every step that it takes."""
     return f"{view.spec.revision}.{view.status.edition}"
+
+
+def of_agent(view: agents.View) -> str:
+    """Changes with everything that people ask of an agent; what it reports itself is no edit."""
+    agent = view.agent
+    asked = [view.cohort, agent.cohort_fixed, agent.operator_labels, agent.pending, agent.retired_at is None]
+    return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_stale(what: str, edition: str) -> None:

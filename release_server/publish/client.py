@@ -117,9 +117,19 @@ class Client:
             after = found.get("next") if "limit" not in params else None
         return everything
 
-    def post(self, path: str, body: Any = None) -> Any:
-        """Send JSON, or bytes as they are; with a key by which it is done once however often it is sent."""
-        return self._json(self._send("POST", path, body, {"Idempotency-Key": str(uuid.uuid4())}))
+    def look(self, path: str) -> tuple[Any, str]:
+        """The JSON at an API path and its edition, to be named by a change; empty where it has none."""
+        response = self.call("GET", path)
+        return self._json(response), response.headers.get("ETag", "")
+
+    def post(self, path: str, body: Any = None, *, seen: str = "") -> Any:
+        """Send JSON, or bytes as they are; with a key by which it is done once however often it is sent.
+
+        Args:
+            seen: of `look`; refused when it is another edition by now.
+        """
+        headers = {"Idempotency-Key": str(uuid.uuid4())} | ({"If-Match": seen} if seen else {})
+        return self._json(self._send("POST", path, body, headers))
 
     def put(self, path: str, body: Any) -> Any:
         return self._json(self._send("PUT", path, body))

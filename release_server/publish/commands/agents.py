@@ -152,10 +152,9 @@ def move(
 @reason_option()
 def label(agent: str, changes: tuple[str, ...], reason: str | None) -> None:
     """Set labels (`tier=web`) or remove them (`tier-`). They override what the host says of itself."""
-    kept = client().get(path_of(agent)).get("operator_labels") or {}
-    answer = client().post(
-        path_of(agent, "label"), {"labels": changed(kept, changes), **given(reason=reason)}
-    )
+    found, seen = client().look(path_of(agent))
+    labels = changed(found.get("operator_labels") or {}, changes)
+    answer = client().post(path_of(agent, "label"), {"labels": labels, **given(reason=reason)}, seen=seen)
     _show(answer, f"{agent} labelled")
 
 

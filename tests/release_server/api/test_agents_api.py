@@ -6,7 +6,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent_core import wire
+from agent_core.errors import Exit
+from release_server import agents
 from tests.release_server.fleet_world import PATH, Host, World
+from tests.release_server.operator_desk import desk
 
 
 @pytest.fixture
@@ -156,3 +159,45 @@ def test_only_operators_steer_agents(world, sign_in, verb, role):
     world.enroll("web")
     bodies = {"move": {"cohort": None}, "label": {"labels": {}}, "retire": {}}
     assert sign_in(role)("POST", f"/agents/web/{verb}", json=bodies[verb]).status_code == 403
+
+
+# --- editions --------------------------------------------------------------------------------------------
+
+
+def test_nobody_overwrites_the_labels_of_an_agent_that_they_have_not_seen(world, sign_in):
+    """`label` replaces all of them: of two who each add one, the second would take away the first's."""
+    world.cohort()
+    world.enroll("web-1")
+    call = sign_in("operator")
+    seen = {"If-Match": call("GET", "/agents/web-1").headers["ETag"]}
+    world.report(world.hosts["web-1"], reason="not-yet")
+    assert call("GET", "/agents/web-1").headers["ETag"] == seen["If-Match"], "a report is no edit"
+    first = call("POST", "/agents/web-1/label", json={"labels": {"tier": "db"}}, headers=seen)
+    assert (first.status_code, first.headers["ETag"] != seen["If-Match"]) == (200, True)
+    for verb, body in (("label", {"labels": {"rack": "7"}}), ("move", {"cohort": "all"}), ("retire", {})):
+        refused = call("POST", f"/agents/web-1/{verb}", json=body, headers=seen)
+        assert (refused.status_code, refused.json["reason"]) == (412, "stale")
+    shown = call("GET", "/agents/web-1")
+    assert (shown.json["operator_labels"], shown.json["cohort_fixed"]) == ({"tier": "db"}, False)
+    again = {"If-Match": shown.headers["ETag"]}
+    moved = call("POST", "/agents/web-1/move", json={"cohort": "all"}, headers=again)
+    assert (moved.status_code, moved.json["cohort_fixed"]) == (200, True)
+
+
+def test_the_command_names_the_edition_whose_labels_it_changes(
+    world, app, token, tmp_path, monkeypatch, capsys
+):
+    world.cohort()
+    world.enroll("web-1")
+    with desk(app, token, tmp_path, monkeypatch, capsys) as sat:
+        really = agents.lock
+
+        def label_first(session, agent_id):
+            really(session, agent_id)
+            agents.label(session, world.clock(), "otto", agent_id, labels={"tier": "db"})
+
+        monkeypatch.setattr(agents, "lock", label_first)  # another person, between its look and its change
+        code, _, said = sat.run("agents", "label", "web-1", "rack=7")
+        assert (code, "changed meanwhile" in said) == (Exit.CONFLICT, True)
+        monkeypatch.setattr(agents, "lock", really)
+        assert sat.json("agents", "label", "web-1", "rack=7")["operator_labels"] == {"rack": "7"}
