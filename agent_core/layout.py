@@ -332,7 +332,7 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
             return default
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path} holds no JSON", why=str(error)) from error
 
 

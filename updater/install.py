@@ -95,7 +95,7 @@ def _own_id(name: str) -> str:
 def _check_trust(trust: bytes) -> None:
     try:
         kind = json.loads(trust)["signed"]["_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         kind = None
     if kind != "root":
         raise MalformedError(

@@ -208,7 +208,7 @@ def test_json_is_read_as_it_was_written(device):
 def test_json_that_is_missing_is_the_default_and_garbage_is_malformed(device):
     assert read_json(device.poll) is None
     assert read_json(device.poll, {}) == {}
-    for garbage in (b"", b"{", b"\xff\xfe", b"garbage"):
+    for garbage in (b"", b"{", b"\xff\xfe", b"garbage", b"[" * 100_000, b"9" * 6000):
         write_durable(device.poll, garbage)
         with pytest.raises(MalformedError, match=r"poll\.json"):
             read_json(device.poll)
