@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from agent_core.errors import RelfleetError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MODULES = {
@@ -26,8 +27,22 @@ PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextmanager
+def _undisturbed() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until a child is started and known; what the child does before it becomes the program.
+
+    It is an exception, and Python drops those of the hooks that it runs around a fork: the demo went on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def die_with_parent() -> None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield die_with_parent
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Processes:
@@ -57,7 +72,7 @@ class Processes:
         self, command: str, *words: str, cwd: Path | None = None, stdin: str | None = None
     ) -> subprocess.Popen[str]:
         """Start a command; `finish` waits for it."""
-        with self._log.open("a") as log:
+        with self._log.open("a") as log, _undisturbed() as die_with_parent:
             child = subprocess.Popen(
                 self._argv(command, words),
                 stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
@@ -66,7 +81,7 @@ class Processes:
                 text=True,
                 cwd=cwd,
                 env=self.environ,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
             )
         if stdin is not None and child.stdin is not None:
             child.stdin.write(stdin)
@@ -100,7 +115,7 @@ class Processes:
     def keep(self, name: str, argv: list[str], log: Path) -> None:
         """Start something that goes on until `stop`; `revive` starts it again when it is killed."""
         self._again[name] = lambda: self.keep(name, argv, log)
-        with log.open("ab") as out:
+        with log.open("ab") as out, _undisturbed() as die_with_parent:
             self._kept[name] = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -108,7 +123,7 @@ class Processes:
                 stderr=out,
                 env=self.environ,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
             )
 
     def keep_command(self, name: str, command: str, *words: str, log: Path) -> None:

@@ -144,6 +144,37 @@ def test_ctrl_c_ends_it_and_all_it_started_also_where_a_shell_had_it_ignored(tmp
     demo = subprocess.Popen(in_background, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert demo.stdout.readline().startswith(" server ")
     demo.send_signal(signal.SIGINT)
-    _, complained = demo.communicate(timeout=60)
+    try:
+        _, complained = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
     assert (demo.returncode, "Traceback" in complained) == (130, False)
     assert subprocess.run(["pgrep", "-f", str(home)], capture_output=True, check=False).stdout == b""
+
+
+IN_A_FORK = """
+import os, signal, sys
+from pathlib import Path
+from release_server.demo.processes import Processes
+home = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+processes = Processes(home, home / "log")
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    getattr(processes, sys.argv[2])(*eval(sys.argv[3]))
+except KeyboardInterrupt:
+    print("heard")
+finally:
+    processes.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [("keep", "('one', ['/bin/sleep', '60'], home / 'one')"), ("begin", "('release', '--help')")],
+    ids=["what goes on", "a command"],
+)
+def test_ctrl_c_while_a_process_is_started_is_not_lost(tmp_path, start, words):
+    argv = [sys.executable, "-c", IN_A_FORK, str(tmp_path), start, words]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
