@@ -12,7 +12,7 @@ from agent_core.wire import HEADER_SIGNATURE, AttemptState, BudgetTerms, ShareAn
 from tests.http_origin import Origin, Status
 from tests.updater.stepped import Stepped
 from tests.updater.test_delta import ONE, TWO, Fleet
-from updater import attempt, poll
+from updater import attempt, delta, poll
 from updater.decide import Action
 from updater.device import Device
 from updater.share import Line, NoShareError
@@ -38,6 +38,12 @@ def answer(fleet, said, status=200):
 
 def asked(fleet):
     return [json.loads(request.body) for request in fleet.origin.requests if request.path == PATH]
+
+
+def one_of(left):
+    """The next of some answers; after them the server is away."""
+    said = next(left, None)
+    return Status(503, JSON, b"{}") if said is None else Status(200, JSON, json.dumps(said).encode())
 
 
 @pytest.fixture
@@ -68,6 +74,7 @@ def test_without_a_share_nothing_is_fetched_and_it_says_why_and_asks_again(fleet
     assert poll.is_due(outcome, ONE, clock.parse_iso(outcome.again))
     assert attempt.load(fleet.device.attempt_file).state is AttemptState.DOWNLOADING
     assert not any(said["done"] for said in asked(fleet)), "there is nothing to give back"
+    assert not (fleet.layout.state / "deltas.json").exists(), "nothing was begun"
     assert fleet.fetched() == []
     answer(fleet, ShareAnswer(50_000, 300).to_json())
     fleet.check()
@@ -91,12 +98,7 @@ def test_a_drip_is_no_share(fleet):
 def test_what_has_come_when_a_share_ends_is_kept_and_gone_on_with(fleet, stepped):
     fleet.delta_file.write_bytes(b"no delta")  # which is shorter than one piece
     answers = iter([ShareAnswer(10_000, 5).to_json()])
-    refused = Status(503, JSON, b"{}")
-    fleet.origin.answer(
-        "POST",
-        PATH,
-        lambda _: Status(200, JSON, json.dumps(said).encode()) if (said := next(answers, None)) else refused,
-    )
+    fleet.origin.answer("POST", PATH, lambda _: one_of(answers))
     outcome = poll.check(fleet.device)
     assert (outcome.action, outcome.reason, outcome.failed) == (Action.STAY, "budget", False)
     (part,) = fleet.layout.download.glob("*.part")
@@ -107,6 +109,40 @@ def test_what_has_come_when_a_share_ends_is_kept_and_gone_on_with(fleet, stepped
     fleet.check()
     (rest,) = [request for request in fleet.origin.requests if request.path.endswith(".zst")]
     assert rest.headers["range"] == f"bytes={length}-"
+
+
+def test_a_share_that_ends_under_a_delta_is_no_try_of_it_and_no_reason_for_the_full_bundle(fleet):
+    for _ in range(4):
+        answers = iter([ShareAnswer(50_000, 0).to_json()])
+        fleet.origin.answer("POST", PATH, lambda _, left=answers: one_of(left))
+        assert poll.check(fleet.device).reason == "budget"
+    assert fleet.fetched() == []
+    answer(fleet, ShareAnswer(50_000, 300).to_json())
+    fleet.check()
+    assert fleet.fetched() == ["delta"]
+
+
+def test_a_share_is_given_back_before_the_bundle_is_unpacked(fleet, monkeypatch):
+    def stage(*said, **named):
+        given_back.extend(asking["done"] for asking in asked(fleet))
+        return unpack(*said, **named)
+
+    given_back, unpack = [], delta.stage
+    monkeypatch.setattr(delta, "stage", stage)
+    answer(fleet, ShareAnswer(50_000, 300).to_json())
+    fleet.check()
+    assert given_back == [False, True]
+
+
+def test_a_transfer_that_its_share_makes_long_is_not_taken_for_one_that_hangs(fleet, stepped):
+    fleet.delta_file.write_bytes(b"no delta")
+    values = AGENT.load(environ={}, flags={"disk.reserve": 0, "download.deadline_s": 3})
+    device = Device(fleet.layout, AgentSettings.of(values), fleet.device.identity)
+    answer(fleet, ShareAnswer(10_000, 300).to_json())
+    began = stepped.now_s
+    outcome = poll.check(device)
+    assert (outcome.action, outcome.candidate[:5]) == (Action.INSTALL, TWO), outcome
+    assert stepped.now_s - began > 3
 
 
 def test_a_cohort_without_a_budget_asks_nobody(fleet):
