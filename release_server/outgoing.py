@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from requests import Session
+    from urllib3 import ProxyManager
 
     Refuse = Callable[[str], Exception]
 
@@ -71,7 +72,13 @@ class Bounded(HTTPAdapter):
         class SecurePool(HTTPSConnectionPool):
             ConnectionCls = Secure
 
-        self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
+        self._pools = {"http": PlainPool, "https": SecurePool}
+        self.poolmanager.pool_classes_by_scheme = self._pools
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> ProxyManager:
+        manager: ProxyManager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self._pools  # a proxy may drip as well
+        return manager
 
     def send(self, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
         """The whole answer, read.
@@ -142,9 +149,16 @@ class Bounded(HTTPAdapter):
         response.close()
 
 
-def guard(session: Session, adapter: Callable[[], HTTPAdapter], ca_file: str | None = None) -> None:
-    """Have a session send by such adapters alone, certificates verified; its callers follow no redirect."""
-    session.trust_env = False  # no .netrc, no proxy, no other authorities than the settings name
+def guard(
+    session: Session, adapter: Callable[[], HTTPAdapter], ca_file: str | None = None, proxy: str = ""
+) -> None:
+    """Have a session send by such adapters alone, certificates verified; its callers follow no redirect.
+
+    Args:
+        proxy: what is asked by https goes through it, sealed to its end; empty for none.
+    """
+    session.trust_env = False  # no .netrc, no other proxy, no other authorities than the settings name
+    session.proxies = {"https": proxy} if proxy else {}
     session.verify = ca_file or True
     session.headers["Accept-Encoding"] = "identity"
     for scheme in ("http://", "https://"):

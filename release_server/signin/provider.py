@@ -250,6 +250,7 @@ class Provider:
             client,
             lambda: outgoing.Bounded(unavailable, LONGEST_S),
             str(self.oidc.ca_file) if self.oidc.ca_file else None,
+            self.oidc.proxy,
         )
         return client
 

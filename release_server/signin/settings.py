@@ -38,6 +38,15 @@ TABLE = [
         "file with the client secret, mode 0600; empty: a public client, held by PKCE alone",
     ),
     Setting("oidc.ca_file", str, "", "PEM certificates to verify the provider with; empty: the public ones"),
+    Setting(
+        "oidc.proxy",
+        str,
+        "",
+        "proxy on the way to the provider, with its password if it needs one; empty: none, whatever the"
+        " environment says",
+        secret=True,
+        form=r"http://[^\s]+",
+    ),
     Setting("oidc.scopes", list, ["openid", "email"], "what is asked of the provider"),
     Setting(
         "oidc.name_claim",
@@ -89,6 +98,7 @@ class Oidc:
     Attributes:
         site: the URL that people open; the provider sends them back below it.
         secret_file, ca_file: None for none.
+        proxy: for what is asked by https; empty for none.
     """
 
     issuer: str
@@ -101,6 +111,7 @@ class Oidc:
     rules: tuple[Rule, ...]
     lasts: timedelta
     idle: timedelta
+    proxy: str = ""
 
     @classmethod
     def of(cls, settings: Settings, data: Path, site: str) -> Oidc | None:
@@ -122,6 +133,7 @@ class Oidc:
             rules=tuple(Rule.read(text) for text in settings["oidc.roles"]),
             lasts=timedelta(seconds=settings["oidc.session_s"]),
             idle=timedelta(seconds=settings["oidc.idle_s"]),
+            proxy=str(settings["oidc.proxy"]),
         )
         made._check()
         return made

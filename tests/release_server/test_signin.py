@@ -10,6 +10,7 @@ from datetime import timedelta
 from urllib.parse import urlencode, urlsplit
 
 import pytest
+import requests
 from sqlalchemy import select
 
 from agent_core.clock import iso
@@ -19,6 +20,7 @@ from release_server.models import AuditEntry, PersonSession
 from release_server.signin import provider as provider_module
 from tests import openid_provider
 from tests.certificates import Authority
+from tests.http_origin import Proxy
 from tests.openid_provider import (
     Provider,
     by_secret,
@@ -562,6 +564,42 @@ def test_a_provider_whose_certificate_nobody_vouches_for_is_not_asked(make_app, 
     assert provider.asked == []
     assert Browser(make_app(provider.issuer, ca_file=str(ours.file))).ask("GET", "/signin").status_code == 303
     provider.close()
+
+
+def test_a_proxy_that_is_set_is_the_way_to_the_provider_and_that_of_the_environment_is_not(
+    make_app, tmp_path, clock, monkeypatch
+):
+    monkeypatch.setenv("HTTPS_PROXY", UNUSED)
+    ours = Authority(tmp_path, "ours")
+    provider = Provider(
+        redirect_uri=f"{SITE}/signin/callback", clock=clock, tls=tuple(map(str, ours.issue("provider")))
+    )
+    trusted = {"ca_file": str(ours.file)}
+    assert Browser(make_app(provider.issuer, **trusted)).ask("GET", "/signin").status_code == 303
+    with Proxy() as proxy:
+        browser = Browser(make_app(provider.issuer, proxy=proxy.url, **trusted))
+        sent = browser.ask("GET", "/signin").headers["Location"]
+        answer = requests.get(
+            sent, allow_redirects=False, timeout=30, verify=str(ours.file), proxies={"https": ""}
+        )
+        assert browser.come_back(answer.headers["Location"]).status_code == 303
+        assert browser.who().json["name"] == "ada@example.org"
+    assert len(proxy.heads) >= 3  # what it says of itself, the code, its keys
+    assert {head.partition(" ")[0] for head in proxy.heads} == {"CONNECT"}
+    provider.close()
+
+
+# urllib3 leaves the socket of a handshake that failed behind a proxy to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_proxy_that_drips_or_is_away_is_named_and_its_password_is_not(make_app, token, monkeypatch, caplog):
+    monkeypatch.setattr(provider_module, "LONGEST_S", 0.3)
+    with dripping() as url:
+        for proxy, why in ((url, "took too long"), ("http://ada:hunter2@127.0.0.1:9", "ProxyError")):
+            browser = Browser(make_app("https://id.example.org", proxy=proxy))
+            answer = browser.ask("GET", "/signin")
+            assert_unavailable(answer, why)
+            assert "hunter2" not in answer.text + caplog.text
+            assert_tokens_work(browser, token)
 
 
 @pytest.mark.parametrize(
