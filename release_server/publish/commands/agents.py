@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -241,11 +242,13 @@ def export(labels: tuple[str, ...], *, as_csv: bool, out: Path | None, **wanted:
             raise click.UsageError("--out writes CSV; redirect the output of --json instead")
         console.emit(find(labels, **wanted))
         return
+    found = pages(labels, **wanted)
+    found = chain([next(found, [])], found)  # what is refused leaves a file of before as it is
     if out is None:
-        write_table(sys.stdout, pages(labels, **wanted))
+        write_table(sys.stdout, found)
         return
     with out.open("w", newline="") as file:
-        count = write_table(file, pages(labels, **wanted))
+        count = write_table(file, found)
     console.say(f"{render.agents(count)} written to {out}")
 
 

@@ -1023,6 +1023,18 @@ def test_export_writes_a_file_and_leaves_stdout_empty(release: Release, tmp_path
     assert release("agents", "export", "-o", "fleet.json", "--json").code == Exit.USAGE
 
 
+def test_an_export_that_is_refused_writes_no_head_and_keeps_the_file_of_before(
+    release: Release, fleet: Fleet, tmp_path: Path
+) -> None:
+    kept = tmp_path / "fleet.csv"
+    kept.write_text("of yesterday")
+    fleet.refuse("GET", "/agents", 403, "not-allowed")
+    for way in (("--csv",), ("-o", "fleet.csv")):
+        ran = release("agents", "export", *way)
+        assert (ran.code, ran.out) == (Exit.NOT_ALLOWED, "")
+    assert kept.read_text() == "of yesterday"
+
+
 # --- tokens ----------------------------------------------------------------------------------------------
 
 
