@@ -12,6 +12,7 @@ from agent_core.wire import Mode
 from release_server import agents, cohort_view, cohorts
 from release_server.models import AuditEntry, CohortSpec
 from release_server.preview import preview
+from release_server.webhooks.standstill import Stand
 from tests.release_server.fleet_world import World
 
 
@@ -244,7 +245,7 @@ def test_a_change_made_meanwhile_is_a_conflict(world):
     world.cohort("all")
     seen = world.settled()
     world.call(cohorts.edit, "demo", "all", poll_s=10)
-    kept = {"base": "1.1.0", "made": seen.directive, "due_at": None}
+    kept = {"base": "1.1.0", "made": seen.directive, "due_at": None, "stand": Stand()}
     with world.write() as session:
         cohort = cohorts.find(session, "demo", "all")
         with pytest.raises(ConflictError):
