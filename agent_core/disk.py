@@ -217,12 +217,19 @@ def fsync_dir(path: Path) -> None:
         close(handle)
 
 
-def read_file(path: Path) -> bytes:
-    """All bytes of a file."""
-    handle, pieces = open(path, os.O_RDONLY), []
+def read_file(path: Path, most: int = 1 << 62) -> bytes:
+    """All bytes of a file; a pipe in its place is not waited for, and is as good as an empty file.
+
+    Raises:
+        OSError: also `EFBIG`, when there are more than `most`.
+    """
+    handle, pieces = open(path, os.O_RDONLY | os.O_NONBLOCK), []
     try:
         while piece := read(handle, READ):
             pieces.append(piece)
+            most -= len(piece)
+            if most < 0:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     finally:
         close(handle)
     return b"".join(pieces)

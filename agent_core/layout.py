@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BALLAST_LENGTH = 4 << 20
+MAX_JSON = 4 << 20
 PRIVATE_MODE = 0o700
 PUBLIC_MODE = 0o755
 _LEFT_OVER = re.compile(r"\..+\.[0-9a-f-]+\.new")
@@ -323,11 +324,11 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
 
     Raises:
         MalformedError: it holds no JSON.
-        DiskError: it cannot be read.
+        DiskError: it cannot be read, or is longer than anything that was written here.
     """
     with _as_disk_error(path):
         try:
-            content = disk.read_file(path)
+            content = disk.read_file(path, MAX_JSON)
         except FileNotFoundError:
             return default
     try:

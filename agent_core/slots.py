@@ -354,7 +354,7 @@ class Slots:
 
     def _both(self) -> list[Record | None]:
         try:
-            handle = disk.open(self.path, os.O_RDONLY)
+            handle = disk.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would never open
         except FileNotFoundError:
             return [None, None]
         try:

@@ -240,7 +240,8 @@ class Spool:
             except sqlite3.Error as error:
                 self._note(str(error))
                 self._disconnect()
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
+                is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED
+                if not is_damaged and (self.path.is_file() or not self.path.exists()):
                     return None
                 self._move_aside()
             except OSError as error:
@@ -290,7 +291,8 @@ class Spool:
     def _move_aside(self) -> None:
         """Keep a damaged database for whoever looks into it, and only the newest few of them."""
         aside = self._aside()
-        number = 1 + max((int(file.name.rpartition("-")[2]) for file in aside), default=0)
+        numbers = [file.name.rpartition("-")[2] for file in aside]
+        number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
         log.error("the spool was damaged; it is kept aside and begun anew", extra={"file": str(self.path)})
         for ending in ("-journal", "-wal", "-shm"):  # first: a new database must never meet an old journal
             with contextlib.suppress(OSError):
@@ -299,7 +301,7 @@ class Spool:
             self.path.replace(self.path.with_name(f"{self.path.name}.damaged-{number:06d}"))
         for file in self._aside()[:-KEPT_ASIDE]:
             with contextlib.suppress(OSError):
-                file.unlink()
+                file.unlink()  # a directory is somebody's, and stays
 
 
 def _transition(row: tuple[Any, ...]) -> Transition:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 from agent_core import disk
 from agent_core.errors import ConflictError, RelfleetError
 from agent_core.late import late_dataclass
-from agent_core.layout import read_json, write_json
+from agent_core.layout import read_json
 from agent_core.wire import AttemptState, Getter, Reason
+from updater import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,4 +140,4 @@ def load(file: Path) -> Attempt | None:
 
 
 def save(file: Path, attempt: Attempt) -> None:
-    write_json(file, attempt.to_json())
+    notes.write(file, attempt.to_json())

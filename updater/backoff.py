@@ -31,6 +31,11 @@ def wait_s(
     return wait
 
 
+def ceiling_s(most_s: float) -> float:
+    """What no wait passes, whatever the server asked for; a longer one was not computed here."""
+    return most_s * 1.5
+
+
 def jittered(period_s: float, chance: float) -> float:
     """A period spread by a tenth to either side, so that polls of a fleet drift apart."""
     return period_s * (0.9 + 0.2 * chance)

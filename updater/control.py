@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from agent_core import clock, disk, slots
 from agent_core import layout as durable
 from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
-from agent_core.wire import Getter
+from agent_core.wire import VERSION, Getter
+from updater import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 ROLLBACK, RETRY, ACTIVATE = "rollback", "retry", "activate"
 VERBS = (ROLLBACK, RETRY, ACTIVATE)
+_NAME = re.compile(rf"({VERSION.pattern}-[0-9a-f]{{12}})?")
+"""Of a version's directory, or none; whatever else a request names would lead out of `versions/`."""
 
 
 @late_dataclass(frozen=True)
@@ -74,7 +78,7 @@ def _request_file(layout: Layout) -> Path:
 
 
 def leave_request(layout: Layout, request: Request) -> None:
-    durable.write_json(_request_file(layout), request.to_json())
+    notes.write(_request_file(layout), request.to_json())
 
 
 def read_request(layout: Layout) -> Request | None:
@@ -84,7 +88,7 @@ def read_request(layout: Layout) -> Request | None:
         if body is None:
             return None
         get = Getter(body, "request")
-        verb, name = get.text("verb"), get.text("name", "")
+        verb, name = get.text("verb"), get.text("name", "", form=_NAME)
         if verb in VERBS and (name or verb != ACTIVATE):
             return Request(verb, name)
     forget_request(layout)
@@ -92,7 +96,7 @@ def read_request(layout: Layout) -> Request | None:
 
 
 def forget_request(layout: Layout) -> None:
-    disk.remove(_request_file(layout))
+    notes.forget(_request_file(layout))
     disk.fsync_dir(layout.state)
 
 
@@ -150,8 +154,9 @@ def show(layout: Layout, name: str, workload_pid: int | None, **what: str) -> No
         status = {}
     status |= {"pid": os.getpid(), "version": name, "workload_pid": workload_pid, **what}
     status["at"] = clock.iso(clock.now())
+    file = layout.state / "status.json"
     with suppress(RelfleetError):
-        durable.write_news(layout.state / "status.json", json.dumps(status).encode())
+        notes.replace(file, lambda: durable.write_news(file, json.dumps(status).encode()))
 
 
 def read_status(layout: Layout) -> dict[str, Any]:
@@ -169,19 +174,22 @@ def remember_backoff(layout: Layout, failures: int, wait_s: float) -> None:
     """Keep the backoff, so that a restart does not end it; nothing is written while all is well."""
     file = layout.state / "backoff.json"
     if failures == 0:
-        disk.remove(file)
+        notes.forget(file)
         return
     with suppress(RelfleetError):
         until_s = int(clock.now().timestamp() + wait_s)
-        durable.write_json(file, {"failures": failures, "until_s": until_s, "wait_s": wait_s})
+        notes.write(file, {"failures": failures, "until_s": until_s, "wait_s": wait_s})
 
 
-def recall_backoff(layout: Layout) -> tuple[int, float]:
-    """Failures in a row so far, and the seconds still to wait; a clock that jumped never makes it longer."""
+def recall_backoff(layout: Layout, most_s: float) -> tuple[int, float]:
+    """Failures in a row so far, and the seconds still to wait; a clock that jumped never makes it longer.
+
+    Nor does the note itself: whatever it says, nobody waits longer than `most_s`.
+    """
     with suppress(RelfleetError):
         body = durable.read_json(layout.state / "backoff.json")
         if body is not None:
             get = Getter(body, "backoff")
             left_s = get.integer("until_s") - clock.now().timestamp()
-            return get.integer("failures"), min(max(0.0, left_s), get.number("wait_s"))
+            return get.integer("failures"), min(max(0.0, left_s), get.number("wait_s"), most_s)
     return 0, 0.0

@@ -15,8 +15,9 @@ from agent_core import disk, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
-from agent_core.layout import read_json, write_json
+from agent_core.layout import read_json
 from agent_core.wire import Getter, Reason
+from updater import notes
 from updater.share import NoShareError
 from updater.stage import check_room, stage
 
@@ -125,7 +126,7 @@ class _Tries:
     def note(self, delta: Delta, tries: int) -> None:
         others = {digest: count for digest, count in self._all().items() if digest != delta.sha256}
         kept = list(others.items())[-MOST_NOTES:] + ([(delta.sha256, tries)] if tries else [])
-        write_json(self._file, dict(kept))
+        notes.write(self._file, dict(kept))
 
     def _all(self) -> dict[str, int]:
         """A note that cannot be read is one that is begun anew."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from agent_core import disk, slots
 from agent_core import layout as durable
 from agent_core.clock import iso, now, parse_iso
-from agent_core.errors import RelfleetError, UnreachableError
+from agent_core.errors import MalformedError, RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
 from agent_core.layout import Layout
 from agent_core.settings import AgentSettings, load_agent
 from agent_core.wire import Directive, Getter, Reason, ReleaseFacts
 from updater import identity as identities
-from updater import last_good
+from updater import last_good, notes
 from updater.decide import Action, Hold, Running
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ class Outcome:
     @classmethod
     def from_json(cls, body: object, path: str = "outcome") -> Self:
         get = Getter(body, path)
+        again = get.optional_text("again")
         return cls(
             action=get.choice("action", Action),
             reason=get.text("reason"),
             detail=get.text("detail"),
-            at=get.text("at"),
+            at=_moment(get, get.text("at")),
             verified=get.boolean("verified"),
             failed=get.boolean("failed"),
             version=get.text("version"),
@@ -104,7 +105,7 @@ class Outcome:
             deadman_s=get.integer("deadman_s"),
             retry_epoch=get.integer("retry_epoch"),
             floor=get.integer("floor"),
-            again=get.optional_text("again"),
+            again=again if again is None else _moment(get, again),
             retry_after_s=get.number("retry_after_s", None),
         )
 
@@ -188,7 +189,7 @@ class Device:
         return _read(self.outcome_file, Outcome)
 
     def remember_outcome(self, outcome: Outcome) -> None:
-        durable.write_json(self.outcome_file, outcome.to_json())
+        notes.write(self.outcome_file, outcome.to_json())
 
     def seen(self) -> Seen | None:
         return _read(self.layout.state / "directive.json", Seen)
@@ -202,7 +203,7 @@ class Device:
         if before and before.directive == directive and before.since <= now:
             return before
         seen = Seen(directive, now)
-        durable.write_json(self.layout.state / "directive.json", seen.to_json())
+        notes.write(self.layout.state / "directive.json", seen.to_json())
         return seen
 
     # --- versions --------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class Device:
         return _read(self.facts_file(name), ReleaseFacts)
 
     def keep_facts(self, name: str, facts: ReleaseFacts) -> None:
-        durable.write_json(self.facts_file(name), facts.to_json())
+        notes.write(self.facts_file(name), facts.to_json())
 
     def facts_file(self, name: str) -> Path:
         return self.layout.state / f"facts-{name}.json"
@@ -230,7 +231,7 @@ class Device:
         there = {self.facts_file(name).name for name in disk.listdir(self.layout.versions)}
         for name in disk.listdir(self.layout.state):
             if name.startswith("facts-") and name not in there:
-                disk.remove(self.layout.state / name)
+                notes.forget(self.layout.state / name)
 
     # --- hold ------------------------------------------------------------------------------------------
 
@@ -282,6 +283,15 @@ def skip_reason(record: slots.Record | None, digest: str, retry_epoch: int) -> s
     if record is None or not slots.skips(record, digest, retry_epoch):
         return None
     return next((entry[1] for entry in record.skip if entry[0] == digest[:12]), Reason.SKIPPED)
+
+
+def _moment(get: Getter, text: str) -> str:
+    """The text of a time, which may be relied on to be one."""
+    try:
+        parse_iso(text)
+    except ValueError:
+        raise MalformedError(f"{get.path} is not acceptable", why=f"{text[:40]!r} is no time") from None
+    return text
 
 
 def _read(file: Path, kind: type[N]) -> N | None:

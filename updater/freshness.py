@@ -10,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_core import clock, layout
+from agent_core import clock, disk, layout
 from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.wire import Getter
+from updater import notes
 
 if TYPE_CHECKING:
     from updater.transport import Transport
@@ -62,14 +63,18 @@ class Memory:
     @classmethod
     def from_json(cls, body: object, path: str = "poll") -> Memory:
         get = Getter(body, path)
+        earliest_expiry, high_water = _moment(get, "earliest_expiry"), _moment(get, "high_water")
+        if earliest_expiry and high_water and high_water >= earliest_expiry:
+            # No refresh ends so. Believed, a time that is far ahead would have everything expired for ever.
+            raise get.refuse("high_water", "by it, what was verified had expired already")
         return cls(
             etag=get.text("etag", ""),
             timestamp_sha256=get.text("timestamp_sha256", ""),
-            earliest_expiry=_moment(get, "earliest_expiry"),
+            earliest_expiry=earliest_expiry,
             refreshed_at=_moment(get, "refreshed_at"),
             refreshed_boot_s=get.number("refreshed_boot_s", 0.0),
             boot_id=get.text("boot_id", ""),
-            high_water=_moment(get, "high_water"),
+            high_water=high_water,
             time_keys=get.texts("time_keys", ()),
         )
 
@@ -88,7 +93,7 @@ def remember(path: Path, memory: Memory) -> None:
         others = layout.read_json(path)
     except (RelfleetError, OSError, ValueError):
         others = {}
-    layout.write_json(path, {**(others if isinstance(others, dict) else {}), **memory.to_json()})
+    notes.write(path, {**(others if isinstance(others, dict) else {}), **memory.to_json()})
 
 
 def trusted_time(memory: Memory, now: datetime) -> datetime:
@@ -157,7 +162,7 @@ def is_unchanged(
 def cached_timestamp_sha256(metadata_dir: Path) -> str | None:
     """Digest of the timestamp in the TUF cache, None when it cannot be read."""
     try:
-        return sha256((metadata_dir / "timestamp.json").read_bytes()).hexdigest()
+        return sha256(disk.read_file(metadata_dir / "timestamp.json")).hexdigest()
     except OSError:
         return None
 

@@ -12,6 +12,7 @@ from agent_core import clock, disk, layout, wire
 from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError
 from agent_core.late import late_dataclass
 from agent_core.wire import SCHEMA, Getter, Reason
+from updater import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from agent_core.layout import Layout
 
 COUNTER_DIGITS = 20
+HIGHEST_COUNTER = 2**52
 
 
 @late_dataclass(frozen=True)
@@ -152,6 +154,7 @@ def next_counter(paths: Layout) -> int:
     otherwise sign numbers that the server has seen, and never be heard again.
     """
     with _disk_errors(paths.state / "counter"):
+        notes.set_aside(paths.state / "counter", paths.trash)  # it would never be heard again
         fd = disk.open(paths.state / "counter", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             disk.flock(fd, fcntl.LOCK_EX)
@@ -166,30 +169,22 @@ def next_counter(paths: Layout) -> int:
 def _stored(fd: int) -> int:
     content = disk.pread(fd, COUNTER_DIGITS + 1, 0)
     with suppress(ValueError):
-        return min(int(content), 2**53 - 2)
+        counter = int(content)
+        # One near the end of what the server takes was never drawn here, and would be the last that is heard.
+        return counter if counter < HIGHEST_COUNTER else 0
     return 0
 
 
 def _private_key(file: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    try:
-        fd = disk.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            "this host has no key", why=f"there is no {file}", then="agent enroll --server URL"
-        ) from error
-    except OSError as error:
-        raise DiskError(f"{file} cannot be read", why=str(error), reason=Reason.DISK) from error
-    with os.fdopen(fd, "rb") as stream:
-        mode = os.fstat(fd).st_mode
-        if mode & 0o077:
-            raise NotAllowedError(
-                f"{file} is not private",
-                why=f"others on this host may use it (mode {mode & 0o777:04o})",
-                then=f"chmod 600 {file}; if others may have read it, remove it and enroll again",
-            )
-        content = stream.read(256)
+    mode, content = _read_key(file)
+    if mode & 0o077:
+        raise NotAllowedError(
+            f"{file} is not private",
+            why=f"others on this host may use it (mode {mode & 0o777:04o})",
+            then=f"chmod 600 {file}; if others may have read it, remove it and enroll again",
+        )
     try:
         return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(content.decode("ascii").strip()))
     except ValueError:
@@ -197,6 +192,22 @@ def _private_key(file: Path) -> Ed25519PrivateKey:
         raise MalformedError(
             f"{file} holds no key", why="it is not 64 hex digits", then="remove it and enroll again"
         ) from None
+
+
+def _read_key(file: Path) -> tuple[int, bytes]:
+    """Its mode and its bytes; neither a link, a directory nor a pipe is one."""
+    try:
+        fd = disk.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return disk.fstat(fd).st_mode, disk.read(fd, 256)
+        finally:
+            disk.close(fd)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            "this host has no key", why=f"there is no {file}", then="agent enroll --server URL"
+        ) from error
+    except OSError as error:
+        raise DiskError(f"{file} cannot be read", why=str(error), reason=Reason.DISK) from error
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def roles(layout: Layout) -> list[Role]:
         try:
             if signed is not None:
                 found.append(Role(name, int(signed["version"]), clock.parse_iso(signed["expires"])))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     return found
 

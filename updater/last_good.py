@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from agent_core.errors import RelfleetError, SettingsError
-from agent_core.layout import read_json, write_json
+from agent_core.layout import read_json
 from agent_core.settings import AGENT, AgentSettings, load_agent
+from updater import notes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,7 @@ def keep(layout: Layout, settings: AgentSettings) -> None:
         except RelfleetError:
             kept = None
         if kept != values:
-            write_json(note(layout), values, 0o600)  # a proxy's password may be among them
+            notes.write(note(layout), values, 0o600)  # a proxy's password may be among them
 
 
 def note(layout: Layout) -> Path:

@@ -15,6 +15,7 @@ from agent_core import layout as durable
 from agent_core.errors import NotFoundError
 from agent_core.release_file import MAX_TARGETS, TARGETS
 from agent_core.wire import PROGRESS_FULL, Directive
+from updater import notes
 from updater.transport import MAX_ANSWER, Answer, Stream
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class KeptOrigin:
 
 def keep(layout: Layout, targets: bytes) -> None:
     """Keep verified targets of a file; `kept` gives them back."""
-    durable.write_durable(layout.file_targets, targets)
+    file = layout.file_targets
+    notes.replace(file, lambda: durable.write_durable(file, targets))
 
 
 def kept(layout: Layout) -> bytes | None:

@@ -23,7 +23,7 @@ from agent_core.layout import clear_left_overs
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Mode, Reason
 from updater import attempt as attempts
-from updater import freshness, lease, offline, report, stop
+from updater import freshness, lease, notes, offline, report, stop
 from updater import identity as identities
 from updater.attempt import Attempt
 from updater.decide import Action, Decision, Facts, Offer, decide, wanted
@@ -152,7 +152,7 @@ def _guarded(
 def _catalog(device: Device, origin: Origin) -> Catalog:
     from updater.catalog import Catalog
 
-    bootstrap = device.layout.trust_root.read_bytes()
+    bootstrap = disk.read_file(device.layout.trust_root)
     return Catalog(device.layout.tuf, origin, device.identity.product, bootstrap)
 
 
@@ -339,7 +339,7 @@ class _Check:
                 return
             offer, salt = facts.offer, facts.directive.salt
             if offer is None or not last.is_for(offer.facts.version, offer.digest, salt):
-                disk.remove(self.device.attempt_file)
+                notes.forget(self.device.attempt_file)
 
     def _note(self, attempt: Attempt, *, refuse_until: int | None = None) -> None:
         """Make a step of the attempt durable, if the record is still the one that was decided by.

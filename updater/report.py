@@ -20,7 +20,7 @@ from agent_core.wire import (
 )
 from updater import attempt as attempts
 from updater import identity as identities
-from updater import server
+from updater import notes, server
 from updater.inventory import inventory
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def learn(device: Device, answer: ReportAnswer) -> Device:
     if answer.session:
         until_s = clock.now().timestamp() + answer.session_s - SESSION_MARGIN_S
         note = {"session": answer.session, "until_s": int(until_s)}
-        durable.write_json(device.session_file, note, 0o600)
+        notes.write(device.session_file, note, 0o600)
     return _become(device, answer.cohort, str(Reason.PENDING) if answer.pending else "")
 
 

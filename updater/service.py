@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_core import clock, disk, slots
+from agent_core import clock, slots
 from agent_core.bundle import INDEX_NAME, Index
 from agent_core.errors import Exit, MalformedError, RelfleetError
 from agent_core.health import Monitor, Subject, parse_checks
@@ -29,10 +29,10 @@ from agent_core.settings import AgentSettings, Live, Watcher, load_agent
 from agent_core.spool import Spool
 from agent_core.telemetry import Figures, setup_logging
 from agent_core.workload import BoundedLog, Place, Workload
-from updater import activation, checker, control, last_good, poll, report, stage
+from updater import activation, checker, control, last_good, notes, poll, report, stage
 from updater import attempt as attempts
 from updater import identity as identities
-from updater.backoff import jittered, wait_s
+from updater.backoff import ceiling_s, jittered, wait_s
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.gate import Step, TrialFacts, judge, observed_s
@@ -101,7 +101,9 @@ class Service:
         self.started_s = self.runtime.now_s()
         self.verified = False
         self._numbered: attempts.Attempt | None = None
-        self.failures, self._wait_s = control.recall_backoff(device.layout)
+        self.failures, self._wait_s = control.recall_backoff(
+            device.layout, ceiling_s(device.settings.poll_max_backoff_s)
+        )
         self.figures = Figures()
         self._checking = False
         self._checker = Helper(self.runtime, self._argv("checker"), "checker")
@@ -392,7 +394,7 @@ class Service:
         if error is None:
             self._belong(sent[0].identity)
         elif isinstance(error, RelfleetError) and error.reason not in ("offline", "overloaded"):
-            disk.remove(self.device.session_file)
+            notes.forget(self.device.session_file)
             self._report_now()
 
     def _report_now(self) -> None:

@@ -10,6 +10,7 @@ import json
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import agent_core.late_signers  # noqa: F401 - before tuf
@@ -25,15 +26,15 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from agent_core import clock, layout
+from agent_core import clock, disk, layout
 from agent_core.errors import DiskError, TrustError, UnreachableError
 from agent_core.wire import Reason
+from updater import notes
 from updater.freshness import TIMESTAMP_MAX, Memory, trusted_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
-    from pathlib import Path
 
     from securesystemslib.signer import Key
 
@@ -52,6 +53,8 @@ METADATA_MAX = 16 * 1024 * 1024
 """Also for lengths that signed metadata announces: an online key may not ask for a download without end."""
 METADATA_DEADLINE_S = 120.0
 COHORTS = "cohorts"
+CACHED = frozenset({"timestamp.json", "snapshot.json", "targets.json", f"{COHORTS}.json"})
+"""What the next refresh fetches anew when it is damaged."""
 RELEASE_DIRECTORIES = ("bundles", "deltas", "policy")
 SIGNED_AT = "x-signed-at"
 
@@ -129,7 +132,7 @@ class Client(Updater):
     def _cached_targets(self) -> bytes | None:
         try:
             return self._load_local_metadata(Targets.type)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
 
     def newer_than(self, known: bytes, version: int) -> Targets | None:
@@ -146,7 +149,19 @@ class Client(Updater):
     def _persist_file(self, filename: str, data: bytes) -> None:
         # Upstream renames without fsync: after a power cut an empty timestamp.json would stand there, count
         # as a missing one, and take the protection against older metadata with it.
-        layout.write_durable(filename, data, 0o644)
+        file = Path(filename)
+
+        def persist() -> None:
+            layout.write_durable(file, data, 0o644)
+
+        if file.name in CACHED:
+            notes.replace(file, persist, layout.Layout(file.parents[2]).trash)
+        else:
+            persist()  # a root decides: what lies in its place is left to a person
+
+    def _load_local_metadata(self, rolename: str) -> bytes:
+        # Upstream would wait for ever for a pipe, and hold whatever is there in memory.
+        return disk.read_file(Path(self._dir, f"{rolename}.json"), METADATA_MAX)
 
 
 class TrustedSet(TrustedMetadataSet):

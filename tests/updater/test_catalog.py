@@ -8,7 +8,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -683,6 +683,18 @@ def test_a_damaged_cache_is_fetched_again(device: Device, name: str, content: by
     device.refresh()
     (device.directory / name).write_bytes(content)
     device.refresh()
+
+
+@pytest.mark.parametrize("name", ["timestamp.json", "snapshot.json", "targets.json", "cohorts.json"])
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_what_is_no_file_in_the_place_of_cached_metadata_is_set_aside(
+    device: Device, name: str, put: Any
+) -> None:
+    device.refresh()
+    (device.directory / name).unlink()
+    put(device.directory / name)
+    device.refresh()
+    assert (device.directory / name).is_file()
 
 
 def test_metadata_is_on_the_disk_before_it_replaces_the_old(

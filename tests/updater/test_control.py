@@ -25,7 +25,18 @@ def test_a_request_waits_until_it_is_done(layout):
     assert control.read_request(layout) is None
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"verb": "format-disk"}', "[]"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{}",
+        '{"verb": "format-disk"}',
+        "[]",
+        '{"verb": "rollback", "name": "../../etc"}',
+        '{"verb": "activate", "name": "1.0.0-111111111111/../x"}',
+        '{"verb": "activate", "name": "1.0.0"}',
+    ],
+)
 def test_a_request_that_makes_no_sense_is_taken_away(layout, damage):
     file = layout.state / "request.json"
     file.write_text(damage)
@@ -57,13 +68,21 @@ def test_the_status_of_an_earlier_process_is_not_mixed_with_ours(layout):
 
 def test_backoff_is_kept_across_a_restart_and_ends_with_success(layout):
     control.remember_backoff(layout, 3, 40.0)
-    failures, left = control.recall_backoff(layout)
+    failures, left = control.recall_backoff(layout, 60.0)
     assert failures == 3
     assert 38 < left <= 40
     control.remember_backoff(layout, 0, 0)
-    assert control.recall_backoff(layout) == (0, 0.0)
+    assert control.recall_backoff(layout, 60.0) == (0, 0.0)
 
 
 def test_a_clock_set_back_does_not_make_the_wait_longer(layout):
     (layout.state / "backoff.json").write_text('{"failures": 2, "until_s": 99999999999, "wait_s": 8.0}')
-    assert control.recall_backoff(layout) == (2, 8.0)
+    assert control.recall_backoff(layout, 60.0) == (2, 8.0)
+
+
+@pytest.mark.parametrize("until_s", [0, 2**53, "NaN", "true", "-1", "1e308", "Infinity"])
+@pytest.mark.parametrize("wait_s", [10**15, "1e308", "Infinity", "NaN", "true", -1])
+def test_no_note_of_a_backoff_makes_anybody_wait_for_ever(layout, until_s, wait_s):
+    body = f'{{"failures": {2**53}, "until_s": {until_s}, "wait_s": {wait_s}}}'
+    (layout.state / "backoff.json").write_text(body)
+    assert 0 <= control.recall_backoff(layout, 90.0)[1] <= 90.0

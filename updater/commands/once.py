@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console, slots
-from agent_core.errors import Exit, RelfleetError, UnreachableError
+from agent_core.errors import ConflictError, Exit, RelfleetError, UnreachableError
 from updater import activation, control, poll
 from updater.commands.common import root_option, sentence
 from updater.device import Device, Outcome
@@ -75,4 +75,6 @@ def _exit_of(outcome: Outcome) -> int:
     trust |= {"bad-answer", "bad-certificate"}
     if outcome.reason in trust:
         return Exit.TRUST
+    if outcome.reason == ConflictError.reason:
+        return Exit.CONFLICT
     return Exit.UNREACHABLE if outcome.reason in ("offline", "overloaded") else Exit.FAILED
