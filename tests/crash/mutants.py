@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         "a delta is not counted before it is fetched", "updater/delta.py",
-        "        tries.note(delta, tries.of(delta) + 1)\n", "", "last try of a delta",
+        "        tries.note(delta, before + 1)\n", "", "last try of a delta",
     ),
     Mutant(
         "a delta is not counted before it is applied", "updater/delta.py",
