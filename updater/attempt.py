@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from agent_core import disk
+from agent_core import disk, slots
 from agent_core.errors import ConflictError, RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.layout import read_json
@@ -34,7 +34,10 @@ _PATIENCE_S = 10.0
 
 @late_dataclass(frozen=True)
 class Attempt:
-    """One release being tried here; `salt` names the rollout that asked, `digest` is DIGEST12."""
+    """One release being tried here; `salt` names the rollout that asked, `digest` is DIGEST12.
+
+    `retry_epoch` is the directive's by which this try began: an earlier one's skip is not this one's end.
+    """
 
     version: str
     digest: str
@@ -42,6 +45,7 @@ class Attempt:
     state: AttemptState
     reason: str = ""
     detail: str = ""
+    retry_epoch: int = 0
 
     @property
     def name(self) -> str:
@@ -66,6 +70,7 @@ class Attempt:
             "state": str(self.state),
             "reason": self.reason,
             "detail": self.detail,
+            "retry_epoch": self.retry_epoch,
         }
 
     @classmethod
@@ -78,6 +83,7 @@ class Attempt:
             state=get.choice("state", AttemptState),
             reason=get.text("reason", ""),
             detail=get.text("detail", ""),
+            retry_epoch=get.integer("retry_epoch", 0),
         )
 
 
@@ -99,10 +105,12 @@ def settled(attempt: Attempt | None, record: Record) -> Attempt | None:
         return None
     if record.good == attempt.name:
         return attempt.to(AttemptState.HEALTHY, Reason.OBSERVED)
-    reason = next((entry[1] for entry in record.skip if entry[0] == attempt.digest), None)
-    if reason is not None and attempt.state in (AttemptState.STAGED, AttemptState.TRIAL):
-        return attempt.to(AttemptState.ROLLED_BACK, reason, record.reason if record.reason != reason else "")
-    return None
+    # What was on trial has ended with this skip, whatever its epoch; what is only staged, if it is of this try.
+    since = {AttemptState.STAGED: attempt.retry_epoch, AttemptState.TRIAL: 0}.get(attempt.state)
+    if since is None or not slots.skips(record, attempt.digest, since):
+        return None
+    reason = next(entry[1] for entry in record.skip if entry[0] == attempt.digest)
+    return attempt.to(AttemptState.ROLLED_BACK, reason, record.reason if record.reason != reason else "")
 
 
 @contextmanager

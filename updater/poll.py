@@ -373,7 +373,13 @@ class _Check:
         digest = release.facts.index_sha256[:12]
         last = attempts.load(self.device.attempt_file)
         again = last is not None and last.is_for(release.facts.version, digest, directive.salt)
-        attempt = Attempt(release.facts.version, digest, directive.salt, AttemptState.DOWNLOADING)
+        attempt = Attempt(
+            release.facts.version,
+            digest,
+            directive.salt,
+            AttemptState.DOWNLOADING,
+            retry_epoch=directive.retry_epoch,
+        )
         if not again:
             self._note(attempt)
             if not self.by_hand:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agent_core.slots import Record
@@ -27,6 +29,21 @@ TABLE = {
     "committed before the trial was told": (STAGED, Record(good=B, previous=A), AttemptState.HEALTHY),
     "rolled back by anyone": (
         STAGED.to(AttemptState.TRIAL),
+        Record(good=A, previous=A, skip=(("b" * 12, "unhealthy", 0),)),
+        AttemptState.ROLLED_BACK,
+    ),
+    "staged anew after a retry": (
+        replace(STAGED, retry_epoch=1),
+        Record(good=A, previous=A, skip=(("b" * 12, "unhealthy", 0),)),
+        None,
+    ),
+    "rolled back again, before the trial was told": (
+        replace(STAGED, retry_epoch=1),
+        Record(good=A, previous=A, skip=(("b" * 12, "unhealthy", 1),)),
+        AttemptState.ROLLED_BACK,
+    ),
+    "on trial, and rolled back under an epoch that a lost note has forgotten": (
+        replace(STAGED, state=AttemptState.TRIAL, retry_epoch=1),
         Record(good=A, previous=A, skip=(("b" * 12, "unhealthy", 0),)),
         AttemptState.ROLLED_BACK,
     ),

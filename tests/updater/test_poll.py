@@ -26,6 +26,7 @@ from updater.catalog import Release, alone
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
+from updater.service import Service
 
 PREFLIGHT = {"ok": True, "product": "shop", "version": "2.0.0"}
 GOOD, BEFORE, SPARE = (f"1.{number}.0-{str(number) * 12}" for number in range(3))
@@ -319,6 +320,14 @@ def beside(layout, origin, release):
     return world
 
 
+def resident(beside, name=GOOD):
+    """The agent of this host as far as it notes attempts; its loop and its workload are not needed for it."""
+    service = object.__new__(Service)
+    service.device, service.name, service.root = beside.device, name, beside.device.layout.root
+    service.record, service._numbered = slots.read(service.root), None
+    return service
+
+
 def test_a_trial_begun_beside_a_check_keeps_its_note_whatever_that_check_wants(beside):
     beside.when = "policy"
     assert beside.follow(replace(WANTED, release=None)).action is Action.STAY
@@ -362,6 +371,20 @@ def test_a_version_brought_by_hand_goes_on_trial_with_a_note_of_its_own_whatever
     control.carry_out(beside.device, control.Request(control.ACTIVATE, beside.staged.name))
     assert beside.note() == replace(beside.staged, salt=offline.SALT)
     assert beside.told() == ["staged"]
+
+
+def test_a_retry_is_not_called_rolled_back_by_what_the_try_before_left(beside, layout):
+    """The resident settles between what a check staged and its trial: at a heartbeat, or after a restart."""
+    slots.refuse(layout.root, beside.staged.name, "unhealthy", 0)
+    attempts.save(beside.device.attempt_file, beside.staged.to(AttemptState.ROLLED_BACK, "unhealthy"))
+    beside.outcome = beside.follow(replace(WANTED, retry_epoch=1))
+    assert not resident(beside)._settle()
+    beside.begin_trial()
+    assert beside.told() == ["staged"]
+    assert slots.roll_back(layout.root, "boots-used-up").phase == slots.IDLE
+    assert resident(beside)._settle()
+    assert beside.told() == ["staged", "rolled_back"]
+    assert beside.note().reason == "boots-used-up"
 
 
 def test_what_is_staged_is_told_once_however_often_it_is_looked_at(beside):
