@@ -207,7 +207,7 @@ def waits_as_told(facts):
         assert blocked == [event.reason for event in moves if event.name == "halted"]
         return
     assert blocked, "nothing is named, and it does not move"
-    facts = replace(facts, status=following.status)  # this look has seen every wish: one to resume lapses under a pin
+    facts = replace(facts, status=following.status)  # a wish to resume lapses under a pin
     gone = lift(facts, blocked)
     assert looked_at(gone, NOW).events or is_told_anew(gone, blocked), "it stays though all named is gone"
     if facts.status.state in (State.SCHEDULED, State.PAUSED):
@@ -217,7 +217,7 @@ def waits_as_told(facts):
 
 
 def test_a_wish_to_resume_that_a_pin_overtakes_lapses_and_the_pause_stays_named():
-    """Both came between two ticks. With the pin gone the rollout still waits for a person's word, as is told."""
+    """Both came between two ticks. With the pin gone it still waits for a person, as is told."""
     plan = Spec((Stage(count=1),), wanted=Wanted.RESUME, revision=2, pinned=True)
     paused = Status(State.PAUSED, stage_state=StageState.OPEN, reason=str(Why.MANUAL), spec_revision=1)
     facts = why.Facts("r-1", "1.1.0", "eu", plan, paused, Counters(4, 4, 0))
