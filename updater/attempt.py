@@ -105,7 +105,7 @@ def settled(attempt: Attempt | None, record: Record) -> Attempt | None:
         return None
     if record.good == attempt.name:
         return attempt.to(AttemptState.HEALTHY, Reason.OBSERVED)
-    # What was on trial has ended with this skip, whatever its epoch; what is only staged, if it is of this try.
+    # A trial has ended with this skip, whatever its epoch; what is only staged, if the skip is of this try.
     since = {AttemptState.STAGED: attempt.retry_epoch, AttemptState.TRIAL: 0}.get(attempt.state)
     if since is None or not slots.skips(record, attempt.digest, since):
         return None
