@@ -50,20 +50,35 @@ def activate(device: Device, outcome: Outcome) -> slots.Record:
 def activate_by_hand(device: Device, name: str, retry_epoch: int) -> slots.Record:
     """Put on trial what a person brought in a file, whatever a check of the server's word has said since.
 
+    Whether it may be is asked before its note takes the place of another's: the note of a trial that runs is
+    what the server hears of that trial by. The note comes before the trial, which would have none if cut off.
+
     Raises:
         slots.IllegalTransitionError, OSError: as of `slots.begin_trial`, or the version cannot be read.
         RelfleetError: it is none, or its attempt could not be noted.
     """
     index = Index.from_bytes(disk.read_file(device.layout.version_dir(name) / INDEX_NAME))
+    root = device.layout.root
     with attempts.alone(device.layout):
-        before = attempts.load(device.attempt_file)
-        if before is None or before.name != name or before.has_ended:
-            told = Attempt(slots.version_of(name), slots.digest_of(name), SALT, AttemptState.STAGED)
-            with Spool(device.layout.spool) as spool:
-                report.record_transition(device, spool, told)
-        return slots.begin_trial(
-            device.layout.root, name, index.boots, index.deadman_s, retry_epoch=retry_epoch
-        )
+        record = slots.recover(root) or slots.Record()
+        if record.phase != slots.TRIAL or record.candidate != name:
+            slots.armed(record, name, index.boots, index.deadman_s, retry_epoch)
+        _note_by_hand(device, record, name, retry_epoch)
+        return slots.begin_trial(root, name, index.boots, index.deadman_s, retry_epoch=retry_epoch)
+
+
+def _note_by_hand(device: Device, record: slots.Record, name: str, retry_epoch: int) -> None:
+    """Note the attempt of a person, unless it is the one noted; what came of another one is told first."""
+    before = attempts.load(device.attempt_file)
+    if before is not None and before.name == name and not before.has_ended:
+        return
+    version, digest = slots.version_of(name), slots.digest_of(name)
+    told = Attempt(version, digest, SALT, AttemptState.STAGED, retry_epoch=retry_epoch)
+    ended = attempts.settled(before, record)
+    with Spool(device.layout.spool) as spool:
+        if ended is not None:
+            report.record_transition(device, spool, ended)
+        report.record_transition(device, spool, told)
 
 
 def activate_first(device: Device, outcome: Outcome) -> None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from agent_core import clock, disk, slots
-from agent_core.bundle import Index, pack
+from agent_core.bundle import INDEX_NAME, Index, pack
 from agent_core.errors import ConflictError, DiskError
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
@@ -371,6 +371,33 @@ def test_a_version_brought_by_hand_goes_on_trial_with_a_note_of_its_own_whatever
     control.carry_out(beside.device, control.Request(control.ACTIVATE, beside.staged.name))
     assert beside.note() == replace(beside.staged, salt=offline.SALT)
     assert beside.told() == ["staged"]
+
+
+def activate_spare(beside):
+    versions = beside.device.layout.versions
+    index = (versions / beside.staged.name / INDEX_NAME).read_bytes()
+    (versions / SPARE / INDEX_NAME).write_bytes(index)
+    control.carry_out(beside.device, control.Request(control.ACTIVATE, SPARE))
+
+
+def test_a_version_that_may_not_be_tried_by_hand_leaves_the_note_of_the_trial_that_runs(beside, layout):
+    """A request that was left over is heeded by whatever version starts next, so by one on trial."""
+    beside.begin_trial()
+    running = beside.note()
+    with pytest.raises(slots.IllegalTransitionError, match="not idle"):
+        activate_spare(beside)
+    assert (beside.note(), beside.told()) == (running, [])
+    slots.commit(layout.root, beside.staged.name)
+    assert resident(beside)._settle()
+    assert beside.told() == ["healthy"]
+
+
+def test_a_version_tried_by_hand_takes_no_end_from_the_attempt_before_it(beside, layout):
+    beside.begin_trial()
+    slots.roll_back(layout.root, "boots-used-up")
+    activate_spare(beside)
+    assert beside.told() == ["rolled_back", "staged"]
+    assert beside.note().name == slots.read(layout.root).candidate == SPARE
 
 
 def test_a_retry_is_not_called_rolled_back_by_what_the_try_before_left(beside, layout):
