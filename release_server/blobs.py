@@ -146,16 +146,32 @@ class Blobs:
         sync_directory(place.parent)
         sync_directory(self.directory)
 
-    def drop_abandoned(self, before: float, most: int) -> int:
-        """Remove uploads of which nothing has arrived since `before` (seconds since 1970), at most `most`.
+    def drop_abandoned(self, before: float, most: int, after: str = "") -> tuple[int, str | None]:
+        """Remove uploads of which nothing has arrived since `before` (seconds since 1970).
 
         Whoever sends one after all begins anew.
+
+        Args:
+            most: how many are tried, by name, beginning after `after`.
+
+        Returns:
+            How many went, and after which name to go on; None when there is none behind.
         """
         if not self.uploads.is_dir():
-            return 0
-        old = (part for part in self.uploads.iterdir() if _changed(part) < before)
-        dropped = (part for part in old if _drop(part, before))
-        return sum(1 for _ in islice(dropped, most))
+            return 0, None
+        names = sorted(part.name for part in self.uploads.iterdir() if SHA256.fullmatch(part.name))
+        old = (name for name in names if name > after and _changed(self.uploads / name) < before)
+        tried = list(islice(old, most))
+        dropped, refused = 0, []
+        for name in tried:
+            try:
+                dropped += _drop(self.uploads / name, before)
+            except OSError as error:  # one that cannot be opened keeps none of the others
+                refused.append(f"{name}: {error.strerror}")
+        if refused:
+            said = {"count": len(refused), "first": refused[0]}
+            log.warning("uploads that stopped cannot be removed", extra=said)
+        return dropped, tried[-1] if len(tried) == most else None
 
     def link(self, digest: str, place: Path) -> None:
         """Make the blob appear at `place` too, whole or not at all; does nothing when it is there."""
@@ -222,11 +238,6 @@ def _drop(part: Path, before: float) -> bool:
                 return False
             part.unlink()
     except UploadConflictError:
-        return False
-    except OSError as error:  # one that cannot be opened keeps none of the others
-        log.warning(
-            "an upload that stopped cannot be removed", extra={"upload": part.name, "why": str(error)}
-        )
         return False
     return True
 

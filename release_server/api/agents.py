@@ -149,7 +149,9 @@ def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> Answer:
     now = hub.clock()
     with hub.sessions.write() as session:
         agents.lock(session, path.id)  # of two that were meant for one edition one comes second
-        editions.refuse_stale(f"agent {path.id}", editions.of_agent(agents.show(session, now, path.id)))
+        edition = editions.of_agent(agents.show(session, now, path.id))
+        then = f"release agents show {path.id}, then the same again"
+        editions.refuse_stale(f"agent {path.id}", edition, then)
         service(session, now, g.person.name, path.id, **said)
         return _show(session, now, path.id)
 

@@ -28,22 +28,32 @@ def of_rollout(view: rollout_view.View) -> str:
 
 
 def of_agent(view: agents.View) -> str:
-    """Changes with everything that people ask of an agent; what it reports itself is no edit."""
+    """Changes with everything that people ask of an agent; what it reports itself is no edit.
+
+    Nor is a cohort that it came into by its labels, which it reports.
+    """
     agent = view.agent
-    asked = [view.cohort, agent.cohort_fixed, agent.operator_labels, agent.pending, agent.retired_at is None]
+    cohort = view.cohort if agent.cohort_fixed else None
+    asked = [cohort, agent.cohort_fixed, agent.operator_labels, agent.pending, agent.retired_at is None]
     return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def refuse_stale(what: str, edition: str) -> None:
+LOOK = "look at it and ask again"
+
+
+def refuse_stale(what: str, edition: str, then: str = LOOK) -> None:
     """Refuse a request that was meant for another edition; one without `If-Match` is meant for any.
 
     Call it in the transaction that changes. Of two that pass at once only one stores the next revision.
+
+    Args:
+        then: what to do about it.
 
     Raises:
         ConflictError: `stale`.
     """
     if "If-Match" in request.headers and not request.if_match.contains(edition):
-        raise _stale(what, edition)
+        raise _stale(what, edition, then)
 
 
 def refuse_other(what: str, edition: str, seen: str) -> None:
@@ -52,11 +62,11 @@ def refuse_other(what: str, edition: str, seen: str) -> None:
         raise _stale(what, edition)
 
 
-def _stale(what: str, edition: str) -> ConflictError:
+def _stale(what: str, edition: str, then: str = LOOK) -> ConflictError:
     return ConflictError(
         f"{what} was changed meanwhile",
         why=f"its edition is {edition} by now, not the one that was looked at",
-        then="look at it and ask again",
+        then=then,
         reason=STALE,
     )
 

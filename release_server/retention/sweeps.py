@@ -338,8 +338,7 @@ def ended_secrets(session: Session, turn: Turn) -> Step:
 
 def abandoned_uploads(turn: Turn) -> Step:
     """Pieces of uploads that stopped; whoever sends one now holds it."""
-    removed = turn.blobs.drop_abandoned(turn.before.timestamp(), FILES)
-    return Step(removed, "" if removed == FILES else None)
+    return Step(*turn.blobs.drop_abandoned(turn.before.timestamp(), FILES, turn.cursor))
 
 
 SWEEPS = {

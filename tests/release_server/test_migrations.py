@@ -10,6 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from release_server.attempts import SENT_BACK
 from release_server.database import MIGRATIONS, current_revision, downgrade, make_engine, upgrade
 from release_server.models import Base
 
@@ -138,6 +139,19 @@ def test_a_pin_and_a_freeze_that_stand_are_given_the_reasons_they_were_made_for(
         {"pin": pin, "freeze": freeze},
         {"freeze": freeze},
     ]
+
+
+def test_what_only_newer_code_counts_goes_down_with_no_rollout(engine, empty_url):
+    """Older code reads each counter as the state of an attempt."""
+    upgrade(empty_url, "0018")
+    fill(engine, 1)
+    before = rows_of(engine)
+    (known,) = before["rollout_counters"]
+    with engine.begin() as connection:
+        table = tables_of(connection).tables["rollout_counters"]
+        connection.execute(table.insert(), known | {"state": SENT_BACK, "count": 3})
+    downgrade(empty_url, "0017")
+    assert_kept(before, rows_of(engine))
 
 
 def test_down_to_nothing_leaves_nothing(engine, empty_url):

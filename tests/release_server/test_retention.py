@@ -475,6 +475,7 @@ def test_an_upload_that_stopped_goes_and_can_be_begun_anew(today, blobs, session
 def test_an_upload_that_cannot_be_opened_keeps_no_other(today, blobs, sessions, prune, monkeypatch, caplog):
     """Hundreds of another user's; root opens any file, so the refusal is made."""
     begin_upload(blobs, days_ago=8)
+    assert DIGEST > "0" * 62 + "99", "it comes behind them"
     then = time.time() - 8 * 86_400
     for number in range(250):
         part = blobs.uploads / f"{number:064}"
@@ -485,7 +486,8 @@ def test_an_upload_that_cannot_be_opened_keeps_no_other(today, blobs, sessions, 
     prune()
     assert removed(sessions, "uploads") == 1
     assert not (blobs.uploads / DIGEST).exists()
-    assert "an upload that stopped cannot be removed" in caplog.text
+    told = [record.count for record in caplog.records if "cannot be removed" in record.message]
+    assert told == [100, 100, 50], "each is tried once a sweep, and a batch says so once"
 
 
 def refuse_others(path, really):

@@ -38,6 +38,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    counters = sa.table("rollout_counters", sa.column("state", sa.String))
+    op.execute(sa.delete(counters).where(counters.c.state == "sent-back"))  # older code knows attempts alone
     with op.batch_alter_table("cohort_status") as status:
         status.drop_column("frozen_by_hand")
         status.drop_column("frozen_by")

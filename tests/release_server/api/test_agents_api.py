@@ -177,11 +177,32 @@ def test_nobody_overwrites_the_labels_of_an_agent_that_they_have_not_seen(world,
     for verb, body in (("label", {"labels": {"rack": "7"}}), ("move", {"cohort": "all"}), ("retire", {})):
         refused = call("POST", f"/agents/web-1/{verb}", json=body, headers=seen)
         assert (refused.status_code, refused.json["reason"]) == (412, "stale")
+        assert refused.json["then"] == "release agents show web-1, then the same again"
     shown = call("GET", "/agents/web-1")
     assert (shown.json["operator_labels"], shown.json["cohort_fixed"]) == ({"tier": "db"}, False)
     again = {"If-Match": shown.headers["ETag"]}
     moved = call("POST", "/agents/web-1/move", json={"cohort": "all"}, headers=again)
     assert (moved.status_code, moved.json["cohort_fixed"]) == (200, True)
+
+
+def test_an_agent_that_its_own_labels_lead_elsewhere_was_edited_by_nobody(world, sign_in):
+    """Only where people put it is theirs."""
+    world.cohort()
+    world.cohort("db", match="tier=db", priority=5)
+    host = world.enroll("web-1", labels={"tier": "web"})
+    call = sign_in("operator")
+    before = call("GET", "/agents/web-1")
+    host.labels = {"tier": "db"}
+    world.report(host)
+    after = call("GET", "/agents/web-1")
+    assert (before.json["cohort"], after.json["cohort"]) == ("all", "db")
+    assert before.headers["ETag"] == after.headers["ETag"]
+    editions = set()
+    for cohort in ("all", "db", None):
+        moved = call("POST", "/agents/web-1/move", json={"cohort": cohort})
+        editions.add(moved.headers["ETag"])
+    assert len(editions) == 3
+    assert before.headers["ETag"] in editions
 
 
 def test_the_command_names_the_edition_whose_labels_it_changes(
