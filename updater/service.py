@@ -249,10 +249,10 @@ class Service:
 
     def _roll_back(self, reason: str, detail: str) -> None:
         log.warning("trial rolled back", extra={"version": self.name, "reason": reason, "why": detail})
-        attempt = attempts.load(self.device.attempt_file)
-        if attempt and attempt.name == self.name:
-            # The record keeps the code of the reason; the words for people are kept here, if the disk can.
-            with suppress(RelfleetError):
+        # The record keeps the code of the reason; the words for people are kept here, if the disk can.
+        with suppress(RelfleetError, OSError), attempts.alone(self.device.layout):
+            attempt = attempts.load(self.device.attempt_file)
+            if attempt and attempt.name == self.name:
                 attempts.save(self.device.attempt_file, replace(attempt, detail=detail))
         self.record = slots.roll_back(self.root, reason)
         self.runtime.stop(Exit.RESTART)

@@ -14,7 +14,7 @@ import pytest
 
 from agent_core import clock, disk, slots
 from agent_core.bundle import INDEX_NAME, Index, pack
-from agent_core.errors import ConflictError, DiskError
+from agent_core.errors import ConflictError, DiskError, Exit
 from agent_core.layout import Layout
 from agent_core.settings import AGENT, AgentSettings
 from agent_core.spool import Spool
@@ -373,11 +373,90 @@ def test_a_version_brought_by_hand_goes_on_trial_with_a_note_of_its_own_whatever
     assert beside.told() == ["staged"]
 
 
+class NoState:
+    """A disk that does not open the directory of the notes."""
+
+    def __init__(self, state):
+        self.state = str(state)
+
+    def before(self, name, words, options):
+        if name == "open" and str(words[0]) == self.state:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def after(self, *_):
+        pass
+
+
+@pytest.fixture
+def somebody(beside, monkeypatch):
+    """Another process has the attempt for longer than anybody waits."""
+    monkeypatch.setattr(attempts, "_PATIENCE_S", 0.05)
+    with attempts.alone(beside.device.layout):
+        yield
+
+
 def activate_spare(beside):
     versions = beside.device.layout.versions
     index = (versions / beside.staged.name / INDEX_NAME).read_bytes()
     (versions / SPARE / INDEX_NAME).write_bytes(index)
     control.carry_out(beside.device, control.Request(control.ACTIVATE, SPARE))
+
+
+def _note_in_a_check(beside):
+    check = poll._Check(beside.device, None, None, clock.now(), None)
+    check.record = slots.read(beside.device.layout.root)
+    check._note(beside.staged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [Beside.begin_trial, _note_in_a_check, activate_spare],
+    ids=["activate", "note", "by hand"],
+)
+def test_nobody_changes_the_attempt_beside_somebody_else(beside, layout, somebody, change):
+    record, note = slots.read(layout.root), beside.note()
+    with pytest.raises(ConflictError, match="another process has the attempt"):
+        change(beside)
+    assert (slots.read(layout.root), beside.note(), beside.told()) == (record, note, [])
+
+
+def test_an_end_is_not_noted_beside_somebody_else_but_with_a_later_report(beside, layout, monkeypatch):
+    slots.refuse(layout.root, beside.staged.name, "unhealthy")
+    agent = resident(beside)
+    monkeypatch.setattr(attempts, "_PATIENCE_S", 0.05)
+    with attempts.alone(layout):
+        assert not agent._settle()
+        assert (beside.note(), beside.told()) == (beside.staged, [])
+    assert agent._settle()
+    assert beside.told() == ["rolled_back"]
+
+
+def test_a_rollback_does_not_wait_for_ever_and_writes_no_note_beside_somebody_else(beside, layout, somebody):
+    slots.begin_trial(layout.root, beside.staged.name, 2, 9)
+    agent, stopped = resident(beside, beside.staged.name), []
+    agent.runtime = SimpleNamespace(stop=stopped.append)
+    agent._roll_back("unhealthy", "it is ill")
+    assert (slots.read(layout.root).phase, stopped) == (slots.IDLE, [Exit.RESTART])
+    assert (beside.note(), beside.told()) == (beside.staged, [])
+
+
+def test_a_rollback_is_done_where_even_its_note_cannot_be_locked(beside, layout):
+    slots.begin_trial(layout.root, beside.staged.name, 2, 9)
+    agent = resident(beside, beside.staged.name)
+    agent.runtime = SimpleNamespace(stop=lambda _: None)
+    with disk.watched_by(NoState(layout.state)):
+        agent._roll_back("unhealthy", "it is ill")
+    assert slots.read(layout.root).phase == slots.IDLE
+
+
+def test_what_the_launcher_rolled_back_is_not_let_go_of_before_it_was_told(beside, layout):
+    beside.begin_trial()
+    attempts.save(beside.device.attempt_file, beside.staged)
+    slots.roll_back(layout.root, "boots-used-up")
+    beside.follow(replace(WANTED, release=None))
+    assert beside.note() == beside.staged
+    assert resident(beside)._settle()
+    assert beside.told() == ["rolled_back"]
 
 
 def test_a_version_that_may_not_be_tried_by_hand_leaves_the_note_of_the_trial_that_runs(beside, layout):
