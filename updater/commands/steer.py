@@ -75,16 +75,23 @@ def _target(device: Device, record: slots.Record, version: str | None) -> str:
         raise UsageError(
             f"{version} is here more than once", why=", ".join(whole), then="give one of these names"
         )
+    if unseen := {name: fault for name, fault in faults.items() if isinstance(fault, OSError)}:
+        name, error = next(iter(unseen.items()))
+        why = f"its files cannot be read: {error.strerror}"
+        raise unreadable(f"cannot go back to {name}", why) from error
     if not faults:
         why, then = "it is not on this host", "agent versions lists what is"
     else:
-        why = f"it is here, and not whole: {'; '.join(faults.values())}"
+        why = f"it is here, and not whole: {'; '.join(map(str, faults.values()))}"
         then = "agent install FILE brings it anew, or agent rollback --to another; see agent versions"
     raise NotFoundError(f"cannot go back to {version}", why=why, then=then)
 
 
-def _fault(device: Device, name: str) -> str:
-    """What is wrong with a version, each of its files hashed: what runs now is not left for a half of one."""
+def _fault(device: Device, name: str) -> str | OSError:
+    """What is wrong with a version, each of its files hashed: what runs now is not left for a half of one.
+
+    That the disk does not say is one fault too: another version of that number may be whole.
+    """
     from updater import wholeness  # it knows indexes, which no help needs
 
     try:
@@ -92,8 +99,7 @@ def _fault(device: Device, name: str) -> str:
             return "a part of it is missing"
         return wholeness.fault(device.layout.version_dir(name))
     except OSError as error:
-        why = f"its files cannot be read: {error.strerror}"
-        raise unreadable(f"cannot go back to {name}", why) from error
+        return error
 
 
 def _names(device: Device) -> list[str]:

@@ -133,6 +133,14 @@ def test_back_to_what_cannot_be_looked_at_is_refused_and_may_be_typed_again(host
     assert host.ask("rollback", "--to", "1.0.0", "--yes") == (0, {"good": A, "left": C})
 
 
+def test_a_version_that_cannot_be_looked_at_does_not_keep_one_from_a_whole_one_of_its_number(host):
+    host.stage(A, B)
+    host.stage(TWIN_OF_A, seq=1)
+    host.on(B, B)
+    with disk.watched_by(BadBlock()):
+        assert host.ask("rollback", "--to", "1.0.0", "--yes") == (0, {"good": TWIN_OF_A, "left": B})
+
+
 @pytest.mark.parametrize("words", [(), ("--to", "1.0.0")], ids=["the version before", "by name"])
 def test_what_cannot_be_looked_at_is_told_where_an_agent_runs_too(host, words):
     host.stage(A, B)
