@@ -6,6 +6,7 @@ A check that cannot be done is a finding itself, so that half may be broken and 
 from __future__ import annotations
 
 import shutil
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -24,7 +25,6 @@ from release_server.signing.client import over_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import timedelta
 
     from sqlalchemy import Engine
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     Check = Callable[[Config, Engine], list[Finding]]
 
 LEAST_FREE = 512 * 2**20
+CLOCKS_DIFFER = timedelta(seconds=5)
+JUST_NOW = timedelta(minutes=1)
 AWAY = "web"
 """The check whose failure alone is a server that is down, which trying again may mend."""
 
@@ -170,13 +172,17 @@ def _examine_presence(_config: Config, engine: Engine) -> list[Finding]:
     """Whether the census takes agents to be heard, by the clock of this machine."""
     now = clock.now()
     with Session(engine) as session:
-        since = presence.heard_since(session, now)
+        since, ahead = presence.heard_since(session, now), presence.ahead_of(session, now)
+    then = "hold the clocks of replicas together (NTP)"
+    if ahead >= CLOCKS_DIFFER:
+        text = f"the clock of a web process is {ahead.total_seconds():.0f} s ahead of this machine's"
+        return [Finding("listening", State.NOTE, text, then)]
     if since == NEVER:
         text = "no web process notes that it listens: nobody is silent, and no deadline, soak or watch ends"
-        return [
-            Finding("listening", State.NOTE, text, "release-server run; hold clocks of replicas together")
-        ]
+        return [Finding("listening", State.NOTE, text, f"release-server run; {then}")]
     told = "agents can be heard" + (f", again since {clock.iso(since)}" if since else "")
+    if since and since > now - JUST_NOW:
+        return [Finding("listening", State.NOTE, told, f"look again; where that moment moves on, {then}")]
     return [Finding("listening", State.OK, told)]
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from release_server.members import NEVER
 from release_server.models import Lease
+from release_server.standing import GRACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,28 +32,36 @@ log = logging.getLogger(__name__)
 LENGTH = timedelta(seconds=20)
 """How long a note holds. It is less than any agent may be quiet for (`standing.GRACE`)."""
 EVERY_S = 5.0
+AHEAD = LENGTH + GRACE
+"""What lies further ahead is of a clock that was wrong; what lies less far ahead is of a replica's."""
 
 
-def note(session: Session, now: datetime) -> None:
+def note(session: Session, now: datetime, last: datetime | None = None) -> None:
     """A web process listens now. Of many that note it one writes; a gap before it is kept in `since`.
+
+    A process that listened itself a moment ago knows of no gap, however far the note of a replica whose clock
+    is behind lies in the past: else two such clocks would find one every 5 s, and silence never count.
 
     Args:
         session: of `Sessions.write()`.
+        last: when this process was last there to note it, by its own clock; None: not yet.
     """
     row = session.scalar(select(Lease).where(Lease.name == Lease.WEB).with_for_update())
     if row is None:
         session.add(Lease(name=Lease.WEB, holder="", fence=0, until=now + LENGTH))
         return
-    was_ahead = row.since is not None and row.since > now
-    if was_ahead or now > row.until:
+    was_there = last is not None and last <= now <= last + LENGTH
+    was_wrong = row.since is not None and row.since > now + AHEAD
+    if was_wrong or (now > row.until and not was_there):
         row.since = now
-    row.until = now + LENGTH
+    if not now + LENGTH < row.until <= now + LENGTH + AHEAD:
+        row.until = now + LENGTH
 
 
 def is_noted(session: Session, now: datetime) -> bool:
     """Whether the last note is new enough for another one to be saved."""
     until = session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
-    return until is not None and now + LENGTH / 2 < until <= now + LENGTH
+    return until is not None and now + LENGTH / 2 < until <= now + LENGTH + AHEAD
 
 
 def heard_since(session: Session, now: datetime) -> datetime | None:
@@ -62,6 +71,12 @@ def heard_since(session: Session, now: datetime) -> datetime | None:
     if web is not None and now > web.until:
         return NEVER
     return max((row.since for row in rows.values() if row.since is not None), default=None)
+
+
+def ahead_of(session: Session, now: datetime) -> timedelta:
+    """How far the clock of a web process is ahead of `now` at least; nothing where that cannot be seen."""
+    until = session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
+    return timedelta() if until is None else max(timedelta(), until - now - LENGTH)
 
 
 class Pulse:
@@ -75,6 +90,7 @@ class Pulse:
     def __init__(self, sessions: Sessions, clock: Callable[[], datetime]) -> None:
         self.sessions = sessions
         self.clock = clock
+        self.last: datetime | None = None
 
     def start(self) -> None:
         """Begin; in a process that was forked from this one too, which takes no thread along."""
@@ -95,10 +111,11 @@ class Pulse:
         now = self.clock()
         try:
             with self.sessions.read() as session:
-                if is_noted(session, now):
-                    return
-            with self.sessions.write() as session:
-                note(session, now)
+                noted = is_noted(session, now)
+            if not noted:
+                with self.sessions.write() as session:
+                    note(session, now, self.last)
+            self.last = now
         except IntegrityError:
             log.debug("another process was first to note that it listens")
         except Exception:

@@ -6,10 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from release_server import presence, standing
+from agent_core import clock
+from agent_core.findings import State
+from release_server import doctor, presence, standing
 from release_server.members import NEVER
 from release_server.models import Lease
-from release_server.presence import LENGTH, Pulse
+from release_server.presence import AHEAD, LENGTH, Pulse
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 
@@ -80,6 +82,56 @@ def test_a_clock_that_was_ahead_leaves_no_note_that_outlasts_it(world):
     world.clock.step(days=-365)
     pulse.beat()
     assert (row(world).until, row(world).since) == (world.clock() + LENGTH, world.clock())
+
+
+@pytest.mark.parametrize("skew", [4, 14, 19, 25, 49, 90, 600])
+def test_replicas_whose_clocks_differ_find_no_gap_while_one_of_them_listens(world, skew):
+    """One comes later, which may look like a gap once; by either clock agents are heard since before long."""
+    behind = Pulse(world.sessions, world.clock)
+    ahead = Pulse(world.sessions, lambda: world.clock() + skew * SECOND)
+    began, seen = world.clock(), set()
+    for second in range(300):
+        if second % 5 == 0:
+            behind.beat()
+        if second % 5 == 2:
+            ahead.beat()
+        seen.add(row(world).since)
+        world.clock.now += SECOND
+    assert len(seen - {None}) <= 2
+    since = row(world).since
+    assert since is None or since <= began + AHEAD + 5 * SECOND
+    while world.clock() < row(world).until:
+        world.clock.now += SECOND  # both are gone
+    world.clock.now += MINUTE + skew * SECOND
+    behind.beat()
+    assert row(world).since == world.clock(), "a gap is one still"
+
+
+def test_a_process_that_stood_still_was_not_there(world):
+    pulse = Pulse(world.sessions, world.clock)
+    pulse.beat()
+    world.clock.now += LENGTH + SECOND
+    pulse.beat()
+    assert row(world).since == world.clock()
+
+
+@pytest.mark.parametrize(
+    ("until", "since", "state", "told"),
+    [
+        (LENGTH, None, State.OK, "agents can be heard"),
+        (LENGTH, -HOUR, State.OK, "again since"),
+        (LENGTH, -3 * SECOND, State.NOTE, "again since"),
+        (LENGTH + 31 * SECOND, None, State.NOTE, "s ahead of this machine's"),
+        (-SECOND, None, State.NOTE, "no web process notes that it listens"),
+    ],
+)
+def test_doctor_says_when_clocks_differ_or_the_moment_moves(sessions, until, since, state, told):
+    now = clock.now()
+    with sessions.write() as session:
+        session.add(Lease(name=Lease.WEB, holder="", until=now + until, since=since and now + since))
+    with sessions.read() as session:
+        (found,) = doctor.CHECKS["listening"](None, session.get_bind())
+    assert (found.state, told in found.detail) == (state, True), found
 
 
 def test_a_note_that_cannot_be_written_ends_no_web_process(world, caplog):
