@@ -344,7 +344,7 @@ class ActivationLease(Base):
 
 
 class DownloadShare(Base):
-    """How fast an agent may download now, until a time, of the budget of one failure domain.
+    """How fast an agent may download now, until a time, of the budget of one failure domain; 0: it waits.
 
     Not of one product alone: a site's line is the same for all of them.
     """

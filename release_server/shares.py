@@ -2,15 +2,18 @@
 
 Granted when an agent is about to download, asked for anew while it does, given back when it has done, and by
 time when it is never heard again. What is granted at one time, by whatever cohort and product, keeps within
-the smallest budget that any of it was granted under.
+the smallest budget that any of it was granted under; and nothing is granted or renewed beyond the smallest
+that somebody waits under, else those of a larger budget would relieve each other on the line for ever.
+Nor does one of a larger budget keep its share meanwhile: it gives back, and asks anew as an equal.
 """
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import delete, select
+from sqlalchemy import case, delete, func, select
 
 from agent_core.wire import LEAST_SHARE_BPS, MOST_BPS, BudgetTerms, ShareAnswer
 from release_server import cohorts, membership
@@ -18,7 +21,6 @@ from release_server.models import DownloadShare
 from release_server.why import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
 
     from sqlalchemy.orm import Session
@@ -26,35 +28,64 @@ if TYPE_CHECKING:
     from agent_core.wire import ShareRequest
     from release_server.models import Agent
 
-AGAIN_S = 60
 LASTS = timedelta(minutes=5)
 """What an agent that dies keeps from others; one that lives asks anew half way through."""
+AGAIN_S, MOST_AGAIN_S = 60, 1800
+EACH_S = 20
+"""Those who wait in one domain ask once in so long, all together: each time is a durable transaction."""
 
 
-class Given(NamedTuple):
-    """What somebody else downloads with now, and the budget that it was granted under."""
+class Beside(NamedTuple):
+    """What everybody else in a failure domain has and waits for.
 
-    rate_bps: int
-    budget_bps: int
+    Attributes:
+        least_bps: the smallest budget of those that download and those that wait, None without any.
+        waits_bps: the smallest of those that wait.
+        ends: when the first share ends, unless its holder asks anew.
+    """
+
+    taken_bps: int = 0
+    least_bps: int | None = None
+    downloads: int = 0
+    waiting: int = 0
+    ends: datetime | None = None
+    waits_bps: int | None = None
+
+    def allowed(self, terms: BudgetTerms) -> int:
+        return terms.bytes_per_s if self.least_bps is None else min(terms.bytes_per_s, self.least_bps)
+
+    def left(self, terms: BudgetTerms) -> int:
+        """Bytes a second that nobody has of what all budgets allow; below zero after one was lowered."""
+        return self.allowed(terms) - self.taken_bps
 
 
-def left(terms: BudgetTerms, others: Sequence[Given]) -> int:
-    """Bytes a second that nobody has of what everybody's budget allows; below zero after one was lowered."""
-    allowed = min([terms.bytes_per_s, *(other.budget_bps for other in others)])
-    return allowed - sum(other.rate_bps for other in others)
-
-
-def portion(terms: BudgetTerms, wants_bps: int, others: Sequence[Given]) -> int:
+def portion(terms: BudgetTerms, wants_bps: int, beside: Beside, has_bps: int = 0) -> int:
     """What one agent is given: no more than its part, what is left, and what it can use; 0 for not now.
+
+    Never less than it has, but by its own wish: it may not hear that, and go on as before. It stops instead,
+    gives back, and asks anew. So it does where somebody with a smaller budget waits.
 
     Args:
         wants_bps: its own ceiling, 0 for none.
-        others: whoever downloads in its domain beside it.
+        has_bps: of the share that it holds, 0 without one.
     """
-    room = min(left(terms, others), terms.part_bps)
-    if room < LEAST_SHARE_BPS:
+    if has_bps and beside.waits_bps is not None and beside.waits_bps < terms.bytes_per_s:
+        return 0
+    room = min(beside.left(terms), terms.part_bps)
+    if room < max(LEAST_SHARE_BPS, min(has_bps, wants_bps or has_bps)):
         return 0
     return min(room, wants_bps) if wants_bps else room
+
+
+def again_s(beside: Beside, now: datetime, chance: float) -> int:
+    """After how long to ask once more: the longer, the more wait, and not before a share can end by itself.
+
+    Args:
+        chance: in [0, 1); those who were told at one time spread over a third to either side.
+    """
+    ends_s = 0.0 if beside.ends is None else (beside.ends - now).total_seconds()
+    wanted_s = max(AGAIN_S, ends_s, EACH_S * (beside.waiting + 1))
+    return round(min(MOST_AGAIN_S, wanted_s) * (2 + 2 * chance) / 3)
 
 
 def ask(session: Session, now: datetime, agent: Agent, wanted: ShareRequest) -> ShareAnswer:
@@ -72,22 +103,36 @@ def ask(session: Session, now: datetime, agent: Agent, wanted: ShareRequest) -> 
     if terms is None:
         return ShareAnswer(MOST_BPS, int(LASTS.total_seconds()))
     domain = membership.labels_of(agent).get(terms.scope, "")
-    others = _given(_others(session, now, agent, terms.scope, domain))
-    rate_bps = portion(terms, wanted.wants_bps, others)
-    if rate_bps == 0:
-        # A share that is there stays until its time: its holder may not hear this, and go on until then.
-        return ShareAnswer(0, detail=_line(terms, domain, others).text, again_s=AGAIN_S)
+    beside = _beside(session, now, agent, terms.scope, domain)
+    has_bps = _has_bps(session, now, agent)
     share = DownloadShare(
         agent_id=agent.id,
         scope=terms.scope,
         domain=domain,
-        rate_bps=rate_bps,
+        rate_bps=portion(terms, wanted.wants_bps, beside, has_bps),
         budget_bps=terms.bytes_per_s,
         until=now + LASTS,
     )
+    if share.rate_bps == 0:
+        return _later(session, now, share, has_bps, beside, _line(terms, domain, beside).text)
     session.merge(share)
     session.flush()
-    return ShareAnswer(rate_bps, int(LASTS.total_seconds()))
+    return ShareAnswer(share.rate_bps, int(LASTS.total_seconds()))
+
+
+def _later(
+    session: Session, now: datetime, wait: DownloadShare, has_bps: int, beside: Beside, detail: str
+) -> ShareAnswer:
+    """Nothing now: who has nothing is kept as somebody who waits, until it should have asked again."""
+    after_s = again_s(beside, now, random.random())  # noqa: S311 - jitter is no secret
+    if has_bps:
+        # A share that is there stays until its time: its holder may not hear this, and go on until then.
+        had = f"{detail}; its own {has_bps / 1000:g} kB/s are not renewed"
+        return ShareAnswer(0, detail=had, again_s=after_s)
+    wait.until = now + timedelta(seconds=1.5 * after_s) + LASTS
+    session.merge(wait)
+    session.flush()
+    return ShareAnswer(0, detail=detail, again_s=after_s)
 
 
 def terms_of(session: Session, agent: Agent) -> BudgetTerms | None:
@@ -96,43 +141,49 @@ def terms_of(session: Session, agent: Agent) -> BudgetTerms | None:
     return None if cohort is None or cohort.budget is None else BudgetTerms.from_json(cohort.budget)
 
 
-def _others(
-    session: Session, now: datetime, agent: Agent, scope: str, domain: str
-) -> Sequence[DownloadShare]:
-    query = select(DownloadShare).where(
+def _beside(session: Session, now: datetime, agent: Agent, scope: str, domain: str) -> Beside:
+    """Summed where the rows are: however many download and wait, one row comes back."""
+    downloads = DownloadShare.rate_bps > 0
+    query = select(
+        func.coalesce(func.sum(DownloadShare.rate_bps), 0),
+        func.min(DownloadShare.budget_bps),
+        func.count(case((downloads, 1))),
+        func.count(case((~downloads, 1))),
+        func.min(case((downloads, DownloadShare.until))),
+        func.min(case((~downloads, DownloadShare.budget_bps))),
+    ).where(
         DownloadShare.scope == scope,
         DownloadShare.domain == domain,
         DownloadShare.agent_id != agent.id,
         DownloadShare.until > now,
     )
-    return session.scalars(query.execution_options(populate_existing=True)).all()
+    taken_bps, *rest = session.execute(query).one()
+    return Beside(int(taken_bps), *rest)
 
 
-def _given(shares: Sequence[DownloadShare]) -> list[Given]:
-    return [Given(share.rate_bps, share.budget_bps) for share in shares]
+def _has_bps(session: Session, now: datetime, agent: Agent) -> int:
+    mine = session.get(DownloadShare, agent.id, populate_existing=True)
+    return mine.rate_bps if mine is not None and mine.until > now else 0
 
 
-def _line(terms: BudgetTerms, domain: str, others: Sequence[Given]) -> Line:
+def _line(terms: BudgetTerms, domain: str, beside: Beside) -> Line:
     return Line(
         domain=f"{terms.scope} {domain or 'without a name'}",
-        budget_bps=min([terms.bytes_per_s, *(other.budget_bps for other in others)]),
-        taken_bps=sum(other.rate_bps for other in others),
-        downloads=len(others),
-        full=left(terms, others) < LEAST_SHARE_BPS,
+        budget_bps=beside.allowed(terms),
+        taken_bps=beside.taken_bps,
+        downloads=beside.downloads,
+        full=beside.left(terms) < LEAST_SHARE_BPS,
     )
 
 
 def line(session: Session, now: datetime, agent: Agent, terms: BudgetTerms) -> Line:
     """How it stands with the budget of an agent's failure domain; changes nothing."""
     domain = membership.labels_of(agent).get(terms.scope, "")
-    others = _others(session, now, agent, terms.scope, domain)
+    beside = _beside(session, now, agent, terms.scope, domain)
     mine = session.get(DownloadShare, agent.id)
-    found = _line(terms, domain, _given(others))
+    found = _line(terms, domain, beside)
     has_one = mine is not None and mine.until > now and (mine.scope, mine.domain) == (terms.scope, domain)
-    return found._replace(
-        mine_bps=mine.rate_bps if mine is not None and has_one else 0,
-        until=min((row.until for row in others), default=None),
-    )
+    return found._replace(mine_bps=mine.rate_bps if mine is not None and has_one else 0, until=beside.ends)
 
 
 def give_back(session: Session, agent_id: str) -> None:
