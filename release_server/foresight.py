@@ -56,6 +56,34 @@ class Allowance:
             yield next_change(self.window, now)
 
 
+@dataclass(frozen=True)
+class _Remembering(Allowance):
+    """The same for one forecast, whose moments only go on: a calendar is read once for each change."""
+
+    _last: list[tuple[datetime, Freeze | None, datetime | None]] = field(default_factory=list)
+
+    def freeze(self, now: datetime) -> Freeze | None:
+        return self._read(now)[1]
+
+    def changes(self, now: datetime) -> Iterator[datetime | None]:
+        yield self._read(now)[2]
+        if self.window is not None:
+            yield next_change(self.window, now)
+
+    def _read(self, now: datetime) -> tuple[datetime, Freeze | None, datetime | None]:
+        """Since when it is known, what freezes then, and until when that is so."""
+        if self._last:
+            since, _, until = self._last[-1]
+            if since <= now and (until is None or now < until):
+                return self._last[-1]
+        freeze = super().freeze(now)
+        until = freeze.until if freeze else freezes.next_beginning(self.calendar, now)
+        known = (now, freeze, until)
+        too_long = freeze is not None and until is None and not self.by_hand  # its end is only not told yet
+        self._last[:] = [] if too_long else [known]
+        return known
+
+
 class Fleet(Protocol):
     """How the agents look at later moments; `members.Outlook` is one."""
 
@@ -98,7 +126,7 @@ def foresee(spec: Spec, status: Status, fleet: Fleet, now: datetime, allowance: 
 
     `reconcile` itself is asked at each moment at which its answer may change, so this cannot differ from it.
     """
-    moment = now
+    moment, allowance = now, _Remembering(**vars(allowance))
     for _ in range(MOST_LOOKS + fleet.turns(status)):
         spec_then = allowance.at(spec, moment)
         counters = fleet.at(spec_then, status, moment)

@@ -21,7 +21,7 @@ from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
-SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
+SECOND, MINUTE, DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(days=1)
 LUNCH = Allowance(calendar={"lunch": "mon 12:10-13:00 UTC"})
 
 
@@ -133,6 +133,31 @@ def turning(outlook, member):
     )
     if look.since not in (None, NEVER):
         yield look.since + look.silent_after
+
+
+class Counting(dict):
+    """A calendar that counts how often its entries are gone through."""
+
+    reads = 0
+
+    def items(self):
+        self.reads += 1
+        return super().items()
+
+
+def test_of_many_late_agents_the_calendar_is_read_once_for_each_of_its_changes():
+    late = [
+        Member(f"h{n}", n, NOW - DAY, seen, "1.0.0", "idle", "", False, "offered")
+        for n, seen in enumerate(NOW - 160 * SECOND - n * SECOND / 5 for n in range(200))
+    ]
+    stage = Stage(share_bp=10_000, max_failed=200, deadline_s=3_600)
+    status = Status(State.RUNNING, stage_state=StageState.OPEN, progress=10_000, opened_at=NOW - 10 * MINUTE)
+    plan, calendar = Spec((stage,)), Counting(lunch="mon 12:10-13:00 UTC", tea="tue 16:00-17:00 UTC")
+    outlook = Outlook(Look("1.1.0", plan, status, NOW, MINUTE, MINUTE), late, Counters(members=200))
+    assert outlook.turns(status) > 30
+    move = foresee(plan, status, outlook, NOW, Allowance(calendar=calendar))
+    assert (move.at if move else None) == NOW + 50 * SECOND
+    assert calendar.reads <= 2
 
 
 # --- on a real database ----------------------------------------------------------------------------------
