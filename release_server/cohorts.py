@@ -176,6 +176,7 @@ def _make_or_revive(session: Session, now: datetime, owner: Product, name: str, 
         cohort.deleted_at = None
         status = status_of(session, cohort.id)
         status.base, status.frozen_by, status.frozen_by_hand = base, None, False
+        status.frozen_until = status.frozen_by_hand_until = None
     session.flush()
     return cohort
 
@@ -470,21 +471,28 @@ def refresh_directive(
     if changed:
         stir(session)
         made["revision"] = status.directive_revision + 1
-    due_at, before = _changes_at(spec, now), Stand(status.frozen_by, by_hand=status.frozen_by_hand)
+    due_at, before = _changes_at(spec, now), _told(status)
     stand = _stand(spec, now, before)
-    if not changed and (settled, due_at, stand.told) == (status.base, status.due_at, before.told):
+    if not changed and (settled, due_at, stand) == (status.base, status.due_at, before):
         return False
     _store(session, now, cohort, status, base=settled, made=made, due_at=due_at, stand=stand)
     standstill.tell(session, now, cohort, before, stand, act)
     return changed
 
 
+def _told(status: CohortStatus) -> Stand:
+    return Stand(status.frozen_by, status.frozen_until, status.frozen_by_hand, status.frozen_by_hand_until)
+
+
 def _stand(spec: CohortSpec, now: datetime, before: Stand) -> Stand:
     """What freezes a cohort now; entries of its calendar without a gap between them are one freeze."""
     by_hand = is_frozen_by_hand(spec, now)
     freeze = freezes.standing(spec.calendar, now)
-    by = (before.by or freeze.by) if freeze else None
-    return Stand(by, freeze.until if freeze else None, by_hand, spec.frozen_until if by_hand else None)
+    hand_until = spec.frozen_until if by_hand else None
+    if freeze is None:
+        return Stand(by_hand=by_hand, hand_until=hand_until)
+    goes_on = before.by in spec.calendar and before.until == freeze.until
+    return Stand(before.by if goes_on else freeze.by, freeze.until, by_hand, hand_until)
 
 
 def _changes_at(spec: CohortSpec, now: datetime) -> datetime | None:
@@ -518,7 +526,9 @@ def _store(
             directive_revision=made["revision"],
             due_at=due_at,
             frozen_by=stand.by,
+            frozen_until=stand.until,
             frozen_by_hand=stand.by_hand,
+            frozen_by_hand_until=stand.hand_until,
             edition=seen.edition + 1,
             updated_at=now,
         )

@@ -143,7 +143,8 @@ class CohortSpec(Base):
 class CohortStatus(Base):
     """What is so of a cohort: the version it has settled on, and the directive last made for it.
 
-    `frozen_by` (an entry of its calendar) and `frozen_by_hand` are the freezes that stand and were told of.
+    `frozen_by` (an entry of its calendar) and `frozen_by_hand` are the freezes that stand and were told of,
+    until `frozen_until` and `frozen_by_hand_until`, or without end.
     """
 
     __tablename__ = "cohort_status"
@@ -153,7 +154,9 @@ class CohortStatus(Base):
     directive_revision: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(index=True)
     frozen_by: Mapped[str | None] = mapped_column(String(64))
+    frozen_until: Mapped[datetime | None]
     frozen_by_hand: Mapped[bool] = mapped_column(default=False, server_default=false())
+    frozen_by_hand_until: Mapped[datetime | None]
     edition: Mapped[int] = mapped_column(default=0)
     updated_at: Mapped[datetime]
 

@@ -1,8 +1,9 @@
 """This module tells when a cohort is frozen and when it is let go, by people or by time, and when a whole
 fleet stands by that.
 
-What was told is kept with the cohort (`CohortStatus.frozen_by`, `frozen_by_hand`) and stored by the same
-compare-and-swap as its directive, so that each beginning and each end is told once.
+What was told is kept with the cohort (`CohortStatus.frozen_by`, `frozen_by_hand`, and until when) and stored
+by the same compare-and-swap as its directive, so that each beginning and each end is told once. A freeze that
+stands is told again when its end is another, or the entry of the calendar it stands by.
 """
 
 from __future__ import annotations
@@ -38,10 +39,6 @@ class Stand:
     by_hand: bool = False
     hand_until: datetime | None = None
 
-    @property
-    def told(self) -> tuple[str | None, bool]:
-        return self.by, self.by_hand
-
 
 @dataclass(frozen=True)
 class Act:
@@ -56,13 +53,13 @@ BY_TIME = Act()
 
 def tell(session: Session, now: datetime, cohort: Cohort, before: Stand, after: Stand, act: Act) -> None:
     """Tell and audit what of a cohort's freezes has begun and ended between two stands, just stored."""
-    if before.by_hand != after.by_hand:
+    if (before.by_hand, before.hand_until) != (after.by_hand, after.hand_until):
         _tell_hand(session, now, cohort, after, act)
-    if before.by != after.by:
-        if before.by:
-            _tell_calendar(session, now, cohort, before.by, None, frozen=False)
+    if (before.by, before.until) != (after.by, after.until):
         if after.by:
             _tell_calendar(session, now, cohort, after.by, after.until, frozen=True)
+        elif before.by:
+            _tell_calendar(session, now, cohort, before.by, None, frozen=False)
     stood, stands = (bool(stand.by or stand.by_hand) for stand in (before, after))
     if stood != stands and _has_webhooks(session) and not _another_moves(session, cohort):
         kind = events.FLEET_STOPPED if stands else events.FLEET_RESUMED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -10,13 +10,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from agent_core import clock
+from release_server import audit, cohorts
 from release_server.attempts import SENT_BACK
-from release_server.database import MIGRATIONS, current_revision, downgrade, make_engine, upgrade
-from release_server.models import Base
+from release_server.database import MIGRATIONS, Sessions, current_revision, downgrade, make_engine, upgrade
+from release_server.models import AuditEntry, Base, CohortStatus
+from tests.release_server.fleet_world import World
 
 REVISIONS = [step.revision for step in reversed(list(ScriptDirectory(str(MIGRATIONS)).walk_revisions()))]
 NOON = datetime(2026, 5, 1, 12, 0, 0, 123456)  # noqa: DTZ001 - as a migration sees it
 OWN = {"alembic_version", "audit_head"}
+COMPUTED = {"audit": {"hash", "previous"}, "cohort_status": {"due_at"}}
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def assert_kept(before, after):
     for name in before.keys() & after.keys():
         assert len(before[name]) == len(after[name]), name
         for old, new in zip(before[name], after[name], strict=True):
-            common = old.keys() & new.keys() - ({"hash", "previous"} if name == "audit" else set())
+            common = old.keys() & new.keys() - COMPUTED.get(name, set())
             assert {key: old[key] for key in common} == {key: new[key] for key in common}, name
 
 
@@ -152,6 +156,33 @@ def test_what_only_newer_code_counts_goes_down_with_no_rollout(engine, empty_url
         connection.execute(table.insert(), known | {"state": SENT_BACK, "count": 3})
     downgrade(empty_url, "0017")
     assert_kept(before, rows_of(engine))
+
+
+def test_what_a_calendar_freezes_at_an_upgrade_is_told_by_the_next_tick_once(engine, empty_url):
+    """And a freeze by hand, told before, is not: its end is taken over."""
+    upgrade(empty_url)
+    world = World(Sessions(engine), clock.now)
+    world.cohort("by-calendar", match="a=b", calendar={"always": "mon-sun UTC"})
+    world.cohort("by-hand")
+    until = clock.now() + timedelta(hours=1)
+    world.call(cohorts.freeze, "demo", "by-hand", until=until)
+    downgrade(empty_url, "0017")
+    upgrade(empty_url)
+    with world.read() as session:
+        ends = sa.select(CohortStatus.frozen_by_hand_until).order_by(CohortStatus.cohort_id)
+        assert session.scalars(ends).all() == [None, until]
+    for _ in range(2):
+        with world.sessions.write() as session:
+            cohorts.refresh_due(session, clock.now())
+    with world.read() as session:
+        told = session.execute(
+            sa.select(AuditEntry.subject, AuditEntry.detail).where(
+                AuditEntry.action == "cohort.freeze", AuditEntry.actor == audit.SERVER
+            )
+        ).all()
+        due = session.scalars(sa.select(CohortStatus.due_at).order_by(CohortStatus.cohort_id)).all()
+    assert told == [("demo/by-calendar", {"by": "always"})] * 2, "before the upgrade, and after it"
+    assert all(at > clock.now() for at in due)
 
 
 def test_down_to_nothing_leaves_nothing(engine, empty_url):

@@ -243,6 +243,37 @@ def test_what_the_calendar_freezes_is_told_once_when_it_begins_and_once_when_it_
     ]
 
 
+def test_a_freeze_whose_end_changes_is_told_again_once(world, heard, subscribe, send):
+    """Longer by hand; then by another entry of the calendar, which ends earlier."""
+    world.cohort("eu", calendar={"week": "mon-sun 00:00-23:00 UTC"})
+    world.tick()
+    subscribe(heard.url, "cohort.*", "fleet.*")
+    for hours in (1, 5, 5):
+        world.call(cohorts.freeze, "demo", "eu", until=world.clock.now + timedelta(hours=hours))
+        world.tick()
+    calendars = (
+        {"week": "mon-sun 00:00-22:00 UTC"},
+        {"fair": "fri 00:00-20:00 UTC"},
+        {"lull": "fri 00:00-20:00 UTC"},
+    )
+    for calendar in calendars:
+        world.call(cohorts.edit, "demo", "eu", calendar=calendar)
+        world.tick()
+    world.call(cohorts.edit, "demo", "eu", calendar={})
+    world.call(cohorts.unfreeze, "demo", "eu")
+    send()
+    assert [(kind, data.get("by"), (data.get("until") or "")[11:16]) for _, kind, data in said(heard)] == [
+        ("cohort.frozen", "", "13:00"),
+        ("cohort.frozen", "", "17:00"),
+        ("cohort.frozen", "week", "22:00"),
+        ("cohort.frozen", "fair", "20:00"),
+        ("cohort.frozen", "lull", "20:00"),
+        ("cohort.unfrozen", "lull", ""),
+        ("cohort.unfrozen", "", ""),
+        ("fleet.resumed", None, ""),
+    ]
+
+
 def said(heard):
     bodies = [json.loads(body) for _, body in heard.got]
     return [(each["timestamp"][11:16], each["type"], each["data"]) for each in bodies]
