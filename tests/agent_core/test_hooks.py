@@ -103,10 +103,15 @@ def test_a_program_that_means_something_else_by_137_is_heard_in_the_end(place: P
 
 
 def test_all_tries_of_a_hook_share_its_time_and_it_is_said_that_there_were_more(place: Place) -> None:
-    slow = f"test -e {place.root}/tried && sleep 60; touch {place.root}/tried; kill -KILL $$"
+    tried = place.root / "tried"
+    slow = f"test -e {tried} && sleep 60; : > {tried}; kill -KILL $$"
     began = time.monotonic()
-    why = run_hook(PRE_ACTIVATE, shell(slow, 1.5), place, "")
-    assert why == "pre_activate: took longer than 1.5 s, 1 killed before included"
+    for limit_s in (1, 6, 20):  # on a busy machine a shell may not even start within the first
+        tried.unlink(missing_ok=True)
+        why = run_hook(PRE_ACTIVATE, shell(slow, limit_s), place, "")
+        if why != f"pre_activate: took longer than {limit_s} s":
+            break
+    assert why == f"pre_activate: took longer than {limit_s} s, 1 killed before included"
     assert time.monotonic() - began < 60
 
 

@@ -93,8 +93,10 @@ def impatient(victim, **limits):
     """Limits that a test reaches soon; an honest server on a busy machine is given the usual ones."""
     before = dict(victim.settings)
     victim.settings |= limits
-    yield
-    victim.settings = before
+    try:
+        yield
+    finally:
+        victim.settings = before
 
 
 @pytest.mark.parametrize(
@@ -104,9 +106,9 @@ def impatient(victim, **limits):
 )
 def test_one_byte_and_then_another_in_what_is_small(victim, ending, headers, monkeypatch):
     offers_news(victim)
-    with monkeypatch.context() as patch, impatient(victim, server_timeout_s=0.5 if headers else 20.0):
+    with monkeypatch.context() as patch, impatient(victim, server_timeout_s=2.0 if headers else 20.0):
         patch.setattr(trusted_metadata, "METADATA_DEADLINE_S", 0.3)
-        victim.between.misbehave(ending, Slow(piece=1, pause_s=0.02, headers=headers))
+        victim.between.misbehave(ending, Slow(piece=1, pause_s=0.1 if headers else 0.02, headers=headers))
         victim.refuses("offline")
     victim.is_well_again()
 
