@@ -10,11 +10,11 @@ import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from agent_core.errors import RelfleetError
+from agent_core.errors import RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
 from agent_core.wire import LeaseRequest
 from updater import server
-from updater.backoff import jittered
+from updater.backoff import jittered, wait_s
 
 if TYPE_CHECKING:
     from agent_core.wire import Directive
@@ -42,7 +42,7 @@ def ask(device: Device, directive: Directive, version: str) -> Wait | None:
     try:
         answer = server.ask_lease(device.transport(), device.identity, device.layout, LeaseRequest(version))
     except RelfleetError as error:
-        return wait(f"no lease for its {directive.lease.scope} could be asked for: {error}", AGAIN_S)
+        return untold(device, f"no lease for its {directive.lease.scope} could be asked for: {error}", error)
     return None if answer.granted else wait(answer.detail, answer.again_s or AGAIN_S)
 
 
@@ -50,3 +50,12 @@ def wait(detail: str, again_s: float) -> Wait:
     """Not now, for about so long: hosts that were told the same do not come back in step."""
     chance = random.random()  # noqa: S311 - jitter is no secret
     return Wait(detail[:500], timedelta(seconds=jittered(again_s, chance)))
+
+
+def untold(device: Device, detail: str, error: RelfleetError) -> Wait:
+    """Not now, since it could not be asked; never sooner than a server that is overloaded asks for."""
+    asked_s = error.retry_after_s if isinstance(error, UnreachableError) else None
+    chance = random.random()  # noqa: S311 - jitter is no secret
+    most_s = device.settings.poll_max_backoff_s
+    least_s = wait_s(0, base_s=0.0, most_s=most_s, chance=chance, retry_after_s=asked_s)
+    return Wait(detail[:500], timedelta(seconds=max(jittered(AGAIN_S, chance), least_s)))

@@ -385,7 +385,8 @@ class _Check:
             if not self.by_hand:
                 tell(self.device)  # a download may take hours
         try:
-            with Line(self.device, directive.budget, release.facts.version) as self.line:
+            until_s = clock.boot_s() + self.device.settings.download_deadline_s
+            with Line(self.device, directive.budget, release.facts.version, until_s) as self.line:
                 name, index = self._stage(release)
         except NoShareError as error:
             return self._wait(outcome, Reason.BUDGET, error.wait)
@@ -467,9 +468,13 @@ class _Check:
 
         device = self.device
         way = None if self.by_hand else delta.find(device.layout, self.catalog, release)
+        if not self.by_hand:
+            _keep_only(device.layout, {release.sha256, way.delta.sha256 if way else ""})
         if way is None:
             return False
-        deadline_s = device.settings.download_deadline_s / 2  # the full bundle may have to come after it
+        deadline_s = device.settings.download_deadline_s
+        if not (self.line and self.line.is_budgeted):  # which ends itself in time, and goes on with the delta
+            deadline_s /= 2  # the full bundle may have to come after it
 
         def fetch(url: str, sha256: str, length: int, part: Path) -> None:
             self._download(url, sha256, length, part, deadline_s)
@@ -494,7 +499,7 @@ class _Check:
             progress=self.progress,
             ceiling=self._ceiling,
             min_rate_bps=settings.download_min_rate_bps,
-            deadline_s=max(deadline_s, self.line.needs_s(length) if self.line else 0.0),
+            deadline_s=deadline_s,
         )
         if self.line is not None:
             self.line.leave()  # what comes next, such as unpacking, keeps nobody waiting
@@ -559,9 +564,21 @@ def _collect(device: Device) -> None:
     if record is None or record.phase != slots.IDLE or staged:
         return
     _discard(device, record, Retention(device.settings.versions_keep, device.settings.versions_keep_bytes))
-    for part in disk.listdir(device.layout.download):
-        if outcome is not None and not outcome.failed and outcome.reason != Reason.BUDGET:
-            disk.remove(device.layout.download / part)
+    if outcome is not None and outcome.reason in _NOTHING_TO_COME:
+        _keep_only(device.layout, set())
+
+
+_NOTHING_TO_COME = frozenset(
+    {Reason.UP_TO_DATE, Reason.NOT_YET, Reason.SKIPPED, Reason.RETIRED, Reason.NO_COHORT}
+)
+"""Who only waits, for a window or an operator, goes on later with what has come: a night may be too short."""
+
+
+def _keep_only(layout: Layout, digests: set[str]) -> None:
+    """Clear away what has come of any other file."""
+    for name in disk.listdir(layout.download):
+        if name.partition(".")[0] not in digests:
+            disk.remove(layout.download / name)
 
 
 def _make_room(device: Device) -> bool:

@@ -61,9 +61,13 @@ def test_without_a_lease_it_waits_and_says_why_and_asks_again(fleet):
 
 @pytest.mark.parametrize("status", [404, 429, 500, 503], ids=str)
 def test_a_server_that_cannot_be_asked_is_waited_for_and_is_no_failure(fleet, status):
-    answer(fleet, {"status": status, "title": "no"}, status)
+    said = Status(status, JSON | {"Retry-After": "900"}, b'{"title": "no"}')
+    fleet.origin.answer("POST", PATH, said)
+    began = clock.now()
     outcome = poll.check(fleet.device)
     assert (outcome.action, outcome.reason, outcome.failed) == (Action.STAY, "lease", False)
+    wait_s = (clock.parse_iso(outcome.again) - began).total_seconds()
+    assert wait_s > (899 if status in (429, 503) else 53)
     assert attempt.load(fleet.device.attempt_file).state is AttemptState.DOWNLOADING
 
 
