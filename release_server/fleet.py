@@ -417,7 +417,12 @@ def _abortable(*, rollback: bool) -> tuple[State, ...]:
 def _check_newest(session: Session, rollout: Rollout, row: RolloutStatus) -> None:
     newest = cohorts.newest_rollout(session, rollout.cohort_id)
     if row.state in RETURNABLE and newest and newest[0].id != rollout.id:
-        raise ConflictError(f"r-{newest[0].id} has taken the place of r-{rollout.id}", reason="superseded")
+        pin = f"release cohort pin {rollout.cohort.name} {rollout.base or 'VERSION'}"
+        raise ConflictError(
+            f"r-{newest[0].id} has taken the place of r-{rollout.id}",
+            then=f"to go back all the same: {pin}",
+            reason="superseded",
+        )
 
 
 def undo(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:

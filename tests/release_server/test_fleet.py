@@ -424,6 +424,7 @@ def test_an_aborted_rollout_can_still_be_taken_back_until_another_takes_its_plac
     with pytest.raises(ConflictError) as refused:
         world.call(fleet.abort, other, rollback=True)
     assert refused.value.reason == "superseded"
+    assert "release cohort pin all 1.0.0" in refused.value.then
 
 
 def test_a_first_rollout_has_nothing_to_go_back_to(world):
