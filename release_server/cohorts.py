@@ -541,7 +541,7 @@ def _store(
 
 def refresh_due(session: Session, now: datetime) -> bool:
     """Make directives anew whose freeze has ended or begun by itself; says whether any changed."""
-    due = select(Cohort).join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
+    due = select(Cohort).join(CohortStatus, CohortStatus.cohort_id == Cohort.id).order_by(Cohort.id)
     ended = session.scalars(due.where(CohortStatus.due_at <= now, Cohort.deleted_at.is_(None))).all()
     changed = [cohort.id for cohort in ended if refresh_directive(session, now, cohort)]
     return bool(changed)
