@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 
 import pytest
@@ -124,6 +124,17 @@ def accept(request):
     accepted = max([step["number"] for step in told.get("transitions", [])], default=0)
     answer = ReportAnswer("stable", accepted, "session", 86_400)
     return Status(200, {"Content-Type": "application/json"}, json.dumps(answer.to_json()).encode())
+
+
+@contextmanager
+def led_to_two(home, **directive):
+    """Devices on 1 whose directive wants 2, under these terms."""
+    (home / "www").mkdir()
+    with Origin(home / "www") as origin:
+        fleet = Fleet(home, origin)
+        fleet.repository.set_directive(release=TWO, base=TWO, revision=3, **directive)
+        fleet.repository.publish()
+        yield fleet
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from agent_core import clock
 from agent_core.wire import HEADER_SIGNATURE, AttemptState, LeaseAnswer, LeaseTerms, Mode
-from tests.http_origin import Origin, Status
-from tests.updater.test_delta import ONE, TWO, Fleet
+from tests.http_origin import Status
+from tests.updater.test_delta import ONE, TWO, led_to_two
 from updater import attempt, poll
 from updater.decide import Action
 
@@ -20,12 +20,8 @@ TERMS = LeaseTerms("site", 1)
 
 @pytest.fixture
 def fleet(tmp_path):
-    (tmp_path / "www").mkdir()
-    with Origin(tmp_path / "www") as origin:
-        made = Fleet(tmp_path, origin)
-        made.repository.set_directive(release=TWO, base=TWO, revision=3, lease=TERMS)
-        made.repository.publish()
-        yield made
+    with led_to_two(tmp_path, lease=TERMS) as led:
+        yield led
 
 
 def answer(fleet, said, status=200):

@@ -9,9 +9,9 @@ import pytest
 from agent_core import clock
 from agent_core.settings import AGENT, AgentSettings
 from agent_core.wire import HEADER_SIGNATURE, AttemptState, BudgetTerms, Mode, ShareAnswer
-from tests.http_origin import Origin, Status
+from tests.http_origin import Status
 from tests.updater.stepped import Stepped
-from tests.updater.test_delta import ONE, TWO, Fleet
+from tests.updater.test_delta import ONE, TWO, led_to_two
 from updater import attempt, delta, poll
 from updater.decide import Action, Hold
 from updater.device import Device
@@ -22,23 +22,16 @@ JSON = {"Content-Type": "application/json"}
 TERMS = BudgetTerms("site", 100_000)
 
 
-def made(home):
-    (home / "www").mkdir()
-    with Origin(home / "www") as origin:
-        fleet = Fleet(home, origin)
-        fleet.repository.set_directive(release=TWO, base=TWO, revision=3, budget=TERMS)
-        fleet.repository.publish()
-        yield fleet
-
-
 @pytest.fixture
 def fleet(tmp_path):
-    yield from made(tmp_path)
+    with led_to_two(tmp_path, budget=TERMS) as led:
+        yield led
 
 
 @pytest.fixture(scope="module")
 def fleet_of_all(tmp_path_factory):
-    yield from made(tmp_path_factory.mktemp("waiting"))
+    with led_to_two(tmp_path_factory.mktemp("waiting"), budget=TERMS) as led:
+        yield led
 
 
 @pytest.fixture
