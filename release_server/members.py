@@ -325,9 +325,8 @@ class Outlook:
         for member in reached:
             ends = silent_from(look, member) if member.id in self._quiet else None
             if ends is not None and ends[0] != NEVER:
-                at = max(
-                    whole(ends[0]), look.now
-                )  # of a large fleet many fall in one second: one look for all
+                # Of a large fleet many fall in one second: one look for all of them.
+                at = max(whole(ends[0]), look.now)
                 yield member.id, Fall(at, member.attempt, member.enrolled_at)
 
 

@@ -60,7 +60,7 @@ def note(session: Session, now: datetime, last: datetime | None = None) -> None:
 
 def is_noted(session: Session, now: datetime) -> bool:
     """Whether the last note is new enough for another one to be saved."""
-    until = session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
+    until = _noted_until(session)
     return until is not None and now + LENGTH / 2 < until <= now + LENGTH + AHEAD
 
 
@@ -75,8 +75,12 @@ def heard_since(session: Session, now: datetime) -> datetime | None:
 
 def ahead_of(session: Session, now: datetime) -> timedelta:
     """How far the clock of a web process is ahead of `now` at least; nothing where that cannot be seen."""
-    until = session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
+    until = _noted_until(session)
     return timedelta() if until is None else max(timedelta(), until - now - LENGTH)
+
+
+def _noted_until(session: Session) -> datetime | None:
+    return session.scalar(select(Lease.until).where(Lease.name == Lease.WEB))
 
 
 class Pulse:
