@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -198,6 +199,18 @@ def test_the_check_refuses_a_sample_that_is_not_fresh(host, line, why):
     done = host.check("1.0.0")
     assert done.returncode == 1
     assert why in done.stdout
+
+
+def test_a_sample_written_while_the_check_starts_is_fresh(monkeypatch):
+    spec = importlib.util.spec_from_file_location("check", PROJECT / "app" / "check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+
+    def written_now(_path):
+        return f'{{"at":"","boot_s":{time.clock_gettime(time.CLOCK_BOOTTIME)},"version":"1.0.0","cpu":{{}}}}'
+
+    monkeypatch.setattr(check, "last_line", written_now)
+    assert check.fault("samples.jsonl", "1.0.0") == ""
 
 
 def test_the_check_reads_whole_lines_only(host):

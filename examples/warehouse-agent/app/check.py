@@ -29,22 +29,24 @@ def value(member: str, name: str) -> str:
     return text.strip('"')
 
 
-def fault(path: str, version: str, now_s: float) -> str:
+def fault(path: str, version: str) -> str:
     """Why the samples are not as they should be; empty when they are."""
     try:
         _at, boot, of, *_ = last_line(path).split(",", 3)
-        age_s, by = now_s - float(value(boot, "boot_s")), value(of, "version")
+        taken_s, by = float(value(boot, "boot_s")), value(of, "version")
     except (OSError, ValueError) as error:
         return f"there is no sample yet: {error}"
     if by != version:
         return f"the last sample is of {by or 'no version'}, not of {version}"
-    if not 0 <= age_s <= FRESH_S:
+    # Looked at after the sample was read: one written in between would seem to come from the future.
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - taken_s
+    if not 0 <= age_s <= FRESH_S:  # below nought: of the boot before
         return f"the last sample is {age_s:.1f} s old"
     return ""
 
 
 if __name__ == "__main__":
     samples = os.environ["RELFLEET_ROOT"] + "/app-data/samples.jsonl"
-    why = fault(samples, os.environ.get("RELFLEET_VERSION", ""), time.clock_gettime(time.CLOCK_BOOTTIME))
+    why = fault(samples, os.environ.get("RELFLEET_VERSION", ""))
     print(why or "the last sample is fresh")
     sys.exit(1 if why else 0)

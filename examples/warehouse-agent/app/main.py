@@ -19,7 +19,7 @@ def sample(settings: Settings) -> dict[str, Any]:
     """One line of the spool; a sampler that fails says so in its own place and spoils no other."""
     line: dict[str, Any] = {
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "boot_s": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
+        "boot_s": time.clock_gettime(time.CLOCK_BOOTTIME),
         "version": os.environ.get("RELFLEET_VERSION", ""),
     }
     for name, sampler in samplers.SAMPLERS.items():
