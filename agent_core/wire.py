@@ -133,6 +133,7 @@ class Reason(StrEnum):
     WORKLOAD_EXITED = "workload-exited"
     BOOTS_USED_UP = "boots-used-up"
     DEAD_MAN = "dead-man"
+    CANNOT_UPDATE = "cannot-update"
     OPERATOR = "operator"
     OBSERVED = "observed"
 

@@ -324,7 +324,8 @@ def _checks(host: Host) -> Iterator[Finding]:
     if outcome is None:
         yield Finding("checks", State.NOTE, "no check was done yet", "agent once")
     elif outcome.failed:
-        detail = f"the last one, {outcome.at}, failed ({outcome.reason}): {outcome.detail.splitlines()[0]}"
+        why = outcome.detail.partition("\n")[0]
+        detail = f"the last one, {outcome.at}, failed ({outcome.reason}): {why}"
         yield Finding("checks", State.BAD, detail, "agent why")
     else:
         yield Finding("checks", State.OK, f"the last one, {outcome.at}, said {outcome.reason}")

@@ -40,6 +40,7 @@ class TrialFacts:
         hooked_s: when the hook after the activation ended well in this run, boot clock (its beginning when
             the version has none); None before that.
         hook_failure: why that hook failed; empty when it did not.
+        given_up: what the good version verified, where this one could not, that asks for another; else empty.
         boots_left: what the launcher left in the record when it began this run; below 0 is one too many.
         failures: the failing checks in words, for the reason people read.
     """
@@ -54,6 +55,7 @@ class TrialFacts:
     exits_allowed: int = 0
     hooked_s: float | None = 0.0
     hook_failure: str = ""
+    given_up: str = ""
     boots_left: int = 0
     failures: tuple[str, ...] = ()
 
@@ -82,8 +84,9 @@ def judge(facts: TrialFacts, now_s: float) -> Verdict:
         now_s: boot clock; a sleeping host does not age its trial, the monitor moves `healthy_since_s`.
 
     Returns:
-        `ROLL_BACK` for local faults only. Without the manifest the verdict stays `REARM` for as long as it
-        takes: a good version is not punished for a network that is down, nor for a server that answers 429.
+        `ROLL_BACK` for local faults only, and for a signed word that this version cannot read. Without the
+        manifest the verdict stays `REARM` for as long as it takes: a good version is not punished for a
+        network that is down, nor for a server that answers 429.
     """
     if facts.boots_left < 0:
         return Verdict(Step.ROLL_BACK, Reason.BOOTS_USED_UP, "it was started more often than allowed")
@@ -96,6 +99,9 @@ def judge(facts: TrialFacts, now_s: float) -> Verdict:
         )
     if facts.hook_failure:
         return Verdict(Step.ROLL_BACK, Reason.POST_ACTIVATE, _with(facts.hook_failure, facts))
+    if facts.given_up and not facts.manifest_verified:
+        detail = f"it cannot verify the manifest, the version before can, and is to run: {facts.given_up}"
+        return Verdict(Step.ROLL_BACK, Reason.CANNOT_UPDATE, _with(detail, facts))
     if not facts.ready or facts.healthy_since_s is None:
         return Verdict(Step.WAIT, Reason.IN_TRIAL, _with("not every check passes yet", facts))
     if facts.hooked_s is None:

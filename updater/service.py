@@ -36,6 +36,7 @@ from updater.backoff import ceiling_s, jittered, wait_s
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.gate import Step, TrialFacts, judge, observed_s
+from updater.second_opinion import SecondOpinion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,6 +101,7 @@ class Service:
         self.runtime = Runtime(on_stop=self._on_stop, on_poll=self._on_signal)
         self.started_s = self.runtime.now_s()
         self.verified = False
+        self.opinion = self._second_opinion()
         self._numbered: attempts.Attempt | None = None
         self.failures, self._wait_s = control.recall_backoff(
             device.layout, ceiling_s(device.settings.poll_max_backoff_s)
@@ -223,6 +225,7 @@ class Service:
             workload_exits=self.workload.exits,
             hooked_s=None if self.hooked_s is None else self.hooked_s + self.monitor.slept_s,
             hook_failure=self.hook_failure,
+            given_up=self.opinion.given_up,
             boots_left=self.record.boots_left,
             failures=tuple(str(failure) for failure in health.failures),
         )
@@ -237,6 +240,11 @@ class Service:
             case Step.ROLL_BACK:
                 self._roll_back(str(verdict.reason), verdict.detail)
         return left_s if 0 < left_s < TRIAL_STEP_S else TRIAL_STEP_S
+
+    def _second_opinion(self) -> SecondOpinion:
+        attempt = attempts.load(self.device.attempt_file)
+        tried = attempt if attempt is not None and attempt.name == self.name else None
+        return SecondOpinion(self.runtime, self.device, self.record.good, tried)
 
     def _commit(self, detail: str) -> None:
         disarm_deadman()
@@ -345,6 +353,8 @@ class Service:
             self.failures += 1
             delay_s = self._backoff_s(outcome)
             log.warning("poll failed", extra={"reason": outcome.reason, "why": outcome.detail})
+            if self.in_trial and not self.verified:
+                self.opinion.ask(self._judge)
         if outcome is not None:
             self._show(poll=f"{outcome.reason}: {outcome.detail}".strip(": "))
         if self._forced:

@@ -8,6 +8,7 @@ import pytest
 
 from agent_core import slots
 from tests.integration.world import Host, until
+from updater.second_opinion import PATIENCE
 
 # What becomes of each: the reason in the skip list, starts of it, and what the server hears in the end.
 ENDS = {
@@ -100,3 +101,16 @@ def test_a_committed_version_whose_workload_exits_is_restarted_and_never_flipped
     assert committed.skip == ()
     assert host.pid() == agent
     assert host.states("2.5.0-exits-when-good")[-1] == "healthy"
+
+
+def test_a_version_that_cannot_update_itself_is_called_back_by_a_word_that_only_the_good_one_hears(world):
+    host = world.host(world.cohort())
+    rollout = world.roll_out("2.8.1-hears-nothing", host.cohort)
+    failed = '"poll failed"'
+    until("its checks to fail again and again", lambda: host.log.read_text().count(failed) > PATIENCE)
+    assert (host.record.phase, slots.version_of(host.record.candidate)) == ("trial", "2.8.1-hears-nothing")
+    assert host.await_seen(phase="trial")  # by the good version: this one tells nobody anything either
+    world.client.post(f"/rollouts/{rollout}/abort", {"rollback": True})
+    assert host.await_skip("2.8.1-hears-nothing") == "cannot-update"
+    host.await_good("1.0.0")
+    assert host.await_seen(version="1.0.0", phase="idle")

@@ -35,7 +35,7 @@ from release_server.publish import push, sign
 from release_server.publish.client import Client
 from tests import postgres
 from updater import attempt as attempts
-from updater import control
+from updater import control, transport
 from updater.device import Device
 
 if TYPE_CHECKING:
@@ -70,6 +70,17 @@ def main(verb, words):
 """
 
 
+DEAF = (
+    Path(transport.__file__).read_text()
+    + """
+def _hears_nothing(*_, **__):
+    raise _offline("the server", "anything", "this version cannot be told a word")
+
+Transport._exchange = _hears_nothing
+"""
+)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What a version of the probe has that the good one has not: other files, other words in its index."""
@@ -96,6 +107,7 @@ VARIANTS: dict[str, Variant] = {
     "2.6.0-lies": Variant({"lib.zip/updater/internal.py": LIES}),
     "2.7.0-says-no": Variant(index={"hooks": SAYS_NO}),
     "2.8.0-hook-fails": Variant(index={"hooks": FAILS_AFTER}),
+    "2.8.1-hears-nothing": Variant({"lib.zip/updater/transport.py": DEAF}),
     "2.9.0-exits-by-file": Variant({"app/main.py": "raise SystemExit(3)\n"}),
 }
 

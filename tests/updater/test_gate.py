@@ -71,6 +71,20 @@ GOOD = TrialFacts(
             Reason.OFFLINE,
             id="no network for ever is never a rollback",
         ),
+        pytest.param(
+            {"manifest_verified": False, "given_up": "up-to-date"},
+            1010.0,
+            Step.ROLL_BACK,
+            Reason.CANNOT_UPDATE,
+            id="one that cannot verify that it is not wanted any more goes back",
+        ),
+        pytest.param(
+            {"given_up": "up-to-date"},
+            1065.0,
+            Step.COMMIT,
+            Reason.OBSERVED,
+            id="one that can verify follows the word by itself, once it is good",
+        ),
         pytest.param({"healthy": False}, 1010.0, Step.ROLL_BACK, Reason.UNHEALTHY, id="unhealthy goes back"),
         pytest.param(
             {"healthy": False, "manifest_verified": False},
@@ -165,6 +179,7 @@ facts_of_any_kind = st.builds(
     exits_allowed=st.integers(0, 5),
     hooked_s=st.none() | moments,
     hook_failure=st.sampled_from(["", "", "post_activate: exit 1"]),
+    given_up=st.sampled_from(["", "", "", "revoked"]),
     boots_left=st.integers(-2, 5),
     failures=st.lists(st.text(max_size=300), max_size=5).map(tuple),
 )
@@ -184,14 +199,16 @@ def test_a_commit_is_fully_earned(facts: TrialFacts, now_s: float) -> None:
 
 
 @given(facts_of_any_kind, moments)
-def test_only_local_faults_roll_back(facts: TrialFacts, now_s: float) -> None:
+def test_only_local_faults_and_a_signed_word_roll_back(facts: TrialFacts, now_s: float) -> None:
     ended = facts.workload_exits > facts.exits_allowed or facts.hook_failure != ""
     local = not facts.healthy or ended or facts.boots_left < 0
-    assert (judge(facts, now_s).step is Step.ROLL_BACK) == local
+    told = facts.given_up != "" and not facts.manifest_verified
+    assert (judge(facts, now_s).step is Step.ROLL_BACK) == (local or told)
 
 
 @given(facts_of_any_kind, moments)
 def test_the_network_never_turns_a_verdict_into_a_rollback(facts: TrialFacts, now_s: float) -> None:
+    facts = replace(facts, given_up="")  # which is a signed word, heard over a network that works
     online = judge(replace(facts, manifest_verified=True), now_s)
     offline = judge(replace(facts, manifest_verified=False), now_s)
     assert (online.step is Step.ROLL_BACK) == (offline.step is Step.ROLL_BACK)

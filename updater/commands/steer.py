@@ -159,19 +159,30 @@ def hold(root: Path, until: str | None, reason: str) -> None:
 
 def _moment(text: str) -> datetime:
     """A moment to come: a duration from now, or a date with its zone; nobody guesses whose noon is meant."""
+    if text.strip().isdecimal():
+        why = "seconds, hours, or a date as 20261231 is"
+        raise UsageError(
+            f"{text!r} may mean anything", why=why, then="--until 2h, or --until 2026-12-31T12:00:00Z"
+        )
+    moment = _read_moment(text)
+    if moment <= clock.now():
+        raise UsageError(f"{text} is past", why=f"it is {clock.iso(clock.now())} here", then="--until 2h")
+    return moment
+
+
+def _read_moment(text: str) -> datetime:
     with suppress(ValueError, OverflowError):
         return clock.now() + timedelta(seconds=console.duration_s(text))
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        if moment.tzinfo is not None:
+            return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise UsageError(
             f"{text!r} is no time", why="it is neither a duration nor a date", then="--until 2h"
         ) from None
-    if moment.tzinfo is None:
-        raise UsageError(f"{text!r} has no time zone", then=f"--until {text}Z for UTC, or {text}+01:00")
-    if moment <= clock.now():
-        raise UsageError(f"{text} is past", why=f"it is {clock.iso(clock.now())} here", then="--until 2h")
-    return moment.astimezone(UTC)
+    whole = moment.isoformat()  # a date alone is its midnight, and takes a zone only when that is written out
+    raise UsageError(f"{text!r} has no time zone", then=f"--until {whole}Z for UTC, or {whole}+01:00")
 
 
 @click.command()

@@ -209,7 +209,19 @@ def test_a_hold_lasts_until_a_moment_that_is_named_with_its_zone(host):
     assert host.agent("unhold")[0] == 0
 
 
-@pytest.mark.parametrize("text", ["2999-01-01T01:00:00", "2001-01-01T00:00:00Z", "soon", "99999999999d", ""])
+def test_what_is_advised_for_a_date_without_a_zone_can_be_typed(host):
+    said = host.agent("hold", "--until", "2999-01-01")[2]
+    assert host.agent("hold", "--until", said.split("--until ")[1].split()[0])[0] == 0
+    assert clock.iso(host.device().hold().until) == "2999-01-01T00:00:00Z"
+
+
+SAY_NOTHING = (
+    *("2999-01-01T01:00:00", "2001-01-01T00:00:00Z", "9999-12-31T23:59:59-14:00", "soon", "99999999999d"),
+    *("0s", "20991231", ""),
+)
+
+
+@pytest.mark.parametrize("text", SAY_NOTHING)
 def test_a_time_that_says_nothing_is_refused_and_nothing_is_held(host, text):
     code, _, said = host.agent("hold", "--until", text)
     assert (code, "next:" in said, host.device().hold()) == (2, True, None)
