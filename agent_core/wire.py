@@ -248,7 +248,12 @@ class Getter:
 
 @late_dataclass(frozen=True)
 class ReleaseFacts:
-    """The `custom` of `bundles/PRODUCT/VERSION/PLATFORM.tar.zst`: what the release managers say of it."""
+    """The `custom` of `bundles/PRODUCT/VERSION/PLATFORM.tar.zst`: what the release managers say of it.
+
+    Attributes:
+        upgrade_from_seq: it installs only over a release of this seq or a later one.
+        barrier: whatever comes later installs only over this one or over what came after it.
+    """
 
     product: str
     version: str
@@ -262,6 +267,7 @@ class ReleaseFacts:
     upgrade_from_seq: int = 0
     min_launcher: int = 1
     notes: str = ""
+    barrier: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -277,6 +283,9 @@ class ReleaseFacts:
             "upgrade_from_seq": self.upgrade_from_seq,
             "min_launcher": self.min_launcher,
             "notes": self.notes,
+            **(
+                {"barrier": True} if self.barrier else {}
+            ),  # what was signed before it was there stays as it is
         }
 
     @classmethod
@@ -297,6 +306,7 @@ class ReleaseFacts:
             upgrade_from_seq=get.integer("upgrade_from_seq", 0),
             min_launcher=get.integer("min_launcher", 1),
             notes=get.text("notes", ""),
+            barrier=get.boolean("barrier", False),
         )
 
 

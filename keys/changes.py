@@ -157,6 +157,14 @@ def _read_bundle(path: str, target: TargetFile, files: Files) -> Listed:
     return Listed(facts, target.hashes["sha256"], target.length)
 
 
+def barrier_before(files: Files, product: str, seq: int) -> int:
+    """The seq of the newest barrier below `seq`, which nobody goes past without having run it; 0 for none."""
+    bundles = {path: target for path, target in files.items() if BUNDLE.fullmatch(path)}
+    known = [ReleaseFacts.from_json(target.custom, path) for path, target in bundles.items()]
+    before = [facts.seq for facts in known if facts.barrier and facts.product == product and facts.seq < seq]
+    return max(before, default=0)
+
+
 def policy_of(files: Files, product: str) -> Policy:
     """A product's floor and revoked releases; nothing of either when none was signed."""
     target = files.get(policy_path(product))
@@ -190,6 +198,7 @@ def check_successor(before: Targets | None, after: Targets, now: datetime) -> li
     read_deltas(after.targets, listed)
     fresh = [entry for path, entry in listed.items() if path not in old]
     check_seqs(read_listed(old).values(), fresh)
+    check_barriers(listed.values())
     check_room(old, after.targets, fresh)
     return fresh
 
@@ -302,6 +311,25 @@ def check_seqs(known: Iterable[Listed], fresh: Iterable[Listed]) -> None:
         own[facts.version] = facts.seq
 
 
+def check_barriers(listed: Iterable[Listed]) -> None:
+    """Nothing leads past a barrier: hosts go by the stepping stone that is signed, and not by the server.
+
+    Raises:
+        TrustError: `barrier`.
+    """
+    known = [entry.facts for entry in listed]
+    barriers = [facts for facts in known if facts.barrier]
+    for facts in known:
+        for barrier in barriers:
+            if facts.product == barrier.product and facts.upgrade_from_seq < barrier.seq < facts.seq:
+                raise _refuse(
+                    f"{facts.product} {facts.version} for {facts.platform} is refused",
+                    f"{barrier.version} is a barrier, and it would install over what is older",
+                    "barrier",
+                    "make it anew from the current targets",
+                )
+
+
 def check_room(before: Files, after: Files, fresh: Iterable[Listed]) -> None:
     """No floor, revocation or release uses up the numbers: whoever had the keys, a next release has one.
 
@@ -379,6 +407,7 @@ def _said(target: TargetFile | None) -> str:
         words.insert(0, f"seq {facts.seq}")
         words += [f"gates {', '.join(facts.gates)}"] if facts.gates else []
         words += [f"from seq {facts.upgrade_from_seq} on"] if facts.upgrade_from_seq else []
+        words += ["barrier"] if facts.barrier else []
         words += [f"notes {facts.notes[:60]!r}"] if facts.notes else []
     return ", ".join(words)
 

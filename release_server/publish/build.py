@@ -299,7 +299,13 @@ class Built:
         return sha256(self.index_bytes).hexdigest()
 
     def facts(
-        self, seq: int, *, gates: tuple[str, ...] = (), upgrade_from_seq: int = 0, notes: str = ""
+        self,
+        seq: int,
+        *,
+        gates: tuple[str, ...] = (),
+        upgrade_from_seq: int = 0,
+        notes: str = "",
+        barrier: bool = False,
     ) -> ReleaseFacts:
         """What the release keys will sign of this bundle."""
         return ReleaseFacts(
@@ -315,6 +321,7 @@ class Built:
             upgrade_from_seq=upgrade_from_seq,
             min_launcher=self.index.min_launcher,
             notes=notes,
+            barrier=barrier,
         )
 
 

@@ -82,7 +82,14 @@ class Outcome:
     rollout: dict[str, Any] | None = None
 
 
-def load(archive: Path, *, gates: Sequence[str] = (), upgrade_from_seq: int = 0, notes: str = "") -> Release:
+def load(
+    archive: Path,
+    *,
+    gates: Sequence[str] = (),
+    upgrade_from_seq: int = 0,
+    notes: str = "",
+    barrier: bool = False,
+) -> Release:
     """Read a bundle and check it as a device would; its seq is set when it is signed.
 
     Raises:
@@ -92,7 +99,9 @@ def load(archive: Path, *, gates: Sequence[str] = (), upgrade_from_seq: int = 0,
     digest = bundle.verify(archive, built.index)
     if digest != built.sha256:
         raise TrustError(f"{archive} changed while it was read", reason=Reason.DIGEST_MISMATCH)
-    facts = built.facts(1, gates=tuple(gates), upgrade_from_seq=upgrade_from_seq, notes=notes)
+    facts = built.facts(
+        1, gates=tuple(gates), upgrade_from_seq=upgrade_from_seq, notes=notes, barrier=barrier
+    )
     return Release(
         facts,
         Blob(built.archive, built.sha256, built.length),

@@ -316,14 +316,16 @@ def with_releases(
     """The targets after the current ones with releases added, not yet signed.
 
     Args:
-        added: releases that are not published yet; their seq is set here.
+        added: releases that are not published yet; their seq is set here, and the barrier before them.
         deltas: to these releases.
     """
     metadata = next_targets(trusted, now)
     for release in added:
         facts = release.facts
         seq = next_seq(metadata.signed, facts.product, facts.version)
-        add(metadata.signed, replace(release, facts=replace(facts, seq=seq)))
+        barrier = changes.barrier_before(metadata.signed.targets, facts.product, seq)
+        stone = max(facts.upgrade_from_seq, barrier)
+        add(metadata.signed, replace(release, facts=replace(facts, seq=seq, upgrade_from_seq=stone)))
     for delta in deltas:
         custom = {"custom": delta.facts.to_json()}
         hashes = {"sha256": delta.blob.sha256}

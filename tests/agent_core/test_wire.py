@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ VALUES: dict[str, Any] = {
         files=412,
         gates=("canary", "stable"),
         upgrade_from_seq=3,
+        barrier=True,
         min_launcher=1,
         notes="Reads the new scanner protocol.",
     ),
@@ -195,11 +197,16 @@ def test_keys_of_a_newer_version_are_ignored(name: str) -> None:
     assert parse(name, golden(name) | {"key_of_tomorrow": [1, {"x": None}]}) == VALUES[name]
 
 
+def test_a_release_that_is_no_barrier_says_nothing_of_it() -> None:
+    assert "barrier" not in replace(VALUES["release_facts"], barrier=False).to_json()
+
+
 def test_what_an_older_end_leaves_out_gets_its_default() -> None:
-    newer = {"gates", "upgrade_from_seq", "min_launcher", "notes"}
+    newer = {"gates", "upgrade_from_seq", "min_launcher", "notes", "barrier"}
     older = {key: value for key, value in golden("release_facts").items() if key not in newer}
     facts = parse("release_facts", older)
     assert (facts.gates, facts.upgrade_from_seq, facts.min_launcher, facts.notes) == ((), 0, 1, "")
+    assert not facts.barrier
     required = {"schema", "product", "cohort", "progress", "salt", "revision"}
     directive = {key: value for key, value in golden("directive").items() if key in required}
     assert parse("directive", directive) == Directive(
@@ -254,6 +261,7 @@ REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
         "upgrade_from_seq": (None, *COUNTS),
         "min_launcher": (None, *COUNTS),
         "notes": NOTHING_TEXTS,
+        "barrier": FLAGS,
     },
     "delta_facts": {
         "schema": SCHEMAS,

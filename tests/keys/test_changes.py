@@ -94,12 +94,22 @@ def test_versions_go_up_by_one(before, after, version, reason):
         (lambda t: with_policy(t, floor_seq=changes.STEP + 11), "seq"),
         (lambda t: with_policy(t, floor_seq=10, revoked_seq=(2**64,)), "seq"),
         (lambda t: listed(t, "1.1", 2**53), "seq"),
+        (lambda t: listed(t, "1.0", 10, barrier=True), "changed"),
+        (lambda t: (listed(t, "1.1", 11, barrier=True), listed(t, "1.2", 12)), "barrier"),
         (lambda t: setattr(t, "expires", NOW), "expired"),
         (lambda t: setattr(t, "expires", NOW + timedelta(days=63)), "bad-metadata"),
     ],
     ids=[
         *("no policy", "floor", "content", "bytes", "facts", "seq", "platform seq"),
-        *("far floor", "far revoked", "far seq", "expired", "too long"),
+        *(
+            "far floor",
+            "far revoked",
+            "far seq",
+            "a barrier afterwards",
+            "past a barrier",
+            "expired",
+            "too long",
+        ),
     ],
 )
 def test_what_the_rules_forbid(before, after, break_rule, reason):
@@ -107,6 +117,16 @@ def test_what_the_rules_forbid(before, after, break_rule, reason):
     with pytest.raises(TrustError) as caught:
         check(before, after)
     assert caught.value.reason == reason
+
+
+def test_what_comes_after_a_barrier_says_that_hosts_have_passed_it(before, after):
+    listed(after, "1.1", 11, barrier=True)
+    listed(after, "1.2", 12, upgrade_from_seq=11)
+    assert len(check(before, after)) == 2
+    assert [changes.barrier_before(after.targets, "demo", seq) for seq in (11, 12)] == [0, 11]
+    assert changes.barrier_before(after.targets, "other", 12) == 0
+    told = {change.what: change.after for change in changes.changes(before.signed, after)}
+    assert told["bundles/demo/1.1/any.tar.zst"].endswith(", barrier")
 
 
 def test_above_a_floor_that_was_raised_too_far_there_is_room_for_the_next_release(before, after):

@@ -213,6 +213,7 @@ def verify(bundle: tuple[Path, ...]) -> None:
 @click.option("--to", "cohort", metavar="COHORT", help="Start a rollout to this cohort, in default steps.")
 @click.option("--notes", type=click.File("r"), help="A text for people, signed with the release; - is stdin.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME", help="Only for agents behind this gate.")
+@click.option("--barrier", is_flag=True, help="No agent goes past this release without having run it.")
 @click.option("--dry-run", is_flag=True, help="Check everything and change nothing.")
 @click.option(
     "--signed",
@@ -234,6 +235,7 @@ def push(
     cohort: str | None,
     notes: Any,
     gates: tuple[str, ...],
+    barrier: bool,
     trust: Path | None,
     keys_dir: Path | None,
     passphrase_file: Path | None,
@@ -256,7 +258,7 @@ def push(
     client = connect(found)
     root = sign.read_trust(found.trust)
     text = notes.read() if notes else ""
-    releases = releases_of(bundle or (Path(),), version, gates, text)
+    releases = releases_of(bundle or (Path(),), version, gates, text, barrier=barrier)
 
     def opened(trusted: Trusted) -> Sequence[Any]:
         return sign.release_signers(found.keys_dir, trusted.root.signed, passphrases(passphrase_file))
@@ -301,7 +303,7 @@ def _deltas() -> int:
 
 
 def releases_of(
-    paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str
+    paths: Sequence[Path], version: str | None, gates: Sequence[str], notes: str, *, barrier: bool
 ) -> list[Release]:
     """The bundles of a call, read and checked; a directory stands for its one bundle, or is built."""
     from release_server.publish import build as builder
@@ -316,7 +318,9 @@ def releases_of(
         archive = path
         if path.is_dir():
             archive = builder.build(path, version, progress=_step).archive if version else _only_bundle(path)
-        loaded.append(pushing.load(archive, gates=own_gates, upgrade_from_seq=stone, notes=notes))
+        loaded.append(
+            pushing.load(archive, gates=own_gates, upgrade_from_seq=stone, notes=notes, barrier=barrier)
+        )
     return loaded
 
 

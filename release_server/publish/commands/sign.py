@@ -31,6 +31,7 @@ from release_server.publish.commands.trust import changes_table, signing_options
 )
 @click.option("--notes", type=click.File("r"), help="A text for people, signed with the release; - is stdin.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME", help="Only for agents behind this gate.")
+@click.option("--barrier", is_flag=True, help="No agent goes past this release without having run it.")
 @signing_options
 def sign(
     bundle: tuple[Path, ...],
@@ -39,6 +40,7 @@ def sign(
     output: Path | None,
     notes: Any,
     gates: tuple[str, ...],
+    barrier: bool,
     keys_dir: Path | None,
     trust: Path | None,
     passphrase_file: Path | None,
@@ -56,7 +58,7 @@ def sign(
 
     found, now = profiles.current(keys_dir=keys_dir, trust=trust), clock.now()
     current = offline.trusted(metadata, signing.read_trust(found.trust), now)
-    releases = releases_of(bundle, None, gates, notes.read() if notes else "")
+    releases = releases_of(bundle, None, gates, notes.read() if notes else "", barrier=barrier)
     file = output or Path(f"targets-{current.version + 1}.json")
     root = current.root.signed
     if file.exists():

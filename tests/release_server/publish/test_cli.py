@@ -420,12 +420,12 @@ def test_verify_checks_every_byte(run, make_bundle):
 def test_push_then_list_and_show(ready, run, make_bundle, tmp_path):
     notes = tmp_path / "notes"
     notes.write_text("the first")
-    code, out, said = run("push", make_bundle(), "--notes", notes, "--gate", "canary", "--json")
+    code, out, said = run("push", make_bundle(), "--notes", notes, "--gate", "canary", "--barrier", "--json")
     assert code == Exit.DONE, said
     assert json.loads(out)["state"] == "published"
     assert "uploaded warehouse-agent-1.0.0" in said
     facts = next(target.custom for target in ready.targets.signed.targets.values() if target.custom)
-    assert (facts["notes"], facts["gates"]) == ("the first", ["canary"])
+    assert (facts["notes"], facts["gates"], facts["barrier"]) == ("the first", ["canary"], True)
     code, out, said = run("push", make_bundle())
     assert code == Exit.DONE
     assert "already" in said

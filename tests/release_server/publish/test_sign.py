@@ -223,6 +223,20 @@ def test_each_product_counts_for_itself(trusted, tmp_path):
     assert sign.next_seq(targets, "other", "1.1.0") == 1
 
 
+def test_what_is_signed_after_a_barrier_installs_over_it_or_what_came_later(trusted, tmp_path):
+    wall = a_release(tmp_path, "1.0.0")
+    wall = replace(wall, facts=replace(wall.facts, barrier=True))
+    later = [a_release(tmp_path, "1.1.0"), a_release(tmp_path, "1.2.0")]
+    later[1] = replace(later[1], facts=replace(later[1].facts, upgrade_from_seq=2))
+    first = replace(trusted, targets=sign.with_releases(trusted, [wall], NOW))
+    signed = sign.releases(sign.with_releases(first, later, NOW).signed, PRODUCT).values()
+    assert [(facts.version, facts.upgrade_from_seq) for facts in signed] == [
+        ("1.0.0", 0),
+        ("1.1.0", 1),
+        ("1.2.0", 2),
+    ]
+
+
 def test_a_new_seq_is_above_the_floor_and_above_what_was_revoked(trusted):
     targets = trusted.targets.signed
     rule = Policy(floor_seq=7, revoked_seq=(9,))
