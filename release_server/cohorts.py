@@ -10,7 +10,7 @@ from sqlalchemy import func, or_, select, update
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import NAME, BudgetTerms, LeaseTerms, Window
-from release_server import audit, freezes, releases
+from release_server import audit, freezes, releases, ways
 from release_server.database import stir
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.membership import resettle
@@ -475,7 +475,10 @@ def refresh_directive(
     stand = _stand(spec, now, before)
     if not changed and (settled, due_at, stand) == (status.base, status.due_at, before):
         return False
+    moved = settled != status.base
     _store(session, now, cohort, status, base=settled, made=made, due_at=due_at, stand=stand)
+    if settled is not None and moved:
+        ways.rebase(session, now, cohort, settled)
     standstill.tell(session, now, cohort, before, stand, act)
     return changed
 

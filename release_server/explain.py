@@ -20,6 +20,7 @@ from release_server import (
     rollout_view,
     rollout_why,
     shares,
+    specs,
     why,
 )
 from release_server.foresight import Allowance
@@ -98,7 +99,7 @@ def _course(session: Session, spec: CohortSpec) -> why.Course | None:
         state=State(status.state),
         reason=status.reason,
         detail=status.detail,
-        stages=fleet.spec_of(fleet.newest_spec(session, rollout.id)).stages,
+        stages=fleet.spec_of(specs.newest_spec(session, rollout.id)).stages,
         stage=status.stage,
         soaking_since=status.soaking_since,
         members=session.scalar(members) or 0,

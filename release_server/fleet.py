@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, func, select, update
@@ -16,7 +17,7 @@ from sqlalchemy import and_, func, select, update
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.window import is_open
 from agent_core.wire import AttemptState, Window
-from release_server import attempts, audit, census, cohorts, releases
+from release_server import attempts, audit, census, cohorts, releases, ways
 from release_server.members import FAILED
 from release_server.models import (
     Attempt,
@@ -36,6 +37,7 @@ from release_server.rollout import (
     Wanted,
     reconcile,
 )
+from release_server.specs import ask, newest_spec
 from release_server.stages import Stage
 from release_server.terms import Terms, plan_digest
 from release_server.webhooks import events, outbox
@@ -49,9 +51,6 @@ if TYPE_CHECKING:
     from release_server.rollout import Event
 
 log = logging.getLogger(__name__)
-
-KEPT = ("stages", "terms", "advance_to", "approved")
-"""What the next revision of a spec says as well, unless it says otherwise."""
 
 
 # --- the tick --------------------------------------------------------------------------------------------
@@ -186,11 +185,17 @@ def spec_now(session: Session, now: datetime, rollout: Rollout, asked: RolloutSp
     window = None if cohort.window is None else Window.from_json(cohort.window, "window")
     return replace(
         spec_of(asked),
-        pinned=cohort.pin is not None,
+        pinned=cohort.pin is not None or _is_overtaken(session, rollout),
         frozen=cohorts.is_frozen(cohort, now),
         approved=bool(asked.approved) and asked.approved == digest_of(rollout, asked),
         window_open=window is None or is_open(window, now),
     )
+
+
+def _is_overtaken(session: Session, rollout: Rollout) -> bool:
+    """Whether a pin has come and gone under a running rollout, and has taken its cohort elsewhere."""
+    running = session.get_one(RolloutStatus, rollout.id).state == State.RUNNING
+    return running and cohorts.status_of(session, rollout.cohort_id).base != rollout.base
 
 
 def digest_of(rollout: Rollout, asked: RolloutSpec) -> str:
@@ -315,7 +320,7 @@ def resume(session: Session, now: datetime, actor: str, rollout_id: int, reason:
     """Let a paused rollout go on, or submit a draft; after a halt this tolerates what has failed so far.
 
     Raises:
-        ConflictError: it is not paused, its cohort is pinned, or its release was yanked.
+        ConflictError: it is not paused, its cohort is pinned or has gone past it, or its release was yanked.
     """
     status = _require(session, rollout_id, "resumed", State.PAUSED, State.DRAFT)
     rollout = session.get_one(Rollout, status.rollout_id)
@@ -328,6 +333,9 @@ def resume(session: Session, now: datetime, actor: str, rollout_id: int, reason:
             then=f"release cohort unpin {cohort.name}",
             reason="pinned",
         )
+    base = cohorts.status_of(session, cohort.id).base
+    ways.check_again(session, rollout, base)
+    rollout.base = base
     ask(session, now, actor, rollout_id, wanted=Wanted.RESUME, reason=reason)
     _done(session, now, actor, "rollout.resume", rollout_id, reason=reason)
 
@@ -341,11 +349,12 @@ def approve(
         digest: of the plan that this person has looked at, so that no other one is approved.
 
     Raises:
-        ConflictError: it does not wait for that, or its plan is another.
+        ConflictError: it does not wait for that, its plan is another, or its release was yanked meanwhile.
         NotAllowedError: this person asked for it.
     """
     _require(session, rollout_id, "approved", State.AWAITING_APPROVAL)
     rollout, asked = session.get_one(Rollout, rollout_id), newest_spec(session, rollout_id)
+    releases.refuse_yanked(rollout.release)
     if digest != digest_of(rollout, asked):
         raise ConflictError(
             f"r-{rollout_id} is not the plan that was looked at",
@@ -365,9 +374,11 @@ def approve(
 
 
 def askers(session: Session, rollout: Rollout) -> set[str]:
-    """Everyone who had a hand in what a rollout is to do."""
-    actors = session.scalars(select(RolloutSpec.actor).where(RolloutSpec.rollout_id == rollout.id))
-    return {rollout.created_by, *actors}
+    """Everyone who had a hand in what a rollout is to do; who approved it has none."""
+    of = select(RolloutSpec.actor, RolloutSpec.approved).where(RolloutSpec.rollout_id == rollout.id)
+    rows = session.execute(of.order_by(RolloutSpec.revision)).all()
+    asked = [after.actor for before, after in pairwise(rows) if after.approved == before.approved]
+    return {rollout.created_by, rows[0].actor, *asked}
 
 
 def advance(session: Session, now: datetime, actor: str, rollout_id: int, reason: str = "") -> None:
@@ -481,44 +492,6 @@ def _require(session: Session, rollout_id: int, verb: str, *states: State) -> Ro
     return row
 
 
-def ask(
-    session: Session,
-    now: datetime,
-    actor: str,
-    rollout_id: int,
-    *,
-    wanted: Wanted,
-    reason: str,
-    **changes: Any,
-) -> None:
-    """Write down the next revision of what is wanted; what is not said stays."""
-    newest = session.scalar(_specs(rollout_id).limit(1))
-    kept = {name: getattr(newest, name) for name in KEPT} if newest else {}
-    session.add(
-        RolloutSpec(
-            rollout_id=rollout_id,
-            revision=newest.revision + 1 if newest else 1,
-            wanted=str(wanted),
-            actor=actor,
-            reason=reason,
-            created_at=now,
-            **(kept | changes),
-        )
-    )
-    session.flush()
-
-
 def _done(session: Session, now: datetime, actor: str, action: str, rollout_id: int, **detail: Any) -> None:
     audit.record(session, now, actor, action, f"r-{rollout_id}", **detail)
     settle(session, now, rollout_id)
-
-
-def _specs(rollout_id: int) -> Any:
-    return (
-        select(RolloutSpec).where(RolloutSpec.rollout_id == rollout_id).order_by(RolloutSpec.revision.desc())
-    )
-
-
-def newest_spec(session: Session, rollout_id: int) -> RolloutSpec:
-    spec: RolloutSpec = session.scalars(_specs(rollout_id).limit(1)).one()
-    return spec

@@ -6,10 +6,8 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
-
 from agent_core.errors import ConflictError
-from release_server import attempts, audit, census, cohorts, fleet, routes, shuffle
+from release_server import attempts, audit, census, cohorts, fleet, shuffle, specs, ways
 from release_server.models import Cohort, Release, Rollout, RolloutStatus
 from release_server.rollout import State, Status, Wanted
 from release_server.stages import check_stages, wanted_count
@@ -62,8 +60,8 @@ def plan(
     release = cohorts.require_release(session, target.product, version)
     base = cohorts.status_of(session, target.id).base
     wanted = terms or Terms()
-    _check_free(session, now, target, version, base)
-    _check_way(session, target, release, base, downgrade=wanted.downgrade)
+    _check_free(session, now, target)
+    ways.check(session, target, release, base, downgrade=wanted.downgrade)
     approval = wanted.approval or cohorts.newest_spec(session, target.id).approval
     salt = _new_salt(session, target.id, stages[0], stratified=wanted.stratified)
     return Plan(target, release, base, tuple(stages), replace(wanted, approval=approval), salt)
@@ -95,7 +93,7 @@ def start_rollout(
     made = plan(session, now, product=product, cohort=cohort, version=version, stages=stages, terms=terms)
     _make_way(session, now, actor, made.cohort, version, supersede=supersede)
     rollout = _store(session, now, actor, made, draft=draft)
-    fleet.ask(
+    specs.ask(
         session,
         now,
         actor,
@@ -167,52 +165,11 @@ def _veterans(session: Session, cohort_id: int, strata: Mapping[str, object]) ->
     newest = cohorts.newest_rollout(session, cohort_id)
     if newest is None or not strata:
         return frozenset()
-    first = fleet.spec_of(fleet.newest_spec(session, newest[0].id)).stages[0]
+    first = fleet.spec_of(specs.newest_spec(session, newest[0].id)).stages[0]
     return shuffle.first_agents(strata, newest[0].salt, wanted_count(first, len(strata)))
 
 
-def _check_way(
-    session: Session, cohort: Cohort, release: Release, base: str | None, *, downgrade: bool
-) -> None:
-    """Refuse what agents would refuse: an older release unasked, or one that no signed way leads to."""
-    query = select(Release).where(Release.product_id == cohort.product_id, Release.yanked_at.is_(None))
-    known = {each.version: each for each in session.scalars(query)}
-    here = known.get(base or "")
-    if here is None:
-        return
-    if release.seq < here.seq:
-        if not downgrade:
-            raise ConflictError(
-                f"{release.version} is older than {base}, which cohort {cohort.name} is on",
-                why="a downgrade happens only when somebody asks for one",
-                then="release rollout undo ID, or start it with --downgrade",
-                reason="older",
-            )
-        return
-    way = routes.route(map(_stop, known.values()), here.seq, release.seq)
-    if way is not None and len(way) <= 1:
-        return
-    via = ", then ".join(stop.version for stop in way[:-1]) if way else ""
-    raise ConflictError(
-        f"{release.version} does not install over {base}",
-        why=f"it is reached by way of {via}" if way else "by its signed facts no release leads there",
-        then=f"release rollout start {way[0].version} first" if way else "publish a stepping stone",
-        reason="stepping-stone" if way else "dead-end",
-    )
-
-
-def _stop(release: Release) -> routes.Stop:
-    """A release of several bundles is as strict as the strictest of them."""
-    facts = [bundle.facts for bundle in release.bundles]
-    return routes.Stop(
-        release.version,
-        release.seq,
-        max((int(each.get("upgrade_from_seq") or 0) for each in facts), default=0),
-        any(each.get("barrier") for each in facts),
-    )
-
-
-def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, base: str | None) -> None:
+def _check_free(session: Session, now: datetime, cohort: Cohort) -> None:
     spec = cohorts.newest_spec(session, cohort.id)
     if spec.pin is not None:
         raise ConflictError(
@@ -229,12 +186,6 @@ def _check_free(session: Session, now: datetime, cohort: Cohort, version: str, b
             why=f"by its calendar: {freeze.by}" if freeze.by else cohorts.reason_of(spec, "freeze"),
             then=f"release cohort edit {cohort.name} --calendar none" if freeze.by else unfreeze,
             reason="frozen",
-        )
-    if base == version:
-        raise ConflictError(
-            f"cohort {cohort.name} is on {version} already",
-            then="to take agents back to it: release rollout abort ID --rollback",
-            reason="already-there",
         )
 
 

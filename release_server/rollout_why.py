@@ -180,7 +180,8 @@ def _moving(facts: Facts, move: Move, now: datetime) -> Iterator[Link]:
 def _ended(facts: Facts, now: datetime) -> Iterator[Link]:
     status, name = facts.status, facts.name
     when = f" {_clock(status.finished_at, now)}" if status.finished_at else ""
-    said = f" by {facts.by}: {facts.reason}".rstrip(": ") if status.reason == Why.MANUAL and facts.by else ""
+    told = facts.by and status.reason in (Why.MANUAL, Why.SUPERSEDED)
+    said = f" by {facts.by}: {facts.reason}".rstrip(": ") if told else ""
     word = str(status.state).replace("_", " ")
     then = f"release rollout undo {name}" if status.state in RETURNABLE and facts.counters.on_version else ""
     ok = status.state is State.COMPLETED

@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 from agent_core.directive import bucket, progress_for
 from agent_core.errors import ConflictError, NotFoundError, UsageError
 from agent_core.wire import Mode, Phase
-from release_server import agents, attempts, cohorts, fleet, launch, rollout_view
+from release_server import agents, attempts, cohorts, fleet, launch, rollout_view, specs
 from release_server.database import Sessions, make_engine
 from release_server.models import AuditEntry, Cohort, Lease, RolloutCounter, RolloutStatus
 from release_server.rollout import State, Status
@@ -630,7 +630,7 @@ def test_a_wish_written_by_another_process_is_answered_at_the_next_tick(world):
     rollout = world.start()
     world.call(fleet.pause, rollout)
     with world.write() as session:
-        fleet.ask(session, world.clock(), "olga", rollout, wanted=fleet.Wanted.RESUME, reason="")
+        specs.ask(session, world.clock(), "olga", rollout, wanted=fleet.Wanted.RESUME, reason="")
     assert world.tick()
     assert world.status(rollout).state == "running"
 

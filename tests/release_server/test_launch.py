@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from agent_core.errors import ConflictError, NotAllowedError
-from release_server import cohorts, fleet, rehearsal, rollout_view
+from release_server import cohorts, explain, fleet, rehearsal, rollout_view, yanks
 from release_server.models import AuditEntry
 from release_server.stages import Stage
 from release_server.terms import Terms, plan_digest
@@ -246,3 +246,84 @@ def test_a_rehearsal_that_would_halt_comes_to_an_end_too(world):
     said = {"product": "demo", "cohort": "all", "version": "1.1.0", "stages": (Stage(count=1, deadline_s=1),)}
     with world.read() as session:
         assert rehearsal.rehearse(session, world.clock(), **said)["done_at"] is None
+
+
+# --- what was asked for one day and begins another ---------------------------------------------------------
+
+
+def complete(world, rollout):
+    for host in world.hosts.values():
+        world.finish(host, rollout, "healthy")
+    world.tick()
+    assert world.status(rollout).state == "completed"
+
+
+def pin_for_a_while(world, version):
+    world.call(cohorts.pin, "demo", "all", version=version, reason="an emergency")
+    world.call(cohorts.unpin, "demo", "all")
+    world.tick(seconds=1)
+
+
+def test_what_begins_later_begins_from_where_its_cohort_is_then_and_goes_back_there(world):
+    first = world.start("1.1.0", ALL)
+    second = world.start("1.2.0", ALL, draft=True, supersede=True)
+    complete(world, first)
+    assert world.rollout(second).base == "1.1.0"
+    world.call(fleet.resume, second)
+    complete(world, second)
+    world.call(fleet.undo, second)
+    assert world.view().status.base == world.directive().base == "1.1.0"
+
+
+def test_an_approval_is_void_once_the_cohort_is_on_another_release(world):
+    first = world.start("1.1.0", ALL)
+    terms = Terms(approval=True, not_before=world.clock() + timedelta(days=1))
+    second = world.start("1.2.0", ALL, terms=terms, supersede=True)
+    approved = digest(world, second)
+    approve(world, "paul", second)
+    assert world.status(second).state == "scheduled"
+    complete(world, first)
+    world.tick(days=1)
+    assert world.status(second).state == "awaiting_approval"
+    with pytest.raises(ConflictError) as caught:
+        approve(world, "paul", second, approved)
+    assert caught.value.reason == "changed"
+    approve(world, "paul", second)
+    assert world.status(second).state == "running"
+
+
+def test_what_its_cohort_went_past_before_it_began_never_leads_back(world):
+    rollout = world.start("1.1.0", ALL, draft=True)
+    pin_for_a_while(world, "1.2.0")
+    assert (world.status(rollout).state, world.offered("1.1.0")) == ("superseded", [])
+    with world.read() as session:
+        said = explain.why_of_rollout(session, world.clock(), rollout)["chain"][0]["text"]
+    assert said.endswith("by server: 1.1.0 is older than 1.2.0, which cohort all is on")
+
+
+def test_what_its_cohort_went_past_while_it_was_paused_is_not_resumed(world):
+    rollout = world.start("1.1.0", Stage(count=1), ALL)
+    pin_for_a_while(world, "1.2.0")
+    assert world.status(rollout).state == "paused"
+    for again in (fleet.resume, fleet.retry):
+        with pytest.raises(ConflictError) as caught:
+            world.call(again, rollout)
+        assert caught.value.reason == "older"
+    assert not world.offered("1.1.0")
+
+
+def test_a_release_that_was_yanked_meanwhile_is_not_approved(world):
+    rollout = world.start("1.1.0", ALL, terms=Terms(approval=True))
+    world.call(yanks.yank, "demo", "1.1.0", "it burns")
+    with pytest.raises(ConflictError) as caught:
+        approve(world, "paul", rollout)
+    assert caught.value.reason == "yanked"
+    assert world.status(rollout).state == "awaiting_approval"
+
+
+def test_an_older_release_is_no_newer_because_the_cohort_is_on_a_yanked_one(world):
+    world.call(yanks.yank, "demo", "1.0.0", "it burns")
+    with pytest.raises(ConflictError) as caught:
+        world.start("0.9.0", ALL)
+    assert caught.value.reason == "older"
+    world.start("1.1.0", ALL)
