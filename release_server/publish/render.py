@@ -390,20 +390,21 @@ def stage_state(rollout: Mapping[str, Any], place: int) -> str:
 
 
 def rollout_view(rollout: Mapping[str, Any], now: datetime) -> str:
-    """All of one rollout but its history."""
-    text = console.facts(
-        [
-            ("rollout", name_of(rollout)),
-            ("cohort", f"{rollout.get('cohort')} ({agents(int(rollout.get('members') or 0))})"),
-            ("release", travel(rollout)),
-            ("state", condition(rollout)),
-            ("progress", percent(int(rollout.get("progress") or 0))),
-            ("agents", tally(rollout)),
-            ("started", f"{ago(rollout.get('created_at'), now)} by {rollout.get('created_by') or 'unknown'}"),
-        ]
-    )
+    """All of one rollout but its history; whoever approves it sees here what the digest is of."""
+    begun = "asked" if rollout.get("stage_state") == "pending" else "started"
+    pairs = [
+        ("rollout", name_of(rollout)),
+        ("cohort", f"{rollout.get('cohort')} ({agents(int(rollout.get('members') or 0))})"),
+        ("release", travel(rollout)),
+        ("state", condition(rollout)),
+        ("progress", percent(int(rollout.get("progress") or 0))),
+        ("agents", tally(rollout)),
+        (begun, f"{ago(rollout.get('created_at'), now)} by {rollout.get('created_by') or 'unknown'}"),
+    ]
     if rollout.get("finished_at"):
-        text += f"\nfinished  {ago(rollout['finished_at'], now)}"
+        pairs.append(("finished", ago(rollout["finished_at"], now)))
+    text = console.facts([*pairs, *agreed(rollout)])
+    stages = list(rollout.get("stages") or [])
     rows = [
         [
             place + 1,
@@ -414,10 +415,39 @@ def rollout_view(rollout: Mapping[str, Any], now: datetime) -> str:
             stage.get("min_sample"),
             duration(stage["deadline_s"]) if stage.get("deadline_s") else "none",
         ]
-        for place, stage in enumerate(rollout.get("stages") or [])
+        for place, stage in enumerate(stages)
     ]
     heads = ["stage", "reach", "state", "soak", "may fail", "min sample", "deadline"]
+    if any(stage.get("max_silent") is not None for stage in stages):
+        heads.append("may be silent")
+        rows = [[*row, _silent(stage)] for row, stage in zip(rows, stages, strict=True)]
     return f"{text}\n\n{console.table(heads, rows, empty='no stages')}"
+
+
+def _silent(stage: Mapping[str, Any]) -> str:
+    most = stage.get("max_silent")
+    return "-" if most is None else agents(int(most))
+
+
+def agreed(rollout: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of the terms of a rollout those that are not as usual, and the digest where one is approved."""
+    terms = rollout.get("terms") or {}
+    pairs = [("begins", f"not before {terms['not_before']}")] if terms.get("not_before") else []
+    said = [word for key, word in TERMS.items() if terms.get(key)]
+    if terms.get("figures") is False or terms.get("false_halt_bp") == 0:
+        said.append("nothing is compared with before")
+    if (watch_s := terms.get("watch_s", WATCH_S)) != WATCH_S:
+        said.append(f"watched for {duration(watch_s)} afterwards" if watch_s else "not watched afterwards")
+    pairs += [("terms", "; ".join(said))] if said else []
+    return [*pairs, ("plan", str(rollout["digest"])[:12])] if terms.get("approval") else pairs
+
+
+TERMS = {
+    "downgrade": "a downgrade, on purpose",
+    "stratified": "first an agent of each site and platform",
+    "approval": "a second person approves",
+}
+WATCH_S = 3_600
 
 
 def rehearsal_view(rehearsed: Mapping[str, Any]) -> str:

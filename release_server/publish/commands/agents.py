@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 STATES = ("ok", "late", "held", "failed", "silent", "gone", "pending", "retired")
+INVENTORY = ("os", "distro", "arch", "kernel", "python")
 COLUMNS = (
     "id",
     "product",
@@ -45,8 +46,9 @@ COLUMNS = (
     "labels",
     "seen_at",
     "enrolled_at",
+    *INVENTORY,
 )
-"""What `export` writes, in this order; scripts rely on it."""
+"""What `export` writes, in this order; scripts rely on it, so what comes later comes last."""
 
 
 @click.group("agents", cls=console.Group, short_help="Look at agents, and say where they belong.")
@@ -261,7 +263,7 @@ def write_table(file: TextIO, found: Iterable[Iterable[Mapping[str, Any]]]) -> i
     writer.writerow(COLUMNS)
     count = 0
     for agent in (agent for page in found for agent in page):
-        row = {**agent, "labels": render.labels(render.every_label(agent))}
+        row = {**(agent.get("inventory") or {}), **agent, "labels": render.labels(render.every_label(agent))}
         writer.writerow([harmless(str(row.get(column) or "")) for column in COLUMNS])
         count += 1
     return count

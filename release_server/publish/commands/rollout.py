@@ -180,13 +180,15 @@ def start(version: str, *, supersede: bool, draft: bool, reason: str | None, **p
 
 def tell_begun(answer: Mapping[str, Any]) -> None:
     """Show a rollout that has just been asked for, with what to type next."""
-    show_rollout(answer, BEGUN.get(answer["state"], BEGUN[""]).format(render.name_of(answer)))
+    said = BEGUN.get(answer["state"], BEGUN[""])
+    show_rollout(answer, said.format(render.name_of(answer), (answer.get("terms") or {}).get("not_before")))
 
 
 BEGUN = {
     "": "{0} started; watch it with: release rollout status {0} --watch",
     "draft": "{0} is a draft; begin it with: release rollout resume {0}",
     "awaiting_approval": "{0} waits for a second person: release rollout approve {0}",
+    "scheduled": "{0} is scheduled, not before {1}; what it waits for: release rollout why {0}",
 }
 
 

@@ -132,6 +132,7 @@ def agent_of(name: str, **changes: Any) -> dict[str, Any]:
         "gate": "",
         "labels": {"region": "eu"},
         "operator_labels": {"tier": "web"},
+        "inventory": {"os": "linux", "kernel": "6.1.0"},
         "cohort": "eu-web",
         "cohort_fixed": False,
         "version": "1.4.2",
@@ -771,6 +772,16 @@ def test_start_sends_each_step_with_its_gate(release: Release, fleet: Fleet) -> 
     assert ran.out.startswith("r-31  ")
 
 
+def test_one_that_is_appointed_is_not_said_to_have_started(release: Release, fleet: Fleet) -> None:
+    terms = {"not_before": "2030-01-01T02:00:00Z"}
+    fleet.on("POST", "/rollouts", rollout_of(state="scheduled", stage_state="pending", terms=terms))
+    words = ("--at", "2030-01-01T02:00:00Z")
+    ran = release("rollout", "start", "1.5.0", "--cohort", "eu-web", *words)
+    assert fleet.sent("POST", "/rollouts")["terms"] == terms
+    assert "r-31 is scheduled, not before 2030-01-01T02:00:00Z" in ran.err
+    assert "started" not in ran.err
+
+
 def test_a_step_may_have_a_gate_of_its_own(release: Release, fleet: Fleet) -> None:
     words = "--steps 1%:soak=2h:max-failed=0,100% --max-failed 5%"
     release("rollout", "start", "1.5.0", "--cohort", "eu-web", *words.split())
@@ -1012,6 +1023,7 @@ def test_export_is_csv_with_a_fixed_order_and_no_formulas(release: Release, flee
     rows = list(csv.DictReader(io.StringIO(release("agents", "export", "--csv").out)))
     assert tuple(rows[0]) == agents_commands.COLUMNS
     assert rows[0]["labels"] == "region=eu,tier=web"
+    assert (rows[0]["os"], rows[0]["kernel"], rows[0]["python"]) == ("linux", "6.1.0", "")
     assert rows[1]["detail"] == '\'=HYPERLINK("http://x")'
     assert rows[1]["labels"] == "note=a,b\nc,tier=web"
 

@@ -273,6 +273,34 @@ def test_the_view_of_a_rollout_shows_each_stage_as_passed_current_or_pending() -
     assert [render.stage_state(done, place) for place in range(3)] == ["passed"] * 3
 
 
+USUAL = {"not_before": None, "approval": False, "downgrade": False, "stratified": False}
+USUAL |= {"watch_s": 3_600, "false_halt_bp": 100, "figures": True}
+
+
+def test_whoever_approves_a_rollout_sees_all_that_the_digest_is_of() -> None:
+    said = USUAL | dict.fromkeys(("approval", "downgrade", "stratified"), True)
+    said |= {"not_before": "2026-02-01T02:00:00Z", "watch_s": 0, "figures": False}
+    plan = {"state": "awaiting_approval", "stage": 0, "stage_state": "pending", "digest": "ab" * 32}
+    waits = rollout(terms=said, **plan)
+    waits["stages"][2] |= {"max_silent": 3}
+    shown = render.rollout_view(waits, NOW).splitlines()
+    assert "asked     1 h ago by ada" in shown
+    assert "begins    not before 2026-02-01T02:00:00Z" in shown
+    assert shown[8] == (
+        "terms     a downgrade, on purpose; first an agent of each site and platform; a second person"
+        " approves; nothing is compared with before; not watched afterwards"
+    )
+    assert "plan      abababababab" in shown
+    assert "MAY BE SILENT" in shown[-4]
+    assert [line.split()[-2:] for line in shown[-3:]] == [["h", "-"], ["h", "-"], ["3", "agents"]]
+
+
+def test_terms_that_are_as_usual_are_not_told() -> None:
+    assert render.rollout_view(rollout(terms=USUAL), NOW) == render.rollout_view(rollout(), NOW)
+    longer = render.rollout_view(rollout(terms=USUAL | {"watch_s": 7_200}), NOW)
+    assert "terms     watched for 2 h afterwards" in longer
+
+
 def test_history_says_who_did_it_and_the_server_where_nobody_did() -> None:
     events = [
         {
