@@ -234,6 +234,19 @@ def add_signature(
     return show(session, now, row)
 
 
+def close_published(session: Session, body: bytes, now: datetime, person: Person) -> None:
+    """Targets were published that somebody brought with every signature: whoever proposed the same has them.
+
+    Args:
+        session: of `Sessions.write()`; `acceptance.accept_targets` has taken `body` in it.
+    """
+    published = ceremony.parse_targets(body).signed
+    waiting = select(Proposal).where(Proposal.state == OPEN, Proposal.version == published.version)
+    for row in session.scalars(waiting):
+        if ceremony.parse_targets(row.body).signed == published:
+            _close(row, PUBLISHED, now, person)
+
+
 def withdraw(session: Session, now: datetime, person: Person, number: int, reason: str) -> View:
     """Take a proposal back, whoever made it; what was uploaded for it stays.
 
@@ -254,7 +267,7 @@ def _open(session: Session, now: datetime, number: int) -> Proposal:
     state = _state(session, now, row)
     why = {
         EXPIRED: f"it waited for signatures until {iso(row.expires_at)}",
-        OUTDATED: f"it would be targets {row.version}, which somebody else has published meanwhile",
+        OUTDATED: f"it would be targets {row.version}, and others were published as these meanwhile",
     }
     if state != OPEN:
         raise ConflictError(

@@ -13,7 +13,7 @@ from agent_core.clock import iso
 from agent_core.errors import NotFoundError
 from agent_core.wire import NAME
 from keys.roles import TARGETS
-from release_server import acceptance, comparison, releases, repository, signer, yanks
+from release_server import acceptance, comparison, proposals, releases, repository, signer, yanks
 from release_server.api import PREFIX, pages, services
 from release_server.api.access import requires
 from release_server.api.fleet_schemas import Because  # noqa: TC001 - read when a request comes
@@ -184,4 +184,5 @@ def push_targets() -> tuple[dict[str, Any], int]:
         version = acceptance.accept_targets(
             session, hub.blobs, body, now=hub.clock(), actor=g.person.name, online=online
         )
+        proposals.close_published(session, body, hub.clock(), g.person)
     return {"version": version}, 202

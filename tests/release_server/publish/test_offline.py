@@ -97,6 +97,8 @@ def test_a_file_that_more_people_have_signed_than_the_open_proposal_is_published
     assert sign(bo)[0] == Exit.DONE
     assert courier.json("push", archive, "--signed", file, "--wait")["state"] == "published"
     assert courier.json("approve", "--list") == []
+    listed = {entry["id"]: entry["state"] for entry in courier.json("approve", "--list", "--all")}
+    assert listed[staged["proposal"]["id"]] == "published"  # the same targets: not outdated by themselves
 
 
 def test_signatures_of_a_file_are_added_to_the_open_proposal_of_the_same_targets(
