@@ -137,6 +137,10 @@ class Origin:
     def behave(self) -> None:
         self._faults.clear()
 
+    def show(self, tls: ssl.SSLContext) -> None:
+        """Another certificate, from the next connection on."""
+        self._server.tls = tls
+
     def answer(self, method: str, path: str, handler: Handler | Status) -> None:
         """Answer one method and path by a function, e.g. an API's."""
         self._handlers[method, path] = (lambda _: handler) if isinstance(handler, Status) else handler
@@ -266,10 +270,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Proxy:
-    """A small forward proxy: CONNECT and absolute URIs, to any loopback port; keeps what it was asked."""
+    """A small forward proxy: CONNECT and absolute URIs, to any loopback port; keeps what it was asked.
+
+    While `elsewhere` is a port, that is where it leads, whatever was asked for.
+    """
 
     def __init__(self, refuse: int | None = None) -> None:
         self.heads: list[str] = []
+        self.elsewhere: int | None = None
         self._refuse = refuse
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
@@ -311,7 +319,7 @@ class Proxy:
                 return
             target = head.split(b" ")[1].decode()
             port = int(re.search(r":(\d+)", target.removeprefix("http"))[1])
-            with socket.create_connection(("127.0.0.1", port), 5) as upstream:
+            with socket.create_connection(("127.0.0.1", self.elsewhere or port), 5) as upstream:
                 if head.startswith(b"CONNECT"):
                     client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
                 else:

@@ -36,6 +36,8 @@ MAX_ANSWER = 1024 * 1024
 """Bytes of an API answer."""
 MAX_RETRY_AFTER_S = 86_400.0
 CHUNK = 64 * 1024
+MAX_STEP = 4 * CHUNK
+"""Bytes that one piece of a body may take with all that stands around it: sizes of chunks, trailers."""
 PATIENCE = 3
 """One step (the headers, the next piece of a body) may take so many read timeouts, however it drips."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -299,11 +301,13 @@ class _Connection:
         self._timeout_s = timeout_s
         self._deadline = deadline
         self._step_ends = 0.0
+        self._step_room = 0
         self._header_room: int | None = max_headers
         self._sock: socket.socket | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
+        self._step_room = MAX_STEP
         ends = clock.boot_s() + PATIENCE * self._timeout_s
         self._step_ends = ends if self._deadline is None else min(ends, self._deadline)
 
@@ -363,6 +367,9 @@ class _Connection:
             self._header_room -= count
             if self._header_room < 0:
                 raise HTTPException("the headers have no end")
+        self._step_room -= count
+        if self._step_room < 0:
+            raise HTTPException("one piece of the answer has no end")
         return count
 
     def shut(self) -> None:
@@ -410,13 +417,12 @@ class _Reader(io.RawIOBase):
 def _whole(path: str, stream: Stream, max_length: int) -> Answer:
     if stream.length is not None and stream.length > max_length:
         raise _lie(path, f"it announced {stream.length} bytes where {max_length} are the limit")
-    pieces, received = [], 0
+    received = bytearray()  # not a list of pieces: of a drip each is a few bytes, and fifty more to keep it
     for piece in stream.chunks:
-        received += len(piece)
-        if received > max_length:
+        received += piece
+        if len(received) > max_length:
             raise _lie(path, f"it sent more than the {max_length} bytes that are the limit")
-        pieces.append(piece)
-    return Answer(stream.status, stream.headers, b"".join(pieces))
+    return Answer(stream.status, stream.headers, bytes(received))
 
 
 def _check_status(path: str, response: HTTPResponse, asked: set[str]) -> None:

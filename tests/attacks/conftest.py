@@ -12,7 +12,7 @@ from tests.attacks.victim import Victim
 
 @pytest.fixture
 def make_victim(tmp_path):
-    """Makes a host with 1.0.0; `thresholds`, `proxied` and `gate` as of `Victim`."""
+    """Makes a host with 1.0.0; `thresholds`, `proxied`, `gate` and `tls` as of `Victim`."""
     with ExitStack() as stack:
         yield lambda **how: stack.enter_context(Victim(tmp_path, **how))
 

@@ -40,8 +40,7 @@ def test_a_version_that_people_signed_is_not_his_to_fill(victim):
     server.add_target(path, b"his bytes", server.targets.targets[path].custom, server.cohorts)
     server.archive_file(NEW).write_bytes(b"his bytes")
     server.lead_to(NEW)
-    assert victim.poll().reason == "length-mismatch"
-    assert victim.state() == victim.before
+    victim.refuses("length-mismatch")
     victim.is_well_again()
 
 

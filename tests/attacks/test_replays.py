@@ -90,6 +90,10 @@ def test_a_new_root_is_no_way_to_set_the_time_back(victim, wall):
     server.bump_timestamp(today + DAY)
     wall(-100 * DAY)
     victim.refuses("expired")
+    wall(3 * DAY)
+    server.bump_timestamp(today + 3 * DAY)
+    assert victim.poll().reason == "up-to-date"
+    assert victim.state() == victim.before
 
 
 def test_versions_run_forward_to_the_end_and_the_ceremony_that_recovers(victim):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from datetime import timedelta
+from hashlib import sha256
 
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from tests.attacks.victim import GOOD, NEW, OLD, SEQ
+from agent_core.wire import bundle_path
+from tests.attacks.victim import GOOD, NEW, OLD, PRODUCT, SEQ
 from tests.repository_simulator import LIFE
 from updater.decide import Action
 
@@ -51,6 +53,9 @@ def test_root_keys_at_the_threshold_come_too_late_after_the_ceremony(make_victim
     server.add_signer("targets", CryptoSigner.generate_ed25519())
     server.publish_root(signers=stolen)
     victim.refuses("bad-signature")
+    (server.directory / "metadata" / f"{server.root.version}.root.json").unlink()
+    assert victim.poll().reason == "up-to-date"
+    assert victim.state() == victim.before
 
 
 def test_root_keys_at_the_threshold_are_everything_but_what_the_host_knows_by_itself(make_victim):
@@ -83,6 +88,24 @@ def test_one_of_two_release_keys_with_all_online_keys_beside_it(make_victim):
     victim.server.lead_to("6.6.6")
     victim.refuses("bad-signature")
     assert victim.before[0].floor < 666
+    victim.is_well_again()
+
+
+def test_a_release_key_alone_is_nothing_that_snapshot_names(victim):
+    """He signs what he likes, and nobody who has not the server's keys as well can have a host look at it."""
+    server = victim.server
+    server.lead_to(GOOD, revision=2)
+    honest = deepcopy(server.targets)
+    path = bundle_path(PRODUCT, GOOD, "any")
+    server.targets.targets[path].hashes["sha256"] = sha256(b"his").hexdigest()
+    server.forge(f"{honest.version}.targets.json", "targets")
+    victim.refuses("digest-mismatch")
+    server.targets.version += 1
+    server.forge(f"{server.targets.version}.targets.json", "targets")
+    server.targets = honest
+    server.forge(f"{honest.version}.targets.json", "targets")
+    assert victim.poll().reason == "up-to-date"
+    assert victim.state() == victim.before
     victim.is_well_again()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -27,12 +27,15 @@ from agent_core.wire import ReportAnswer
 from tests.http_origin import Origin, Request, Status
 from tests.repository_simulator import LIFE, PRODUCT, RepositorySimulator
 from updater import identity as identities
-from updater import install, poll
+from updater import install, poll, report
 from updater.commands.status import look
 from updater.commands.why import explained
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
+
+if TYPE_CHECKING:
+    import ssl
 
 COHORT = "stable"
 OLD, GOOD, NEW = "0.9.0", "1.0.0", "1.1.0"
@@ -99,10 +102,17 @@ class Victim:
         home: gets the server's files and the device's root.
         thresholds: of the repository's roles.
         proxied: whether the host reaches its server through a proxy, which `between` then is.
+        tls: how the server shows its certificate, and the authority that the host believes.
     """
 
     def __init__(
-        self, home: Path, thresholds: dict[str, int] | None = None, *, proxied: bool = False, gate: str = ""
+        self,
+        home: Path,
+        thresholds: dict[str, int] | None = None,
+        *,
+        proxied: bool = False,
+        gate: str = "",
+        tls: tuple[ssl.SSLContext, Path] | None = None,
     ) -> None:
         self.server = Server(home / "www", thresholds=thresholds)
         for version in (OLD, GOOD):
@@ -110,9 +120,11 @@ class Victim:
         self.server.set_policy(FLOOR)
         self.server.lead_to(GOOD)
         self.layout = Layout(home / "root")
-        self.between = Origin(home / "www")
+        self.between = Origin(home / "www", tls[0] if tls else None)
         self.reports: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {"disk__reserve": 0}
+        if tls:
+            self.settings["server_ca_file"] = str(tls[1])
         self._home, self._gate, self._proxied = home, gate, proxied
 
     def __enter__(self) -> Self:
@@ -169,20 +181,35 @@ class Victim:
 
     # --- what it comes to --------------------------------------------------------------------------------
 
-    def refuses(self, reason: str) -> Outcome:
-        """The next check changes nothing that runs, says `reason`, and has server and `agent why` hear it."""
+    def refuses(self, reason: str, *, on_the_line: bool = False) -> None:
+        """The next check changes nothing that runs, says `reason`, and has server and `agent why` hear it.
+
+        Args:
+            on_the_line: the line itself is refused, so nothing is said over it; the next report names it.
+        """
         heard = len(self.reports)
-        outcome = self.poll()
+        self.kept(reason, self.poll())
+        if on_the_line:
+            assert self.reports[heard:] == []
+        else:
+            # A download that was cut goes on at the next poll, so that is what the host is still doing.
+            self._is_told(heard, reason, wire.Phase.IDLE, wire.Phase.DOWNLOADING)
+
+    def tells(self, reason: str) -> None:
+        """The report before the next check, over a line that is free again, names the refusal."""
+        heard = len(self.reports)
+        report.send_signed(self.device)
+        self._is_told(heard, reason, wire.Phase.IDLE)
+
+    def kept(self, reason: str, outcome: Outcome) -> None:
+        """This check came to a refusal, `agent why` shows it, and nothing that runs has changed."""
         assert (outcome.action, outcome.reason) == (Action.REFUSE, reason), outcome
         assert outcome.candidate == ""
         assert self.state() == self.before
         assert list(self.layout.staging.iterdir()) == []
-        # A download that was cut goes on at the next poll, so that is what the host is still doing.
-        self._is_told(heard, reason, wire.Phase.IDLE, wire.Phase.DOWNLOADING)
         *_, last = explained(look(self.layout.root))["chain"]
         assert (last["code"], last["ok"]) == (reason, False)
         assert last["then"], "nobody on the host is told what would change it"
-        return outcome
 
     def says_otherwise(self) -> None:
         """Forget the last outcome: what stays the same is told once, and the next is to be told again."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.world import until
 from updater import freshness
+
+MIB = 2**20
+MOST_OF_A_PROCESS = 64 * MIB
+"""As in tests/attacks/test_memory.py; the checker is the largest."""
 
 
 @contextmanager
@@ -22,6 +30,19 @@ def served(file, content):
         yield
     finally:
         file.write_bytes(right)
+        file.chmod(mode)
+
+
+@contextmanager
+def blown_up(file):
+    """Have the server give out half a gigabyte in the place of a file: its bytes, then zeros."""
+    length, mode = file.stat().st_size, file.stat().st_mode
+    file.chmod(0o644)
+    os.truncate(file, 512 * MIB)
+    try:
+        yield
+    finally:
+        os.truncate(file, length)
         file.chmod(mode)
 
 
@@ -59,6 +80,35 @@ def test_a_changed_and_a_truncated_bundle_are_refused_until_the_server_is_mended
             )
     changed.await_good("1.1.0")
     truncated.await_good("1.2.0")
+
+
+def peaks(world, host):
+    """The most bytes that each process of a host has had: launcher, agent, checker and workload."""
+    launcher = psutil.Process(world.processes.pids()[host.name])
+    found = {}
+    for process in (launcher, *launcher.children(recursive=True)):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found[" ".join(process.cmdline()[-3:])] = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+    return found
+
+
+def test_half_a_gigabyte_in_the_place_of_any_file_costs_a_running_host_no_memory(world):
+    world.publish("1.1.0")
+    host = world.host(world.cohort())
+    host.await_look("up-to-date")
+    agent = host.await_agent()
+    with world.jobs_stopped(), blown_up(world.metadata / "timestamp.json"):
+        host.await_look("bad-answer")
+        costs = [peaks(world, host)]
+    with blown_up(world.target("1.1.0")):
+        world.pin(host.cohort, "1.1.0")
+        host.await_seen(reason="length-mismatch", version="1.0.0")
+        costs.append(peaks(world, host))
+        assert (host.pid(), host.good, host.skipped) == (agent, "1.0.0", {})
+    assert len(costs[1]) >= 3
+    for cost in costs:
+        assert max(cost.values()) < MOST_OF_A_PROCESS, cost
+    host.await_good("1.1.0")
 
 
 # --- metadata --------------------------------------------------------------------------------------------
