@@ -96,6 +96,10 @@ def _examine_keys(config: Config, _engine: Engine) -> list[Finding]:
     public = signer.read_public(config.trust)
     if not config.has_own_signer:
         return [Finding("keys", State.OK, "they are with a signer of its own user")]
+    if lost := [role for role in signer.ONLINE if not signer.key_path(config.keys, role).exists()]:
+        make = f"release-server signer --make-keys --data {config.data}, then release key rotate --online"
+        then = f"restore it from a backup; without one: {make}"
+        return [Finding("keys", State.BAD, f"{config.keys} has no key of {', '.join(lost)}", then)]
     halves = signer.public_halves(config.keys)
     for role in signer.ONLINE:
         if getattr(halves, role) != getattr(public, role):

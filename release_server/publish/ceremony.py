@@ -95,10 +95,26 @@ def held_key(root: Root, directory: Path, name: str) -> str:
     fits = [keyid for keyid in known if len(name) >= 6 and keyid.startswith(name)]
     if len(fits) == 1:
         return fits[0]
-    keyid = public_key(directory, name).keyid
+    try:
+        keyid = public_key(directory, name).keyid
+    except NotFoundError as error:
+        why = _without_file(root, directory)
+        raise NotFoundError(error.what, why=why, then="name a lost key by the beginning of its id") from None
     if keyid not in known:
         raise NotFoundError(f"{name} is neither a root nor a release key", then="release key list")
     return keyid
+
+
+def _without_file(root: Root, directory: Path) -> str:
+    """Who lost a key file has its id from here: which keys of the root are not in this directory."""
+    here = {entry.keyid for entry in signers.find(directory)}
+    away = [
+        f"{word} {keyid[:12]}"
+        for role, word in rotation.PEOPLE.items()
+        for keyid in root.roles[role].keyids
+        if keyid not in here
+    ]
+    return f"of the keys that count, these have no file here: {', '.join(away)}" if away else ""
 
 
 def roles_of(root: Root, keyid: str) -> list[str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from release_server.signing.desk import Desk
 
 file_option = click.Path(path_type=Path, dir_okay=False)
+MADE = "made; they sign once people have signed a root that names them: release key rotate --online"
 directory_option = click.Path(path_type=Path, file_okay=False)
 
 
@@ -26,7 +27,7 @@ directory_option = click.Path(path_type=Path, file_okay=False)
 @click.option("--socket", "place", type=file_option, help="Where it listens; beside --keys.")
 @click.option("--user", help="The user of the jobs process, the only one who may ask; beside --keys.")
 @click.option("--root", type=file_option, help="The first root, from a way of its own.")
-@click.option("--make-keys", is_flag=True, help="Make the keys that are not there.")
+@click.option("--make-keys", is_flag=True, help="Make the keys that are not there; with --data end then.")
 @click.option("--token", "tokens", multiple=True, metavar="ROLE=URI", help="Use a PKCS#11 key; then end.")
 @click.option("--next-keys", is_flag=True, help="Make the keys that the next root is to name, and end.")
 @click.option("--check", is_flag=True, help="Check the log from its first line on, and end.")
@@ -58,6 +59,8 @@ def signer(
         raise UsageError("a signer of its own user needs --keys, --state, --socket and --user")
     if next_keys:
         return _make_next(keys, trust)
+    if make_keys and trust is not None:
+        return _make_lost(keys, trust)
     if state is None or place is None:
         raise UsageError("the signer's places are not known")
     if check:
@@ -115,8 +118,22 @@ def _make_next(keys: Path, trust: Path | None) -> int:
     made = online.upcoming_halves(keys)
     if trust is not None:
         online.follow_public(trust, online.public_halves(keys), made)
-    console.say("made; they sign once people have signed a root that names them: release key rotate --online")
+    console.say(MADE)
     console.emit(made.to_json() if made else {})
+    return 0
+
+
+def _make_lost(keys: Path, trust: Path) -> int:
+    """Make keys in the place of lost ones; the signer of `release-server run` opens them by itself."""
+    from agent_core import clock, console
+    from release_server import signer as online
+
+    lost = [role for role in online.ONLINE if not online.key_path(keys, role).exists()]
+    online.make_keys(keys, clock.now())
+    halves = online.public_halves(keys)
+    online.follow_public(trust, halves, online.upcoming_halves(keys))
+    console.say(f"{', '.join(lost)}: {MADE}" if lost else "every online key is there; none was made")
+    console.emit(halves.to_json())
     return 0
 
 

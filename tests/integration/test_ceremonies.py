@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from agent_core.errors import Exit
-from keys import signers
+from keys import rotation, signers
 from keys.ceremony import parse_root
 from release_server import repository, signer
 from release_server.config import Config
 from release_server.database import Sessions, make_engine
+from release_server.publish import ceremony as ceremonies
+from release_server.publish import sign
 from tests import forger
 from tests.integration.world import until
 
@@ -197,14 +200,117 @@ def test_versions_that_stolen_online_keys_ran_forward_are_over_with_other_keys(w
         assert host.good == "1.1.0"
 
 
+# --- lost keys, a year that is over, one more person ---
+
+
+def test_a_release_key_whose_file_is_gone_is_replaced_and_the_next_release_arrives(
+    world, hosts, ceremony, tmp_path
+):
+    lost = signs(world, "targets")
+    held = keyid(world, lost)
+    (world.keys / f"{lost}{signers.SUFFIX}").rename(tmp_path / "gone")
+    archive = world.derive("4.0.0", {})
+    code, _, said = world.exit_of("release", "push", str(archive))
+    assert (code, "no release key" in said) == (Exit.NOT_ALLOWED, True), said
+    world.release("key", "gen", "--role", "release", "--name", "release-new")
+    # Nobody knows ids by heart: whoever names the key by its old name is told which one has no file.
+    code, _, said = world.exit_of("release", "key", "revoke", lost, "--with", "release-new", "--yes")
+    assert code == Exit.NOT_FOUND
+    found = re.search(r"release ([0-9a-f]{12})", said)[1]
+    assert held.startswith(found)
+    ceremony("revoke", found, "--with", "release-new")
+    world.release("push", str(archive), "--wait")
+    arrives(world, hosts, "4.0.0")
+
+
+def test_online_keys_whose_files_are_gone_are_made_anew_and_the_fleet_goes_on(world, hosts, ceremony):
+    keys, data = Config.load(world.server_data, environ={}).keys, ("--data", str(world.server_data))
+    lost = signer.public_halves(keys)
+    for file in keys.iterdir():
+        file.unlink()
+    code, said, _ = world.exit_of("release-server", "doctor", *data)
+    assert (code, "release-server signer --make-keys" in said) == (Exit.FAILED, True), said
+    world.processes.run("release-server", "signer", "--make-keys", *data)
+    assert signer.public_halves(keys) != lost
+    ceremony("rotate", "--online")
+    archive = world.derive("4.1.0", {})
+    world.release("push", str(archive), "--wait")
+    arrives(world, hosts, "4.1.0")
+    assert world.exit_of("release-server", "doctor", *data)[0] == Exit.DONE
+
+
+def test_a_root_that_is_about_to_expire_holds_another_year_by_the_same_keys(world, hosts, ceremony):
+    before, data = publish_old_root(world, timedelta(days=364)), ("--data", str(world.server_data))
+    until("the hosts to follow it", lambda: all(follows(host, before.version) for host in hosts))
+    assert "release key rotate" in world.exit_of("release-server", "doctor", *data)[1]
+    ceremony("rotate")
+    after = newest_root(world)
+    assert (after.keys, after.roles) == (before.keys, before.roles)
+    assert after.expires - datetime.now(UTC) > timedelta(days=364)
+    assert "release key rotate" not in world.exit_of("release-server", "doctor", *data)[1]
+    archive = world.derive("4.2.0", {})
+    world.release("push", str(archive), "--wait")
+    arrives(world, hosts, "4.2.0")
+
+
+def test_one_more_release_manager_pushes_with_a_key_and_a_token_of_his_own(
+    world, hosts, ceremony, desk, tmp_path
+):
+    (mine := tmp_path / "cy").mkdir(mode=0o700)
+    cy, public = desk(mine), tmp_path / "release-cy.pub.json"
+    world.release("key", "gen", "--role", "release", "--name", "release-cy", "--keys-dir", str(mine))
+    public.write_text(world.release("key", "show", "release-cy", "--keys-dir", str(mine), "--json"))
+    archive = world.derive("4.3.0", {})
+    code, _, said = cy("push", str(archive))
+    assert (code, "no release key" in said) == (Exit.NOT_ALLOWED, True), said
+    ceremony("rotate", "--add-release", str(public))
+    code, _, said = cy("push", str(archive), "--wait")
+    assert code == Exit.DONE, said
+    arrives(world, hosts, "4.3.0")
+    # Whoever was there before signs as before, also when he has left again.
+    ceremony("rotate", "--remove", json.loads(public.read_text())["keyid"][:12])
+    archive = world.derive("4.4.0", {})
+    assert cy("push", str(archive))[0] == Exit.NOT_ALLOWED
+    world.release("push", str(archive), "--wait")
+    arrives(world, hosts, "4.4.0")
+
+
+def arrives(world, hosts, version):
+    """A release that was pushed just now runs on every host in the end."""
+    world.published.add(version)
+    goes_on(world, hosts, version)
+
+
+def publish_old_root(world, age):
+    """The root as it is when nobody has renewed it for so long; signed by the keys that are there."""
+    trust, now = world.trust.read_bytes(), datetime.now(UTC)
+    trusted = sign.fetch(world.client, trust, world.home / "cache")
+    chain = ceremonies.fetch_chain(world.client, trusted)
+    following = rotation.make_next(chain, trusted.targets, rotation.Wanted(), now - age)
+    rotation.sign(following, ceremonies.open_signers(following, world.keys, lambda _: "correct horse"))
+    assert rotation.missing(following).is_none
+    world.client.put("/trust/root", following.root.to_bytes())
+    return following.root.signed
+
+
+def signs(world, role):
+    """The name of a key that is here and signs for this role today."""
+    rows = json.loads(world.release("key", "list", "--json"))
+    return next(row["name"] for row in rows if role in row["signs"])
+
+
 def newest(host):
     """The version of the timestamp that a host has verified."""
     return json.loads((host.layout.tuf / "timestamp.json").read_bytes())["signed"]["version"]
 
 
-def roots(world):
+def newest_root(world):
     number = world.client.get("/trust")["root_version"]
-    return parse_root((world.metadata / f"{number}.root.json").read_bytes()).signed.roles["root"]
+    return parse_root((world.metadata / f"{number}.root.json").read_bytes()).signed
+
+
+def roots(world):
+    return newest_root(world).roles["root"]
 
 
 def keyid(world, name):
