@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ from agent_core.wire import (
     ReportAnswer,
 )
 from release_server.reports import Signed
+from tests.repository_simulator import RepositorySimulator
 from updater import transport
 from updater.attempt import Attempt
 from updater.device import Outcome, Seen
 from updater.freshness import Memory
 from updater.identity import Identity
 
+NOW = datetime.now(UTC)
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -168,6 +171,88 @@ def checks(raw: bytes) -> None:
     with suppress(MalformedError):
         hooks = parse_hooks(body)
         assert parse_hooks(hooks.to_json()) == hooks
+
+
+# --- metadata as a device reads it ------------------------------------------------------------------------
+
+LOADED = ("timestamp", "snapshot", "targets", "cohorts")
+
+
+@cache
+def _repository() -> RepositorySimulator:
+    """Its timestamp and snapshot name no digests, so that any bytes get as far as they can."""
+    made = RepositorySimulator(_scratch() / "www")
+    made.names_hashes = False
+    made.add_release("1.0.0", 1)
+    made.set_directive(release="1.0.0")
+    made.publish()
+    return made
+
+
+def _file(role: str) -> bytes:
+    return _repository().read("timestamp.json" if role == "timestamp" else f"1.{role}.json")
+
+
+def device_metadata(raw: bytes) -> None:
+    """Any bytes as each role, and any JSON as what the right keys signed: trusted, or a refusal of trust."""
+    for role in ("root", *LOADED):
+        for body in (raw, _signed_anyway(raw, role)):
+            with suppress(TrustError):
+                _load(role, body)
+
+
+def _load(role: str, body: bytes) -> None:
+    from updater import trusted_metadata as device
+
+    with device.sorted_errors():
+        trusted = device.TrustedSet(_file("root"), device.LIMITS.envelope_type)
+        if role == "root":
+            trusted.update_root(body)
+            return
+        for name in LOADED[: LOADED.index(role) + 1]:
+            content = body if name == role else _file(name)
+            if name == "timestamp":
+                device.signed_time(trusted.update_timestamp(content))
+            elif name == "snapshot":
+                trusted.update_snapshot(content)
+            elif name == "targets":
+                device.check_delegations(trusted.update_targets(content))
+            else:
+                trusted.update_delegated_targets(content, name, "targets")
+
+
+def _signed_anyway(raw: bytes, role: str) -> bytes:
+    """What a thief of a role's keys makes of it: their signatures under whatever can be signed."""
+    from tuf.api.metadata import Metadata
+    from tuf.api.serialization import DeserializationError, SerializationError
+
+    said = _json(raw)
+    signed = said.get("signed", said) if isinstance(said, dict) else said
+    envelope = json.dumps({"signed": signed, "signatures": []}).encode()
+    with suppress(DeserializationError, SerializationError):
+        metadata = Metadata.from_bytes(envelope)
+        for signer in _repository().signers[role]:
+            metadata.sign(signer, append=True)
+        return metadata.to_bytes()
+    return envelope
+
+
+def next_root(raw: bytes) -> None:
+    """Any bytes as the file of a next root that somebody carries: refused, or one that survives writing."""
+    from keys import rotation
+
+    with suppress(RelfleetError):
+        found = rotation.NextRoot.from_bytes(raw)
+        assert rotation.NextRoot.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+        rotation.missing(found)
+        rotation.check(found, found.chain[0], NOW)
+
+
+def _next_root() -> bytes:
+    from keys import ceremony, rotation
+
+    root, targets = ceremony.parse_root(_file("root")), ceremony.parse_targets(_file("targets"))
+    return rotation.make_next([root], targets, rotation.Wanted(), NOW).to_bytes()
 
 
 # --- messages and notes ----------------------------------------------------------------------------------
@@ -337,6 +422,8 @@ TARGETS = {
     "record": Target(record, (slots._encoded(RECORD) or b"", b"[" * 2000, b'{"skip":[["a","b",Infinity]]}')),
     "settings": Target(settings, (TOML, b"[[[")),
     "metadata": Target(metadata, _metadata()),
+    "device-metadata": Target(device_metadata, tuple(map(_file, ("root", *LOADED)))),
+    "next-root": Target(next_root, (_next_root(),)),
     "reports": Target(reports, _golden()),
     "tokens": Target(tokens, (b"Bearer rft_abc", b"\na-1\n" + b"0" * 128 + b"\n7", b"Basic YTpi")),
     "server-settings": Target(
