@@ -23,8 +23,9 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 	@$(BIN)/relfleet demo $(ARGS)
 
 # Long stories with many real processes, and suites with a command of their own; `make test-long` runs them.
-LONG := tests/attacks tests/conformance tests/integration \
-	$(patsubst %,tests/release_server/test_%.py,editions_race nginx retention session signin_served slow_clients tls webhooks webhooks_served)
+LONG := tests/attacks tests/conformance tests/integration tests/release_server/api/test_contract.py \
+	$(patsubst %,tests/release_server/test_%.py,alerts editions_race nginx retention serve session signin_served \
+	slow_clients tls webhooks webhooks_served)
 
 test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(LONG:%=--ignore=%))
