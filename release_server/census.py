@@ -18,6 +18,7 @@ from release_server.rollout import Counters, State
 from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
 from release_server.stages import wanted_count
+from release_server.standing import back_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,14 +59,15 @@ def outlook(session: Session, now: datetime, rollout: Rollout, spec: Spec, statu
 
 def _look(session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status) -> Look:
     pace = cohorts.newest_spec(session, rollout.cohort_id)
+    period = agents.period_of(pace.poll_s, pace.report_s)
     return Look(
         rollout.version,
         spec,
         status,
         now,
-        period=agents.period_of(pace.poll_s, pace.report_s),
+        period=period,
         poll=timedelta(seconds=pace.poll_s),
-        since=presence.heard_since(session, now),
+        hearing=presence.hearing(session, now, back_after(period)),
     )
 
 

@@ -17,8 +17,8 @@ from agent_core.errors import Exit, UnreachableError
 from agent_core.findings import Finding, State
 from release_server import certificates, presence, repository, serve, signer
 from release_server.database import current_revision, make_engine, newest_revision
+from release_server.hearing import NEVER
 from release_server.jobs import LEASE
-from release_server.members import NEVER
 from release_server.models import Lease
 from release_server.retention.pruner import standing
 from release_server.signing.client import over_socket

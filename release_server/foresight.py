@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from agent_core.window import is_open, next_change
 from release_server import freezes
+from release_server.hearing import NEVER, ZERO
 from release_server.rollout import State, reconcile
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def foresee(spec: Spec, status: Status, fleet: Fleet, now: datetime, allowance: 
             return Move(moment, following.events)
         status = following.status
         changing = (*_turns(spec, status, counters, moment, allowance), *fleet.changes(status, moment))
-        later = [each for each in changing if each > moment]
+        later = [each for each in changing if moment < each < NEVER]
         if not later:
             return None
         moment = min(later)
@@ -146,23 +147,38 @@ def _turns(
     spec: Spec, status: Status, counters: Counters, now: datetime, allowance: Allowance
 ) -> Iterator[datetime]:
     """Every moment by which `reconcile` decides anything."""
-    fixed = (spec.not_before, soak_end(spec, status), deadline(spec, status, counters), status.watch_until)
+    fixed = (
+        spec.not_before,
+        soak_end(spec, status, counters),
+        deadline(spec, status, counters),
+        watch_end(status, counters),
+        counters.hearing.ends(now, ZERO),
+    )
     changing = allowance.changes(now) if status.state in (State.SCHEDULED, State.RUNNING) else ()
     yield from (moment for moment in (*fixed, *changing) if moment is not None)
 
 
-def soak_end(spec: Spec, status: Status) -> datetime | None:
-    """When the present stage has stayed good for long enough."""
+def soak_end(spec: Spec, status: Status, counters: Counters) -> datetime | None:
+    """When the present stage has stayed good for long enough; `NEVER` while nobody listens."""
     if status.soaking_since is None:
         return None
-    return status.soaking_since + timedelta(seconds=spec.stages[status.stage].soak_s)
+    soak = timedelta(seconds=spec.stages[status.stage].soak_s)
+    return counters.hearing.ends(status.soaking_since, soak)
+
+
+def watch_end(status: Status, counters: Counters) -> datetime | None:
+    """When the watch over a completed rollout ends; `NEVER` while nobody listens."""
+    return None if status.watch_until is None else counters.hearing.ends(status.watch_until, ZERO)
 
 
 def deadline(spec: Spec, status: Status, counters: Counters) -> datetime | None:
-    """When the present stage's time is up: of its agents where some are unfinished, else of its sample."""
+    """When the present stage's time is up: of its agents where some are unfinished, else of its sample.
+
+    `NEVER` while nobody listens.
+    """
     if status.opened_at is None:
         return None
     since = status.opened_at
     if counters.waiting:
         since = max(since, counters.waiting_since or since)
-    return since + timedelta(seconds=spec.stages[status.stage].deadline_s)
+    return counters.hearing.ends(since, timedelta(seconds=spec.stages[status.stage].deadline_s))

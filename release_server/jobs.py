@@ -24,6 +24,7 @@ from release_server.bell import Bell
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine
 from release_server.models import Lease
+from release_server.presence import with_gap
 from release_server.retention.pruner import Pruner
 from release_server.signer import follow_public
 from release_server.signing.client import SignerClient, over_socket
@@ -90,11 +91,14 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
         return lease.fence  # renewed a moment ago; a write, and its wait for the disk, can be saved
     fence = lease.fence if mine else lease.fence + 1
     was_ahead = lease.since is not None and lease.since > now
-    since = now if was_ahead or now > lease.until + length else lease.since
+    was_away = was_ahead or now > lease.until + length
+    since, gaps = (
+        (now, with_gap(lease.gaps, lease.until - length, now)) if was_away else (lease.since, lease.gaps)
+    )
     taken = session.execute(
         update(Lease)
         .where(Lease.name == LEASE, Lease.holder == lease.holder, Lease.fence == lease.fence)
-        .values(holder=holder, fence=fence, until=now + length, since=since)
+        .values(holder=holder, fence=fence, until=now + length, since=since, gaps=gaps)
         .returning(Lease.fence)
         .execution_options(synchronize_session=False)
     ).first()

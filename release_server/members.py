@@ -8,26 +8,25 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from agent_core.wire import AttemptState, Phase, Reason
 from release_server import standing
+from release_server.hearing import ALWAYS, NEVER, Hearing
 from release_server.rollout import StageState, State, Why
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from datetime import datetime
 
     from release_server.rollout import Counters, Spec, Status
 
 FAILED = (AttemptState.ROLLED_BACK, AttemptState.FAILED, AttemptState.SILENT)
 ENDED = frozenset({AttemptState.HEALTHY, *FAILED, AttemptState.SKIPPED})
 OPEN_ATTEMPT = (None, AttemptState.OFFERED)
-LISTENS = timedelta(hours=1)
-"""So long at most the server listens after it was away, however seldom agents report."""
-NEVER = datetime.max.replace(tzinfo=UTC)
 NAMED = 5
 """How many agents that stand aside are named in an event; the count is always whole."""
 CANNOT = frozenset(
@@ -73,7 +72,7 @@ class Look:
         version: of the rollout.
         period: how often its agents should be heard of.
         poll: how often they look for something new.
-        since: when the server was there again after it had been away; None: it always was.
+        hearing: when the server could be heard.
     """
 
     version: str
@@ -82,7 +81,7 @@ class Look:
     now: datetime
     period: timedelta
     poll: timedelta
-    since: datetime | None = None
+    hearing: Hearing = ALWAYS
 
     @cached_property
     def silent_after(self) -> timedelta:
@@ -94,23 +93,17 @@ class Look:
         return (self.status.opened_at or self.now) + 2 * self.poll
 
     @property
-    def listens_until(self) -> datetime | None:
-        """When the server will have been there for long enough to have heard of everybody; None: it has."""
-        return until if (until := self._listens_until()) and until > self.now else None
-
-    def _listens_until(self) -> datetime | None:
-        if self.since is None or self.since == NEVER:
-            return self.since
-        return self.since + min(self.silent_after, LISTENS)
-
-    @property
     def corrects(self) -> bool:
         """Whether attempts are now brought to what no agent says."""
         status = self.status
         return status.state is State.RUNNING and not self.spec.frozen and status.reason != Why.FROZEN
 
+    def quiet_from(self, member: Member) -> datetime:
+        """When a member is silent by its own reports, if it stays quiet."""
+        return self.hearing.ends(member.seen_at, self.silent_after)
+
     def hears(self, member: Member) -> bool:
-        return self.now < member.seen_at + self.silent_after
+        return self.now < self.quiet_from(member)
 
     def stands_aside(self, member: Member) -> bool:
         """Held, skipping, or has said since it knows of the stage that it cannot take the release."""
@@ -152,11 +145,12 @@ def silent_from(look: Look, member: Member) -> tuple[datetime, str] | None:
         return None
     if status.stage_state is not StageState.OPEN or status.reason == Why.OUTSIDE_WINDOW:
         return None
-    quiet = max(member.seen_at + look.silent_after, look.listens_until or member.seen_at)
+    quiet = look.quiet_from(member)
     began = max(status.opened_at or look.now, member.enrolled_at)
     if member.seen_at > began:
         return quiet, "own-deadline"  # it was there, and then fell silent: its own reports say so
-    return max(quiet, began + timedelta(seconds=look.spec.stages[status.stage].deadline_s)), "deadline"
+    allowed = timedelta(seconds=look.spec.stages[status.stage].deadline_s)
+    return max(quiet, look.hearing.ends(began, allowed)), "deadline"
 
 
 def count(look: Look, members: Sequence[Member], reached: Sequence[Member], counters: Counters) -> Counters:
@@ -172,7 +166,7 @@ def count(look: Look, members: Sequence[Member], reached: Sequence[Member], coun
         aside=tuple(member.id for member in aside[:NAMED]),
         aside_count=len(aside),
         on_version=sum(look.runs(member) and look.hears(member) for member in members),
-        listens_until=look.listens_until,
+        hearing=look.hearing,
     )
 
 
@@ -211,7 +205,7 @@ class Course:
         self.now, self.first, self.running, self.leaves = now, first, running, sorted(leaves)
         falls = sorted(falls, key=lambda fall: fall.at)
         self._times = [fall.at for fall in falls]
-        self.looks = len(set(self._times))
+        self.looks = len(set(map(whole, self._times)))
         self._since: list[datetime | None] = [min(staying, default=None)]
         for fall in reversed(falls):
             last = self._since[-1]
@@ -230,14 +224,12 @@ class Course:
         attempts[AttemptState.SILENT] += fallen
         for state, left in self._left.items():
             attempts[AttemptState(state)] -= left[fallen]
-        until = self.first.listens_until
         return replace(
             self.first,
             waiting=self.first.waiting - fallen,
             waiting_since=self._since[fallen],
             on_version=self._on_version(moment),
             attempts=attempts,
-            listens_until=until if until and moment < until else None,
         )
 
     def _on_version(self, moment: datetime) -> int:
@@ -248,11 +240,9 @@ class Course:
     def changes(self, now: datetime) -> Iterator[datetime]:
         """The next moment of each kind after `now` at which they change."""
         if (place := bisect_right(self._times, now)) < len(self._times):
-            yield self._times[place]
+            yield whole(self._times[place])  # of a large fleet many fall in one second: one look for all
         if self.leaves:
             yield self.leaves[-1]  # that some are left means nothing, that none is ends a way back
-        if self.first.listens_until not in (None, NEVER):
-            yield self.first.listens_until
 
 
 @dataclass
@@ -308,26 +298,22 @@ class Outlook:
             ],
             list(falls.values()),
             len(running),
-            [member.seen_at + look.silent_after for member in running if member.id in self._quiet],
+            [look.quiet_from(member) for member in running if member.id in self._quiet],
         )
 
     @cached_property
     def _quiet(self) -> frozenset[str]:
         """Those of whom no word is expected any more."""
         look, late = self.look, standing.late_after(self.look.period)
-        back = look.since if look.since and look.since <= look.now else None
-        expected = look.now - late
         return frozenset(
-            member.id for member in self.members if max(member.seen_at, _again(member, back)) < expected
+            member.id for member in self.members if look.hearing.ends(member.seen_at, late) < look.now
         )
 
     def _falls(self, look: Look, reached: Sequence[Member]) -> Iterator[tuple[str, Fall]]:
         for member in reached:
             ends = silent_from(look, member) if member.id in self._quiet else None
             if ends is not None and ends[0] != NEVER:
-                # Of a large fleet many fall in one second: one look for all of them.
-                at = max(whole(ends[0]), look.now)
-                yield member.id, Fall(at, member.attempt, member.enrolled_at)
+                yield member.id, Fall(max(ends[0], look.now), member.attempt, member.enrolled_at)
 
 
 def _as_heard(look: Look, member: Member, attempts: Counter[AttemptState]) -> Member:
@@ -344,8 +330,3 @@ def _as_heard(look: Look, member: Member, attempts: Counter[AttemptState]) -> Me
 def whole(moment: datetime) -> datetime:
     """The first whole second that is not before a moment; the wire tells no parts of them."""
     return moment if not moment.microsecond else moment.replace(microsecond=0) + timedelta(seconds=1)
-
-
-def _again(member: Member, back: datetime | None) -> datetime:
-    """Since when a member has been able to report again; who was silent before is not expected back."""
-    return member.seen_at if back is None or member.attempt == AttemptState.SILENT else back

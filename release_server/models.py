@@ -512,7 +512,8 @@ class Lease(Base):
     `WEB` is nobody's: web processes renew it together, to say that one of them listens (`presence`).
 
     `fence` grows with every change of hands; a process whose fence is no longer the row's writes nothing.
-    `since` is when a process was there again after none had been; None while there always was one.
+    `since` is when a process was there again after none had been; None while there always was one. `gaps` are
+    the times in which there was none, from and until, as `presence` reads them.
     """
 
     __tablename__ = "locks"
@@ -523,6 +524,7 @@ class Lease(Base):
     fence: Mapped[int] = mapped_column(default=0)
     until: Mapped[datetime]
     since: Mapped[datetime | None]
+    gaps: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")
 
 
 class Webhook(Base):

@@ -1,4 +1,4 @@
-"""Whether the server could be heard: web processes note that they listen, and the census asks since when.
+"""Whether the server could be heard: web processes note that they listen, and the census asks when none did.
 
 Agents that cannot report are no silent agents. The jobs process may well go on while no web process is there,
 so its own lease does not tell; and how many agents are heard does not either, for a bad release silences all.
@@ -9,35 +9,36 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from release_server.members import NEVER
+from release_server.hearing import NEVER, Hearing, joined
 from release_server.models import Lease
-from release_server.standing import GRACE
+from release_server.standing import GONE, GRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import datetime
+    from collections.abc import Callable, Iterable
 
     from sqlalchemy.orm import Session
 
     from release_server.database import Sessions
+    from release_server.hearing import Gap
 
 log = logging.getLogger(__name__)
 
 LENGTH = timedelta(seconds=20)
 """How long a note holds. It is less than any agent may be quiet for (`standing.GRACE`)."""
 EVERY_S = 5.0
+KEPT = 3 * GONE
 AHEAD = LENGTH + GRACE
 """What lies further ahead is of a clock that was wrong; what lies less far ahead is of a replica's."""
 
 
 def note(session: Session, now: datetime, last: datetime | None = None) -> None:
-    """A web process listens now. Of many that note it one writes; a gap before it is kept in `since`.
+    """A web process listens now. Of many that note it one writes; a gap before it is kept.
 
     A process that listened itself a moment ago knows of no gap, however far the note of a replica whose clock
     is behind lies in the past: else two such clocks would find one every 5 s, and silence never count.
@@ -53,7 +54,7 @@ def note(session: Session, now: datetime, last: datetime | None = None) -> None:
     was_there = last is not None and last <= now <= last + LENGTH
     was_wrong = row.since is not None and row.since > now + AHEAD
     if was_wrong or (now > row.until and not was_there):
-        row.since = now
+        row.since, row.gaps = now, with_gap(row.gaps, row.until - LENGTH, now)
     if not now + LENGTH < row.until <= now + LENGTH + AHEAD:
         row.until = now + LENGTH
 
@@ -71,6 +72,32 @@ def heard_since(session: Session, now: datetime) -> datetime | None:
     if web is not None and now > web.until:
         return NEVER
     return max((row.since for row in rows.values() if row.since is not None), default=None)
+
+
+def with_gap(kept: Iterable[tuple[str, str]], start: datetime, now: datetime) -> list[tuple[str, str]]:
+    """What is kept of gaps, with one more, from when a process last said that it is there until now.
+
+    None ends later: one that did is of a clock that was ahead. What is so old that nothing waits for it goes.
+    """
+    known = [(begun, min(end, now)) for begun, end in _read(kept) if end > now - KEPT and begun < now]
+    known += [(start, now)] if start < now else []
+    return [(begun.isoformat(), end.isoformat()) for begun, end in joined(known)]
+
+
+def _read(kept: Iterable[tuple[str, str]]) -> list[Gap]:
+    return [(datetime.fromisoformat(start), datetime.fromisoformat(end)) for start, end in kept]
+
+
+def hearing(session: Session, now: datetime, settle: timedelta) -> Hearing:
+    """When agents could be heard: while a web process was there to hear them, and jobs to tell them anything.
+
+    Args:
+        settle: as of `Hearing`.
+    """
+    rows = session.scalars(select(Lease)).all()
+    gaps = [gap for row in rows for gap in _read(row.gaps)]
+    gaps += [(row.until - LENGTH, NEVER) for row in rows if row.name == Lease.WEB and row.until < now]
+    return Hearing(joined(gaps), settle)
 
 
 def ahead_of(session: Session, now: datetime) -> timedelta:

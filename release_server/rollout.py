@@ -29,6 +29,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from agent_core.wire import PROGRESS_FULL, AttemptState
+from release_server.hearing import ALWAYS, ZERO, Hearing
 from release_server.sequential import UNKNOWN, Baseline, boundary, evidence
 from release_server.stages import failed_limit
 
@@ -192,8 +193,7 @@ class Counters:
         attempts: how many attempts are in each state.
         baseline: how often agents of the cohort fail when nothing is wrong.
         worse: health figures that the release has made worse.
-        listens_until: when the server will have been there for long enough to have heard of every agent that
-            is not silent; None: it has.
+        hearing: when the server could be heard; soaks and deadlines are counted in that.
     """
 
     members: int = 0
@@ -207,7 +207,7 @@ class Counters:
     attempts: Mapping[AttemptState, int] = field(default_factory=dict)
     baseline: Baseline = UNKNOWN
     worse: tuple[Worse, ...] = ()
-    listens_until: datetime | None = None
+    hearing: Hearing = ALWAYS
 
     def of(self, *states: AttemptState) -> int:
         return sum(self.attempts.get(state, 0) for state in states)
@@ -292,10 +292,9 @@ class _Step:
     def stage(self) -> Stage:
         return self.spec.stages[min(self.status.stage, len(self.spec.stages) - 1)]
 
-    def is_past(self, moment: datetime) -> bool:
-        """Whether time is up; not before the server has heard what was done while it was away."""
-        until = self.counters.listens_until
-        return self.now >= moment and (until is None or self.now >= until)
+    def is_past(self, start: datetime, length: timedelta = ZERO) -> bool:
+        """Whether a time that began at `start` is up, by what of it the server could hear agents in."""
+        return self.now >= self.counters.hearing.ends(start, length)
 
     def to(
         self, name: str, reason: str = "", detail: str = "", *, quiet: bool = False, **changes: Any
@@ -432,7 +431,7 @@ def _judge(step: _Step) -> Next:
     if step.status.soaking_since is None:
         soaking = {"stage_state": StageState.SOAKING, "soaking_since": step.now}
         return step.to("soaking", Why.FINISHED, _healthy(step), quiet=True, **soaking)
-    if step.is_past(step.status.soaking_since + timedelta(seconds=step.stage.soak_s)):
+    if step.is_past(step.status.soaking_since, timedelta(seconds=step.stage.soak_s)):
         return _pass(step, Why.SOAKED)
     return step.stay()
 
@@ -511,11 +510,11 @@ def _took_too_long(step: _Step) -> Next | None:
     opened_at = step.status.opened_at or step.now
     allowed = timedelta(seconds=step.stage.deadline_s)
     seen = step.counters
-    if seen.waiting and step.is_past(max(opened_at, seen.waiting_since or opened_at) + allowed):
+    if seen.waiting and step.is_past(max(opened_at, seen.waiting_since or opened_at), allowed):
         return _halt(
             step, Why.DEADLINE, f"{seen.waiting} of {seen.reached} not finished in {step.stage.deadline_s} s"
         )
-    if not seen.waiting and step.is_past(opened_at + allowed) and (lacking := _too_few(step)):
+    if not seen.waiting and step.is_past(opened_at, allowed) and (lacking := _too_few(step)):
         return _halt(step, Why.MIN_SAMPLE, f"{lacking} in {step.stage.deadline_s} s{_aside(step)}")
     return None
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.clock import iso
 from agent_core.window import next_opening
-from release_server.foresight import Allowance, Still, deadline, foresee, soak_end
-from release_server.members import NEVER, whole
+from release_server.foresight import Allowance, Still, deadline, foresee, soak_end, watch_end
+from release_server.hearing import NEVER, ZERO
+from release_server.members import whole
 from release_server.rollout import FINISHED, RETURNABLE, StageState, State, Why, numbers, too_few
 from release_server.why import Link, frozen
 
@@ -162,7 +163,9 @@ def _going_back(facts: Facts, now: datetime) -> Iterator[Link]:
         text = f"{_agents(count)} still run {facts.version}"
         yield Link(False, "going-back", text, seen=_seen(facts, now))
     else:
-        yield _listening(facts, now)
+        until = _known(facts.counters.hearing.ends(now, ZERO))
+        when = f"until {_clock(until, now)}" if until else "again when a web process is there"
+        yield Link(False, str(Why.LISTENING), f"the server was away; it listens {when}", until=until)
 
 
 def _moving(facts: Facts, move: Move, now: datetime) -> Iterator[Link]:
@@ -187,8 +190,8 @@ def _ended(facts: Facts, now: datetime) -> Iterator[Link]:
     ok = status.state is State.COMPLETED
     yield Link(ok, str(status.state), f"{word}{when}{said}", "" if ok else then, seen=_seen(facts, now))
     if status.watch_until is not None:
-        until = status.watch_until
-        text = f"watched for a regression until {_clock(until, now)}"
+        until = _known(watch_end(status, facts.counters))
+        text = f"watched for a regression{_until(until, now)}{_away(facts, status.watch_until, now)}"
         yield Link(True, str(Why.WATCHED), text, until=until)
 
 
@@ -242,44 +245,41 @@ def _running(facts: Facts, now: datetime) -> Iterator[Link]:
         yield from _unfinished(facts, now)
     elif lacking := too_few(spec, status, seen, now):
         then = f"release rollout advance {facts.name}"
-        until = _heard_by(facts, deadline(spec, status, seen))
+        until = _known(deadline(spec, status, seen))
         yield Link(False, str(Why.MIN_SAMPLE), lacking, then, until, seen=_seen(facts, now))
-    elif (until := soak_end(spec, status)) and until <= now:
-        yield _listening(facts, now)
     else:
-        text = f"it soaks until {_clock(until, now)}" if until else "it soaks"
+        until = _known(soak_end(spec, status, seen))
+        text = f"it soaks{_until(until, now)}{_away(facts, status.soaking_since, now)}"
         yield Link(False, str(StageState.SOAKING), text, "", until, seen=_seen(facts, now))
 
 
 def _unfinished(facts: Facts, now: datetime) -> Iterator[Link]:
     spec, status, seen = facts.spec, facts.status, facts.counters
     window = facts.allowance.window
-    ends = _heard_by(facts, deadline(spec, status, seen))
+    ends, told = _known(deadline(spec, status, seen)), _away(facts, status.opened_at, now)
     if window is not None and not spec.window_open:
         opens = next_opening(window, now)
         text = f"the window opens at {_clock(opens, now)}" if opens else "the window does not open"
         yield Link(False, str(Why.OUTSIDE_WINDOW), text, until=opens, seen=window.to_json())
-        ends = None
-    text = f"{seen.waiting} of {seen.reached} not finished"
-    if ends is not None:
-        text += f"; they have until {_clock(ends, now)}"
+        ends, told = None, ""
+    has = f"; they have{_until(ends, now)}" if ends else ""
+    text = f"{seen.waiting} of {seen.reached} not finished{has}{told}"
     then = f"release agents list --cohort {facts.cohort}"
     yield Link(False, str(Why.UNFINISHED), text, then, ends, seen=_seen(facts, now))
 
 
-def _heard_by(facts: Facts, ends: datetime | None) -> datetime | None:
-    """When a deadline really ends: not before the server has listened, and never while it cannot hear."""
-    until = facts.counters.listens_until
-    if ends is None or until is None:
-        return ends
-    return None if until == NEVER else max(ends, until)
+def _known(ends: datetime | None) -> datetime | None:
+    """When something ends by time; None also while the server cannot hear, and nothing does."""
+    return None if ends == NEVER else ends
 
 
-def _listening(facts: Facts, now: datetime) -> Link:
-    """What else would be over by now: nothing ends by time before the server has heard what was done."""
-    until = _heard_by(facts, now)
-    when = f"until {_clock(until, now)}" if until else "again when a web process is there"
-    return Link(False, str(Why.LISTENING), f"the server was away; it listens {when}", until=until)
+def _away(facts: Facts, since: datetime | None, now: datetime) -> str:
+    """Why something ends later than its length says."""
+    hearing = facts.counters.hearing
+    if hearing.is_deaf(now):
+        return "; no web process is there, and until one is no time counts"
+    away = since is not None and not hearing.is_whole(min(since, now), now)
+    return "; the server was away meanwhile, which does not count" if away else ""
 
 
 # --- what stops it ---------------------------------------------------------------------------------------
@@ -324,6 +324,10 @@ def _after_halt(facts: Facts) -> str:
 
 def _seen(facts: Facts, now: datetime) -> Mapping[str, Any]:
     return numbers(facts.spec, facts.status, facts.counters, now)
+
+
+def _until(moment: datetime | None, now: datetime) -> str:
+    return f" until {_clock(moment, now)}" if moment else ""
 
 
 def _agents(count: int) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 GRACE = timedelta(seconds=30)
+COMES_BACK = timedelta(hours=1)
 GONE = timedelta(days=30)
 """After so long without a word a host is not expected back; it stays counted until somebody retires it."""
 
@@ -56,6 +57,11 @@ def late_after(period: timedelta) -> timedelta:
 def silent_after(period: timedelta) -> timedelta:
     """How long before it is silent: three reports missed, and a little."""
     return min(3 * period + GRACE, GONE)
+
+
+def back_after(period: timedelta) -> timedelta:
+    """After the server was away: how long until every agent that is there has reported; at most an hour."""
+    return min(period + GRACE, COMES_BACK)
 
 
 def standing(facts: Facts, now: datetime) -> Standing:

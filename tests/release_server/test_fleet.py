@@ -14,6 +14,7 @@ from agent_core.wire import Mode, Phase
 from release_server import agents, attempts, cohorts, fleet, launch, rollout_view, specs
 from release_server.database import Sessions, make_engine
 from release_server.models import AuditEntry, Cohort, Lease, RolloutCounter, RolloutStatus
+from release_server.presence import with_gap
 from release_server.rollout import State, Status
 from release_server.stages import Stage
 from release_server.terms import Terms
@@ -199,14 +200,15 @@ def test_an_agent_silent_past_the_deadline_counts_as_failed(world):
 def test_nobody_is_silent_to_a_server_that_was_away_itself(world):
     world.cohort(poll_s=60, report_s=300)
     world.enroll_many(5)
-    rollout = world.start("1.1.0", Stage(count=1, deadline_s=600), Stage(share_bp=10_000))
+    rollout = world.start("1.1.0", Stage(count=1, deadline_s=1_000), Stage(share_bp=10_000))
     world.clock.step(hours=9)
     with world.write() as session:
-        up = Lease(name=Lease.JOBS, holder="", fence=1, until=world.clock(), since=world.clock())
-        session.add(up)
-    world.tick(seconds=3 * 300)
+        gaps = with_gap([], world.clock() - timedelta(hours=9), world.clock())
+        session.add(Lease(name=Lease.JOBS, holder="", fence=1, until=world.clock(), gaps=gaps))
+    settles, rest = 300 + 30, 1_000 - (300 + 30) / 3
+    world.tick(seconds=settles + rest - 1)
     assert (world.status(rollout).state, world.counters(rollout).get("silent", 0)) == ("running", 0)
-    world.tick(seconds=30)
+    world.tick(seconds=1)
     assert (world.status(rollout).state, world.counters(rollout)) == ("paused", {"silent": 1})
 
 

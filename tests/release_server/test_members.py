@@ -14,14 +14,25 @@ from agent_core.clock import parse_iso
 from agent_core.wire import AttemptState
 from release_server import explain, members, standing
 from release_server.foresight import Allowance, foresee
-from release_server.members import NEVER, Look, Member, Outlook
+from release_server.hearing import NEVER, Hearing
+from release_server.members import Look, Member, Outlook
 from release_server.models import Lease
+from release_server.presence import with_gap
 from release_server.rollout import Counters, Spec, StageState, State, Status, reconcile
 from release_server.stages import Stage
 from tests.release_server.fleet_world import World
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
 SECOND, MINUTE, DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(days=1)
+JUST_BACK = ((NOW - 20 * MINUTE, NOW - 2 * MINUTE),)
+AWAY = (
+    (),
+    (),
+    JUST_BACK,
+    ((NOW - DAY, NOW - 30 * MINUTE),),
+    tuple((NOW - each * MINUTE, NOW - each * MINUTE + 20 * SECOND) for each in range(40, 0, -2)),
+    ((NOW - 5 * MINUTE, NEVER),),
+)
 LUNCH = Allowance(calendar={"lunch": "mon 12:10-13:00 UTC"})
 
 
@@ -48,8 +59,8 @@ class Dice(random.Random):
         )
 
     def outlook(self):
-        since = self.choice([None, None, NOW - 2 * MINUTE, NOW - 30 * MINUTE, NEVER])
-        away = since is not None and since == NOW - 2 * MINUTE
+        gaps = self.choice(AWAY)
+        away = gaps == JUST_BACK
         there = [self.member(number, away=away) for number in range(self.choice([3, 10]))]
         state = self.choice([State.RUNNING, State.RUNNING, State.RUNNING, State.ROLLING_BACK])
         stage = Stage(
@@ -69,7 +80,9 @@ class Dice(random.Random):
             soaking_since=opened if soaking else None,
             spec_revision=1,
         )
-        look = Look("1.1.0", Spec((stage,)), status, NOW, MINUTE, MINUTE, since)
+        look = Look(
+            "1.1.0", Spec((stage,)), status, NOW, MINUTE, MINUTE, Hearing(gaps, standing.back_after(MINUTE))
+        )
         return Outlook(look, there, Counters(attempts=tally(there), candidates=(10_000,)))
 
 
@@ -123,16 +136,15 @@ def foretold_as_stepped(outlook, allowance, dice):
 
 
 def turning(outlook, member):
-    """Moments at which a member's own time is up: as a ticking server does, none of them is stepped over."""
+    """Moments at which a time is up: as a ticking server does, none is stepped over."""
     look, stage = outlook.look, outlook.look.spec.stages[0]
-    ends = look.status.opened_at + timedelta(seconds=stage.deadline_s)
-    yield from (
-        member.seen_at + look.silent_after,
-        ends,
-        member.enrolled_at + timedelta(seconds=stage.deadline_s),
-    )
-    if look.since not in (None, NEVER):
-        yield look.since + look.silent_after
+    opened, now, began = look.status.opened_at, timedelta(), max(look.status.opened_at, member.enrolled_at)
+    allowed, soak = (timedelta(seconds=each) for each in (stage.deadline_s, stage.soak_s))
+    own = ((member.seen_at, look.silent_after), (began, allowed))
+    for span in (*own, (opened, allowed), (opened, soak), (NOW, now)):
+        at = look.hearing.ends(*span)
+        if at != NEVER:
+            yield from (at, members.whole(at)) if span != own[0] else (members.whole(at),)
 
 
 class Counting(dict):
@@ -220,20 +232,22 @@ def comes_as_told(world, following, heard=(), by=MINUTE):
     assert world.events(1)[len(before) :][-1] == following["event"]
 
 
-def test_after_an_outage_it_says_that_it_listens_and_until_when(sessions, clock):
+def test_an_outage_counts_for_no_soak_and_that_is_said(sessions, clock):
     world, hosts, _ = ready(sessions, clock, 2)
     world.start("1.1.0", Stage(count=2, soak_s=600))
     for host in hosts:
         world.finish(host, 1, "healthy")
     world.tick(seconds=1)
+    begun = world.clock()
     world.clock.step(hours=2)
     with world.write() as session:
-        until = world.clock() + MINUTE
-        session.add(Lease(name=Lease.JOBS, holder="me", fence=2, until=until, since=world.clock()))
+        until, away = world.clock() + MINUTE, with_gap([], begun + MINUTE, world.clock())
+        session.add(Lease(name=Lease.JOBS, holder="me", fence=2, until=until, gaps=away))
     answer = told(world)
     (link,) = [link for link in answer["chain"] if not link["ok"]]
-    assert (link["code"], link["text"]) == ("listening", "the server was away; it listens until 14:03 UTC")
-    ends = world.clock() + standing.silent_after(MINUTE)
+    assert link["code"] == "soaking"
+    assert link["text"] == "it soaks until 14:10 UTC; the server was away meanwhile, which does not count"
+    ends = world.clock() + 90 * SECOND + timedelta(seconds=600 - 60 - 30)
     assert parse_iso(answer["next"]["at"]) == ends
     assert answer["next"]["event"] == "completed"
     world.clock.now = ends - SECOND

@@ -7,9 +7,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from agent_core import clock
+from agent_core.clock import parse_iso
 from agent_core.findings import State
-from release_server import doctor, presence, standing
-from release_server.members import NEVER
+from release_server import doctor, explain, presence, standing
+from release_server.hearing import NEVER
+from release_server.members import whole
 from release_server.models import Lease
 from release_server.presence import AHEAD, LENGTH, Pulse
 from release_server.stages import Stage
@@ -69,6 +71,7 @@ def test_of_many_web_processes_one_writes_and_a_gap_is_kept_until_the_next(world
     first.beat()
     gap = world.clock()
     assert row(world).since == gap
+    assert row(world).gaps == [[(gap - SECOND - LENGTH).isoformat(), gap.isoformat()]]
     world.clock.step(seconds=15)
     second.beat()
     assert row(world).since == gap
@@ -82,6 +85,30 @@ def test_a_clock_that_was_ahead_leaves_no_note_that_outlasts_it(world):
     world.clock.step(days=-365)
     pulse.beat()
     assert (row(world).until, row(world).since) == (world.clock() + LENGTH, world.clock())
+    assert row(world).gaps == [], "what it thought it missed has not come yet"
+
+
+def test_of_gaps_none_ends_later_than_now_and_what_is_long_past_goes():
+    told = [
+        (NOW + begun * HOUR, NOW + end * HOUR) for begun, end in ((-9_000, -8_999), (-9, -3), (-2, 5), (1, 9))
+    ]
+    kept = presence.with_gap([(begun.isoformat(), end.isoformat()) for begun, end in told], NOW + HOUR, NOW)
+    assert kept == [((NOW - a * HOUR).isoformat(), (NOW - b * HOUR).isoformat()) for a, b in ((9, 3), (2, 0))]
+
+
+def test_agents_are_heard_when_a_web_and_a_jobs_process_are_there(sessions):
+    with sessions.write() as session:
+        web = presence.with_gap([], NOW - 9 * MINUTE, NOW - 8 * MINUTE)
+        session.add(Lease(name=Lease.WEB, holder="", until=NOW - SECOND, gaps=web))
+        jobs = presence.with_gap([], NOW - 20 * MINUTE, NOW - 10 * MINUTE)
+        session.add(Lease(name=Lease.JOBS, holder="me", until=NOW - HOUR, gaps=jobs))
+    with sessions.read() as session:
+        heard = presence.hearing(session, NOW, MINUTE)
+    gaps = ((-20, -10), (-9, -8))
+    assert heard.gaps == (
+        *((NOW + a * MINUTE, NOW + b * MINUTE) for a, b in gaps),
+        (NOW - SECOND - LENGTH, NEVER),
+    )
 
 
 @pytest.mark.parametrize("skew", [4, 14, 19, 25, 49, 90, 600])
@@ -157,10 +184,39 @@ def test_the_silence_of_agents_halts_nothing_while_no_web_process_is_there(world
     back, (quiet, *others) = world.clock(), world.hosts.values()
     for host in others:
         world.finish(host, 1, "healthy")
-    while world.clock() < back + standing.silent_after(MINUTE):
+    comes_back = standing.back_after(MINUTE)  # of which a third counts
+    while world.clock() < back + standing.silent_after(MINUTE) + comes_back * 2 / 3:
         assert world.status(1).state == "running"
         world.clock.step(seconds=10)
         pulse.beat()
         world.tick()
     assert (world.status(1).state, world.status(1).detail) == ("paused", "1 of 3 failed (limit 0)")
     assert world.attempt(quiet, 1).state == "silent"
+
+
+def test_silence_counts_though_the_web_process_ends_every_quarter_of_an_hour(sessions, clock):
+    """It is away again before it has listened for three reports; and `why` knows when it ends."""
+    world, pulse = World(sessions, clock), Pulse(sessions, clock)
+    world.cohort(poll_s=60, report_s=300)
+    quiet, *others = world.enroll_many(3)
+    world.start("1.1.0", Stage(count=3, deadline_s=6 * 3_600))
+    clock.step(seconds=10)
+    began, foretold = clock(), None
+    world.heartbeats()
+    while clock() < began + 2 * HOUR and world.status(1).state == "running":
+        for second in range(15, 871, 15):
+            clock.step(seconds=15)
+            pulse.beat()
+            if second % 150 == 0:
+                world.heartbeat(*others)
+                world.tick()
+                with world.read() as session:
+                    foretold = explain.why_of_rollout(session, clock(), 1)["next"] or foretold
+        clock.step(seconds=30)
+        pulse = Pulse(sessions, clock)
+    assert (world.status(1).reason, world.attempt(quiet, 1).state) == ("max-failed", "silent")
+    with world.read() as session:
+        heard = presence.hearing(session, clock(), standing.back_after(5 * MINUTE))
+    ends = heard.ends(began, standing.silent_after(5 * MINUTE))
+    assert (foretold["event"], parse_iso(foretold["at"])) == ("halted", whole(ends))
+    assert standing.silent_after(5 * MINUTE) < ends - began < 40 * MINUTE

@@ -11,11 +11,13 @@ from agent_core.directive import assign
 from agent_core.errors import MalformedError, UsageError
 from agent_core.wire import AttemptState, Mode, Reason
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
+from release_server.hearing import ALWAYS, NEVER, Hearing
 from release_server.rollout import Counters, Spec, StageState, State, Status, Wanted, Why, reconcile
 from release_server.stages import Stage, check_stages, failed_limit, wanted_count
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 STAGES = (Stage(count=1, soak_s=60, deadline_s=600), Stage(share_bp=5000, soak_s=60), Stage(share_bp=10_000))
+DEADLINE, SOAK = (timedelta(seconds=each) for each in (STAGES[0].deadline_s, STAGES[0].soak_s))
 RUNNING = Status(
     State.RUNNING, 0, StageState.OPEN, 500, opened_at=NOW - timedelta(seconds=10), spec_revision=1
 )
@@ -29,7 +31,7 @@ def fleet(members=10, reached=1, waiting=0, **attempts):
     """Counters of a fleet; `attempts` by state, e.g. healthy=1."""
     known = {
         key: attempts.pop(key)
-        for key in ("waiting_since", "aside", "aside_count", "on_version", "listens_until")
+        for key in ("waiting_since", "aside", "aside_count", "on_version", "hearing")
         if key in attempts
     }
     counted = {AttemptState(name): count for name, count in attempts.items()}
@@ -533,11 +535,9 @@ def test_a_frozen_cohort_takes_nothing_new(state):
 @pytest.mark.parametrize(
     ("status", "wish", "waiting", "ends"),
     [
+        pytest.param(replace(RUNNING, opened_at=NOW - DEADLINE), Wanted.RUN, 1, "halted", id="deadline"),
         pytest.param(
-            replace(RUNNING, opened_at=NOW - timedelta(days=1)), Wanted.RUN, 1, "halted", id="deadline"
-        ),
-        pytest.param(
-            replace(RUNNING, stage_state=StageState.SOAKING, soaking_since=NOW - timedelta(days=1)),
+            replace(RUNNING, stage_state=StageState.SOAKING, soaking_since=NOW - SOAK),
             Wanted.RUN,
             0,
             "stage-passed",
@@ -556,7 +556,10 @@ def test_a_frozen_cohort_takes_nothing_new(state):
     ],
 )
 def test_nothing_ends_by_time_before_the_server_has_listened(status, wish, waiting, ends):
-    later = (NOW + timedelta(seconds=1), None)
-    deaf, heard = (fleet(waiting=waiting, healthy=1 - waiting, listens_until=until) for until in later)
-    assert names(reconcile(spec(wanted=wish), status, deaf, NOW)) == []
-    assert names(reconcile(spec(wanted=wish), status, heard, NOW))[0] == ends
+    minute = timedelta(minutes=1)
+    came = Hearing(((NOW - 2 * minute, NOW - minute + timedelta(seconds=1)),), minute)
+    gone = Hearing(((NOW - minute, NEVER),), minute)
+    heard = Hearing(((NOW - timedelta(days=9), NOW - timedelta(days=8)),), minute)
+    for hearing, expected in ((came, []), (gone, []), (heard, [ends]), (ALWAYS, [ends])):
+        seen = fleet(waiting=waiting, healthy=1 - waiting, hearing=hearing)
+        assert names(reconcile(spec(wanted=wish), status, seen, NOW))[:1] == expected

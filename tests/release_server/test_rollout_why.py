@@ -17,6 +17,7 @@ from release_server import agents, cohorts, explain, rollout_view, yanks
 from release_server import rollout_why as why
 from release_server.figures import Worse
 from release_server.foresight import Allowance
+from release_server.hearing import ALWAYS, NEVER, Hearing
 from release_server.rollout import FINISHED, Counters, Spec, StageState, State, Status, Wanted, Why, reconcile
 from release_server.stages import Stage
 from release_server.terms import Terms
@@ -24,7 +25,7 @@ from tests.release_server.fleet_world import World
 from tests.release_server.operator_desk import desk
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)  # a Monday
-SECOND = timedelta(seconds=1)
+SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 HORIZON_S = 60 * 86_400
 WINDOWS = (
     None,
@@ -33,6 +34,12 @@ WINDOWS = (
     Window(("mon", "tue"), "22:00", "04:00", "Europe/Berlin"),
 )
 CALENDARS = ({}, {}, {}, {"lunch": "mon 12:30-13:00 UTC"}, {"week": "2026-03-02..2026-03-04 UTC"})
+HEARINGS = (
+    Hearing(((NOW - timedelta(minutes=20), NOW - 30 * SECOND),), 90 * SECOND),
+    Hearing(((NOW - timedelta(minutes=80), NOW - timedelta(minutes=30)),), timedelta(hours=1)),
+    Hearing(tuple((NOW - each * MINUTE, NOW - each * MINUTE + 20 * SECOND) for each in range(60, 0, -2))),
+    Hearing(((NOW - timedelta(minutes=5), NEVER),), 90 * SECOND),
+)
 BEGUN = (StageState.OPEN, StageState.SOAKING)
 STANDING = (Why.FROZEN, Why.OUTSIDE_WINDOW, Why.NO_AGENTS)
 
@@ -92,6 +99,7 @@ class Dice(random.Random):
             candidates=(2_000, 10_000),
             attempts=attempts,
             worse=self.mostly((), (Worse("rss", 3, 4),)),
+            hearing=self.mostly(ALWAYS, *HEARINGS),
         )
 
     def situation(self):
@@ -176,6 +184,7 @@ LIFTS = {
     "soaking": lambda facts: replace(
         facts, status=replace(facts.status, soaking_since=NOW - timedelta(days=9))
     ),
+    "listening": lambda facts: counted(facts, hearing=ALWAYS),
     "going-back": lambda facts: counted(facts, on_version=0),
 }
 """What would have to be so for each reason to go."""
