@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console, slots
-from agent_core.errors import ConflictError, DiskError, UnreachableError
+from agent_core.errors import (
+    ConflictError,
+    DiskError,
+    Exit,
+    MalformedError,
+    NotAllowedError,
+    NotFoundError,
+    SettingsError,
+    TrustError,
+    UnreachableError,
+    UsageError,
+)
+from agent_core.wire import Reason
 from updater import control
 from updater.decide import Action
 
@@ -20,6 +32,25 @@ if TYPE_CHECKING:
     from updater.device import Device, Outcome
 
 DEFAULT_ROOT = "/var/lib/relfleet"
+
+EXITS: dict[Exit, frozenset[str]] = {
+    Exit.TRUST: frozenset(
+        {
+            *(TrustError.reason, Reason.BAD_SIGNATURE, Reason.EXPIRED, Reason.REPLAYED, Reason.BAD_METADATA),
+            *(Reason.BAD_DELEGATION, Reason.BAD_DIRECTIVE, Reason.DIGEST_MISMATCH, Reason.LENGTH_MISMATCH),
+            *(Reason.BAD_ARCHIVE, Reason.BAD_INDEX, Reason.BAD_ANSWER, Reason.BAD_CERTIFICATE),
+            *(Reason.WRONG_PRODUCT, Reason.WRONG_PLATFORM, Reason.GATE, Reason.BELOW_FLOOR, Reason.REVOKED),
+        }
+    ),
+    Exit.CONFLICT: frozenset(
+        {ConflictError.reason, Reason.OLDER, Reason.STEPPING_STONE, Reason.OLD_LAUNCHER}
+    ),
+    Exit.NOT_FOUND: frozenset({NotFoundError.reason, Reason.NO_BUNDLE}),
+    Exit.UNREACHABLE: frozenset({UnreachableError.reason, "timeout", Reason.OFFLINE, Reason.OVERLOADED}),
+    Exit.NOT_ALLOWED: frozenset({NotAllowedError.reason}),
+    Exit.USAGE: frozenset({UsageError.reason, SettingsError.reason, MalformedError.reason}),
+}
+"""By which code a refusal ends; those that are not here, such as a full disk, end with 1."""
 
 root_option = click.option(
     "--root",
@@ -38,6 +69,11 @@ def sentence(outcome: Outcome) -> str:
     word = {Action.STAY: "nothing to do", Action.REFUSE: "refused", Action.INSTALL: "to be installed"}
     verb = "failed" if outcome.failed and not outcome.verified else word[outcome.action]
     return f"{verb} ({outcome.reason}): {outcome.detail}".rstrip(": ")
+
+
+def exit_of(reason: str) -> Exit:
+    """The code by which a check ends that refused, or that could not be done (`docs/cli.md`)."""
+    return next((code for code, reasons in EXITS.items() if reason in reasons), Exit.FAILED)
 
 
 def unreadable(what: str, why: str) -> DiskError:

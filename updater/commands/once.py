@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console, slots
-from agent_core.errors import ConflictError, Exit, RelfleetError, UnreachableError
+from agent_core.errors import Exit, RelfleetError, UnreachableError
 from updater import activation, control, poll
-from updater.commands.common import root_option, sentence
+from updater.commands.common import exit_of, root_option, sentence
+from updater.decide import Action
 from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def once(root: Path, detailed_exitcode: bool) -> int:
     outcome = poll.check(device, progress=console.progress_line("download"))
     activated = bool(outcome.candidate) and _activate(device, outcome)
     console.emit(outcome.to_json(), text=sentence(outcome))
-    if outcome.failed:
-        return _exit_of(outcome)
+    if outcome.action is Action.REFUSE:
+        return exit_of(outcome.reason)
     if not (detailed_exitcode and outcome.candidate):
         return Exit.DONE
     if not activated:
@@ -67,14 +68,3 @@ def await_trial(device: Device, outcome: Outcome) -> int:
     raise UnreachableError(
         f"the trial of {outcome.version} is not over yet", then="agent status", reason="timeout"
     )
-
-
-def _exit_of(outcome: Outcome) -> int:
-    trust = {"bad-signature", "expired", "replayed", "bad-metadata", "bad-delegation", "bad-directive"}
-    trust |= {"digest-mismatch", "length-mismatch", "bad-archive", "bad-index"}
-    trust |= {"bad-answer", "bad-certificate"}
-    if outcome.reason in trust:
-        return Exit.TRUST
-    if outcome.reason == ConflictError.reason:
-        return Exit.CONFLICT
-    return Exit.UNREACHABLE if outcome.reason in ("offline", "overloaded") else Exit.FAILED
