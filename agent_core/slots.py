@@ -64,6 +64,9 @@ _HEAD = struct.Struct(">8sI32s")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")
 _CODE_LENGTH = 64
 _LOCK_WAIT_S = 5.0
+_NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.ELOOP})
+"""What a name answers that is missing, a directory, a pipe, a socket, or a link in a circle. No failing disk
+does so: what cannot be read now may hold a record, and is not passed over."""
 
 Skip = Tuple[str, str, int]
 """A bundle that failed here: the first 12 hex of its digest, why, and the retry epoch it failed in."""
@@ -323,7 +326,7 @@ class Slots:
         self.path = os.path.join(self.root, "state", "slots")
 
     def read(self) -> Record | None:
-        """The newest valid record, or None when neither slot (or no file) holds one.
+        """The newest valid record, or None when neither slot, or what is no file, holds one.
 
         Raises:
             OSError: the file is there and cannot be read.
@@ -355,28 +358,41 @@ class Slots:
     def _both(self) -> list[Record | None]:
         try:
             handle = disk.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would never open
-        except FileNotFoundError:
-            return [None, None]
-        try:
-            return [_decoded(disk.pread(handle, SLOT_LENGTH, place * SLOT_LENGTH)) for place in (0, 1)]
-        finally:
-            disk.close(handle)
+            try:
+                return [_decoded(disk.pread(handle, SLOT_LENGTH, place * SLOT_LENGTH)) for place in (0, 1)]
+            finally:
+                disk.close(handle)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return [None, None]
+            raise
 
     def _put(self, block: bytes, offset: int) -> None:
         try:
-            handle = disk.open(self.path, os.O_RDWR)
-        except FileNotFoundError:
-            # Somebody removed the file; one that is short is as good as one with two garbage slots.
-            disk.make_dirs(os.path.dirname(self.path), 0o700)
-            handle = disk.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._overwrite(block, offset, os.O_RDWR)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            # One that is short is as good as one with two garbage slots.
+            self._make_way()
+            self._overwrite(block, offset, os.O_RDWR | os.O_CREAT)
             disk.fsync_dir(os.path.dirname(self.path))
             disk.fsync_dir(self.root)
+
+    def _overwrite(self, block: bytes, offset: int, flags: int) -> None:
+        handle = disk.open(self.path, flags, 0o600)
         try:
             if disk.pwrite(handle, block, offset) != len(block):
                 raise OSError(errno.EIO, "short write", self.path)
             disk.fdatasync(handle)
         finally:
             disk.close(handle)
+
+    def _make_way(self) -> None:
+        """Somebody removed the file, or put there what is none: that is kept beside, for whoever wonders."""
+        disk.make_dirs(os.path.dirname(self.path), 0o700)
+        with suppress(FileNotFoundError):
+            disk.rename(self.path, f"{self.path}.damaged-{os.urandom(4).hex()}")
 
 
 def read(root: Root) -> Record | None:

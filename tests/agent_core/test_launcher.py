@@ -344,6 +344,15 @@ def test_with_both_slots_garbage_the_device_still_starts(device):
     assert device.record.good == A
 
 
+def test_with_a_directory_in_the_place_of_the_slots_the_device_still_starts(device):
+    device.version(A, "")
+    device.layout.slots.unlink()
+    (device.layout.slots / "inside").mkdir(parents=True)
+    assert device.run() == 0
+    assert device.started == [A]
+    assert device.record.good == A
+
+
 def test_a_root_that_is_not_there_is_not_made(device, tmp_path):
     assert device.run("--root", str(tmp_path / "typo")) == 1
     assert not (tmp_path / "typo").exists()

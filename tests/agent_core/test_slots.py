@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -386,6 +387,27 @@ def test_both_slots_garbage_trust_the_current_link(root, garbage):
     assert slots.read(root) is None
     assert plain(slots.recover(root)) == Record(good=A, previous=P, tried=A, reason="disk")
     assert slots.read(root).seq == 1
+
+
+NO_FILES = {
+    "directory": lambda path: (path / "inside").mkdir(parents=True),
+    "pipe": os.mkfifo,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "a link in a circle": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nowhere/at-all"),
+}
+
+
+@pytest.mark.parametrize("put", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_in_the_place_of_the_slots_is_kept_beside_and_the_links_are_trusted(root, put):
+    (root / "state/slots").unlink()
+    put(root / "state/slots")
+    before = (root / "state/slots").lstat().st_ino
+    assert slots.read(root) is None
+    assert plain(slots.recover(root)) == Record(good=A, previous=P, tried=A, reason="disk")
+    assert (root / "state/slots").is_file()
+    assert slots.raise_floor(root, 11) == slots.read(root)
+    assert before in [path.lstat().st_ino for path in (root / "state").glob("slots.damaged-*")]
 
 
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 8191])
@@ -781,11 +803,13 @@ def test_a_stopped_writer_does_not_keep_others_waiting_for_ever(root, monkeypatc
     assert slots.recover(root).good == A
 
 
-def test_a_record_that_cannot_be_read_is_left_alone_and_the_links_are_believed(root):
-    (root / "state/slots").rename(root / "state/kept")
-    (root / "state/slots").mkdir()
-    with pytest.raises(OSError):
-        slots.recover(root)
+def test_a_record_that_the_disk_does_not_give_out_is_left_alone_and_the_links_are_believed(root):
+    (root / "state/slots").unlink()
+    (root / "state/slots").symlink_to("/proc/self/mem")  # a read at its beginning is an error of the device
+    for call in (slots.read, slots.recover):
+        with pytest.raises(OSError, match="Input/output error"):
+            call(root)
+    assert (root / "state/slots").is_symlink()
     assert slots.believed(root).good == A
     assert slots.seq_on_trial(root) is None
 
