@@ -106,6 +106,11 @@ class Layout:
         return self.state / "identity.json"
 
     @property
+    def identity_copy(self) -> Path:
+        """The same once more: what is damaged in one place is taken from the other."""
+        return self.state / "identity.copy.json"
+
+    @property
     def key(self) -> Path:
         return self.state / "agent.key"
 

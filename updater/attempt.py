@@ -110,21 +110,26 @@ def settled(attempt: Attempt | None, record: Record) -> Attempt | None:
     if since is None or not slots.skips(record, attempt.digest, since):
         return None
     reason = next(entry[1] for entry in record.skip if entry[0] == attempt.digest)
-    return attempt.to(AttemptState.ROLLED_BACK, reason, record.reason if record.reason != reason else "")
+    words = attempt.detail or (record.reason if record.reason != reason else "")
+    return attempt.to(AttemptState.ROLLED_BACK, reason, words)
 
 
 @contextmanager
-def alone(layout: Layout) -> Iterator[None]:
+def alone(layout: Layout, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     """Be the only one who changes the note of the attempt, or begins the trial that it tells of.
 
     The lock is on the directory, so it needs no file and works on a full disk.
+
+    Args:
+        layout: of this host.
+        patience_s: how long to wait for somebody else who is at it.
 
     Raises:
         ConflictError: somebody else has been at it for too long.
     """
     handle = disk.open_dir(layout.state)
     try:
-        gives_up = time.monotonic() + _PATIENCE_S
+        gives_up = time.monotonic() + patience_s
         while True:
             try:
                 disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ import select
 import sys
 from typing import TYPE_CHECKING, Any
 
-from agent_core.errors import Exit, RelfleetError, SettingsError
+from agent_core.errors import DiskError, Exit, MalformedError, RelfleetError, SettingsError
 from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
@@ -49,15 +49,15 @@ def _check(root: Path) -> dict[str, Any]:
     """TUF is loaded by the first check, and stays; a quiet day's reports need none of it."""
     try:
         device = Device.load(root)
-    except SettingsError as error:
+    except (SettingsError, MalformedError, DiskError) as error:
         return _refused(Device.load_anyway(root), error).to_json()
     from updater import catalog, download, poll, stage  # noqa: F401 - all of it, before anything is begun
 
     return poll.check(device).to_json()
 
 
-def _refused(device: Device, error: SettingsError) -> Outcome:
-    """A slip in the settings is an outcome as well; the server hears of it, and of another one, at once."""
+def _refused(device: Device, error: RelfleetError) -> Outcome:
+    """What cannot be read of this host is an outcome as well; the server hears of it at once."""
     from updater import poll
 
     before, outcome = device.outcome(), Outcome.of_failure(error)

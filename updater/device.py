@@ -152,13 +152,13 @@ class Device:
 
     @classmethod
     def load_anyway(cls, root: Path) -> Self:
-        """The same, whatever stands in the settings files: for what has to go on, and installs nothing.
+        """The same, whatever stands in these files: for what has to go on, and installs nothing.
 
         Raises:
-            NotFoundError, MalformedError, DiskError: as of `load`.
+            NotFoundError: as of `load`.
         """
         layout = Layout(root)
-        return cls(layout, last_good.load(layout), identities.load(layout))
+        return cls(layout, last_good.load(layout), identities.load_anyway(layout))
 
     @property
     def server(self) -> str:
@@ -203,7 +203,7 @@ class Device:
         if before and before.directive == directive and before.since <= now:
             return before
         seen = Seen(directive, now)
-        notes.write(self.layout.state / "directive.json", seen.to_json())
+        notes.write(self.layout.state / "directive.json", notes.sealed(seen.to_json()))
         return seen
 
     # --- versions --------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Device:
         return _read(self.facts_file(name), ReleaseFacts)
 
     def keep_facts(self, name: str, facts: ReleaseFacts) -> None:
-        notes.write(self.facts_file(name), facts.to_json())
+        notes.write(self.facts_file(name), notes.sealed(facts.to_json()))
 
     def facts_file(self, name: str) -> Path:
         return self.layout.state / f"facts-{name}.json"
@@ -298,6 +298,6 @@ def _read(file: Path, kind: type[N]) -> N | None:
     """A note, or None when there is none that can be read: every note can be found out again."""
     try:
         body = durable.read_json(file)
-        return None if body is None else kind.from_json(body, file.name)
+        return kind.from_json(notes.unsealed(body, file.name), file.name) if body is not None else None
     except (RelfleetError, ValueError):
         return None

@@ -95,6 +95,10 @@ def _settings(host: Host) -> Iterator[Finding]:
 
 def _identity(host: Host) -> Iterator[Finding]:
     who = identities.load(host.layout)
+    if damaged := identities.damage(host.layout):
+        yield Finding("identity", State.BAD, damaged, "look at the disk; a running agent mends the file")
+    elif mended := control.read_status(host.layout).get("identity"):
+        yield Finding("identity", State.NOTE, str(mended), "look at the disk: dmesg, smartctl")
     named = f"{who.agent_id}, {who.product}"
     if not who.enrolled:
         then = "agent enroll --token-file FILE, once the server is in reach"
@@ -241,8 +245,11 @@ def _trust(host: Host) -> Iterator[Finding]:
         yield Finding("trust", State.BAD, f"the chain of roots is broken: {error.why}", then)
     else:
         yield Finding("trust", State.OK, f"root {newest} follows from the one that was installed")
-    memory = freshness.recall(host.layout.poll)
+    memory = freshness.recall(host.layout.poll, host.layout.tuf, host.now)
     now = freshness.trusted_time(memory, host.now)
+    if doubt := freshness.believed(host.layout.poll, host.layout.tuf)[1]:
+        then = "nothing to do: the next check writes it anew; look at the disk when it comes back"
+        yield Finding("trust", State.NOTE, doubt.partition("\n")[0], then)
     for role in known.roles(host.layout):
         if role.expires <= now:
             then = "agent once fetches what is newer; else release-server doctor"

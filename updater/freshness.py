@@ -5,6 +5,8 @@ Standard library only: the poll is one conditional GET, and TUF is loaded when t
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -14,10 +16,12 @@ from agent_core import clock, disk, layout
 from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.wire import Getter
-from updater import notes
+from updater import known, notes
 
 if TYPE_CHECKING:
     from updater.transport import Transport
+
+log = logging.getLogger(__name__)
 
 FULL_REFRESH_AFTER = timedelta(hours=6)
 TIMESTAMP_PATH = "/metadata/timestamp.json"
@@ -79,12 +83,40 @@ class Memory:
         )
 
 
-def recall(path: Path) -> Memory:
-    """Read the memory; what is missing or damaged counts as nothing remembered, so a full refresh follows."""
+def recall(path: Path, metadata_dir: Path, now: datetime) -> Memory:
+    """Read the memory; what is missing or damaged counts as nothing remembered, so a full refresh follows.
+
+    The highest signed time is not forgotten with a damaged file, nor believed whatever it is: in its place
+    stands what the timestamp says that lies verified in `metadata_dir`, taken as a first reading is.
+    """
+    memory, doubt = believed(path, metadata_dir)
+    if not doubt:
+        return memory
+    log.warning("signed time not believed", extra={"why": doubt})
+    cached = known.timestamp(metadata_dir)
+    high_water = raise_high_water(None, cached.signed_at, now) if cached else None
+    if cached is None or high_water is None or high_water >= cached.earliest_expiry:
+        return replace(memory, high_water=None, time_keys=())  # no refresh has ended by such a timestamp
+    return replace(memory, high_water=high_water, time_keys=cached.keys)
+
+
+def believed(path: Path, metadata_dir: Path) -> tuple[Memory, str]:
+    """The memory, and why its signed time is not to be believed; empty when it is.
+
+    A timestamp is kept here only when it had not expired by the highest signed time of then. So a time beyond
+    the expiry of the one that is kept was never seen: believed, it would have everything expired for ever.
+    Nobody on the network can bring that about, for he can have none kept that has expired.
+    """
     try:
-        return Memory.from_json(layout.read_json(path), path.name)
-    except (RelfleetError, OSError, ValueError):
-        return Memory()
+        body = layout.read_json(path)
+        memory = Memory() if body is None else Memory.from_json(body, path.name)
+    except (RelfleetError, OSError, ValueError) as error:
+        return Memory(), str(error)
+    expires = known.expiry(metadata_dir / "timestamp.json")
+    if expires is None or memory.high_water is None or memory.high_water < expires:
+        return memory, ""
+    what = f"{path.name} says that it was {clock.iso(memory.high_water)}"
+    return memory, f"{what}, and the verified timestamp ends at {clock.iso(expires)}"
 
 
 def remember(path: Path, memory: Memory) -> None:

@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_core import clock, disk, layout, wire
-from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError
+from agent_core.errors import DiskError, MalformedError, NotAllowedError, NotFoundError, RelfleetError
 from agent_core.late import late_dataclass
 from agent_core.wire import SCHEMA, Getter, Reason
 from updater import notes
@@ -79,24 +79,96 @@ class Identity:
         )
 
 
+NOBODY = Identity(server="", product="", agent_id="", platform="")
+"""Stands for an identity that cannot be read: a host that cannot tell who it is runs what it has, no more."""
+
+
 def load(paths: Layout) -> Identity:
-    """Read this host's identity.
+    """Read this host's identity; where the file is damaged or lost, from its copy.
 
     Raises:
         NotFoundError: it has not been enrolled.
-        MalformedError: the file is damaged.
+        MalformedError, DiskError: neither can be used.
     """
-    body = layout.read_json(paths.identity)
-    if body is None:
-        raise NotFoundError(
-            "this host is not enrolled", why=f"there is no {paths.identity}", then="agent enroll --server URL"
-        )
-    return Identity.from_json(body, paths.identity.name)
+    try:
+        return _read(paths.identity)
+    except (NotFoundError, MalformedError, DiskError) as error:
+        with suppress(NotFoundError, MalformedError, DiskError):
+            return _read(paths.identity_copy)
+        raise _lost(error) from error
+
+
+def load_anyway(paths: Layout) -> Identity:
+    """The same, and `NOBODY` where neither can be used.
+
+    Raises:
+        NotFoundError: it has not been enrolled.
+    """
+    try:
+        return load(paths)
+    except (MalformedError, DiskError):
+        return NOBODY
+
+
+def damage(paths: Layout) -> str:
+    """Why the file cannot be used, though its copy can; empty when it can, or neither can."""
+    try:
+        _read(paths.identity)
+    except (NotFoundError, MalformedError, DiskError) as error:
+        with suppress(NotFoundError, MalformedError, DiskError):
+            _read(paths.identity_copy)
+            return f"{paths.identity} cannot be used ({error.why or error.what}): its copy is in its place"
+    return ""
+
+
+def mend(paths: Layout) -> str:
+    """Let file and copy say the same: what the file says, and where that is damaged what the copy says.
+
+    Returns:
+        What was wrong with the file, as of `damage`.
+
+    Raises:
+        NotFoundError, MalformedError: neither can be used.
+        DiskError: nor can they be written.
+    """
+    damaged, identity = damage(paths), load(paths)
+    if damaged:
+        _write(paths.identity, identity)
+        return damaged
+    try:
+        is_kept = _read(paths.identity_copy) == identity
+    except (NotFoundError, MalformedError, DiskError):
+        is_kept = False
+    if not is_kept:
+        _write(paths.identity_copy, identity)
+    return ""
 
 
 def save(paths: Layout, identity: Identity) -> None:
-    """Write the identity durably."""
-    layout.write_json(paths.identity, identity.to_json(), 0o600)
+    """Write the identity durably; the copy first, so that one of the two is whole at every moment."""
+    _write(paths.identity_copy, identity)
+    _write(paths.identity, identity)
+
+
+def _read(file: Path) -> Identity:
+    body = layout.read_json(file)
+    if body is None:
+        raise NotFoundError(
+            "this host is not enrolled", why=f"there is no {file}", then="agent enroll --server URL"
+        )
+    return Identity.from_json(body, file.name)
+
+
+def _write(file: Path, identity: Identity) -> None:
+    notes.write(file, identity.to_json(), 0o600)
+
+
+def _lost(error: RelfleetError) -> RelfleetError:
+    """Both are damaged: a person has to say again who this host is, and until then it runs what it has."""
+    if isinstance(error, NotFoundError):
+        return error
+    then = "look at the disk; then agent enroll, again: what is installed stays, and runs on meanwhile"
+    return type(error)("this host cannot tell who it is", why=str(error).partition("\n")[0], then=then)
 
 
 def make_key(paths: Layout, *, fresh: bool = False) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from agent_core import layout as durable
 from agent_core import slots
 from agent_core.bundle import host_platforms
-from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
+from agent_core.errors import DiskError, MalformedError, NotFoundError, RelfleetError, UsageError
 from agent_core.settings import load_agent
 from agent_core.wire import AGENT_ID, EnrollAnswer, EnrollRequest, Reason
 from updater import activation, poll, server
@@ -106,8 +106,8 @@ def _check_trust(trust: bytes) -> None:
 def _check_same(layout: Layout, url: str, product: str) -> identities.Identity | None:
     try:
         before = identities.load(layout)
-    except NotFoundError:
-        return None
+    except (NotFoundError, MalformedError, DiskError):
+        return None  # whoever enrols a host that cannot tell who it is mends it
     if (before.server, before.product) != (url, product):
         raise UsageError(
             f"{layout.root} belongs to another agent",

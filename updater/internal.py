@@ -46,19 +46,26 @@ def preflight(root: Path) -> int:
     import updater.service  # noqa: F401 - that they import is what is tried
 
     # isort: split
-    from tuf.api.metadata import Metadata
-
-    from agent_core import slots
     from agent_core.bundle import INDEX_NAME, Index
 
     version_dir = Path(__file__).resolve().parents[2]
     index = Index.from_bytes((version_dir / INDEX_NAME).read_bytes())
-    device = Device.load(root)
-    slots.read(root)
-    for file in device.layout.tuf.glob("*.json"):
-        Metadata.from_bytes(file.read_bytes())
+    read_what_is_here(root)
     checker.answer({"ok": True, "version": index.version, "product": index.product})
     return Exit.DONE
+
+
+def read_what_is_here(root: Path) -> None:
+    """Read settings, identity, record and metadata; raises what their readers do when this version cannot."""
+    from tuf.api.metadata import Metadata
+
+    from agent_core import slots
+    from updater import known
+
+    device = Device.load(root)
+    slots.read(root)
+    for content in known.contents(device.layout):
+        Metadata.from_bytes(content)
 
 
 VERBS: dict[str, Callable[[Path], int]] = {

@@ -6,6 +6,7 @@ For people on the host and for what they ask by hand. Nothing is installed by it
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, disk
@@ -43,6 +44,48 @@ def roles(layout: Layout) -> list[Role]:
                 found.append(Role(name, int(signed["version"]), clock.parse_iso(signed["expires"])))
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
+    return found
+
+
+@late_dataclass(frozen=True)
+class Timestamp:
+    """When the cached timestamp was signed, its keys, and when the first cached role expires."""
+
+    signed_at: datetime | None
+    keys: tuple[str, ...]
+    earliest_expiry: datetime
+
+
+def timestamp(metadata_dir: Path) -> Timestamp | None:
+    """The cached timestamp, None when the cache cannot be read. All of it was verified before it was kept."""
+    cached = {name: _signed(metadata_dir / f"{name}.json") or {} for name in ROLES}
+    try:
+        signed_at = cached["timestamp"].get(SIGNED_AT)
+        keys = cached["root"]["roles"]["timestamp"]["keyids"]
+        return Timestamp(
+            None if signed_at is None else clock.parse_iso(signed_at),
+            tuple(sorted(map(str, keys))),
+            min(clock.parse_iso(role["expires"]) for role in cached.values() if role),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def expiry(file: Path) -> datetime | None:
+    """When these cached metadata expire, None when that cannot be read."""
+    try:
+        return clock.parse_iso((_signed(file) or {})["expires"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def contents(layout: Layout) -> list[bytes]:
+    """The cached roles that are metadata: what is damaged is fetched anew, and other files are nobody's."""
+    found = []
+    for name in ROLES:
+        with suppress(OSError):
+            content = disk.read_file(layout.tuf / f"{name}.json")
+            found += [content] if signed_part(content) else []
     return found
 
 

@@ -1,25 +1,29 @@
 """This module writes the notes under `state/`, whatever lies in their place: each can be found out again.
 
 A half-restored backup or a slip of the hand may leave a directory where a note should be. No file can take
-its name, so every check would fail for ever. What decides is no note: the record, keys, the identity and the
-root of trust are refused as they lie, and left to a person.
+its name, so every check would fail for ever. What decides is no note: keys and the root of trust are
+refused as they lie, and left to a person; record and identity have a second place, and are mended from it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from contextlib import suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from agent_core import disk
 from agent_core import layout as durable
-from agent_core.errors import DiskError
+from agent_core.errors import DiskError, MalformedError
 from agent_core.layout import PRIVATE_MODE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+SEAL = "sha256"
 
 
 def write(file: Path, value: Any, mode: int = 0o644) -> None:
@@ -29,6 +33,29 @@ def write(file: Path, value: Any, mode: int = 0o644) -> None:
         DiskError: it was not replaced; the old one still stands.
     """
     replace(file, lambda: durable.write_json(file, value, mode))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The same with its own digest, for a note whose numbers a host would go by for ever."""
+    return {**value, SEAL: _digest(value)}
+
+
+def unsealed(body: Any, name: str) -> Any:
+    """What was sealed; a note without a digest, by an older version or without need, is taken as it is.
+
+    Raises:
+        MalformedError: it is not what was written.
+    """
+    if not isinstance(body, dict) or SEAL not in body:
+        return body
+    value = {key: body[key] for key in body if key != SEAL}
+    if body[SEAL] != _digest(value):
+        raise MalformedError(f"{name} is damaged", why="it is not what was written")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def forget(file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from agent_core import clock, disk, slots
 from agent_core.bundle import Index, host_platforms
-from agent_core.errors import ConflictError, DiskError, RelfleetError, UnreachableError
+from agent_core.errors import ConflictError, DiskError, RelfleetError, TrustError, UnreachableError
 from agent_core.hooks import PRE_ACTIVATE, run_hook
 from agent_core.late import late_dataclass
 from agent_core.layout import clear_left_overs
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from agent_core.layout import Layout
     from agent_core.release_file import ReleaseFile
     from updater.catalog import Catalog, Release
+    from updater.decide import Running
     from updater.device import Device
     from updater.stage import Retention
     from updater.transport import Origin
@@ -78,7 +79,7 @@ def is_unchanged(device: Device) -> bool:
     """
     return freshness.is_unchanged(
         device.transport(),
-        freshness.recall(device.layout.poll),
+        freshness.recall(device.layout.poll, device.layout.tuf, clock.now()),
         device.layout.tuf,
         now=clock.now(),
         boot_s=clock.boot_s(),
@@ -172,7 +173,7 @@ def _is_vouched_for(device: Device, error: RelfleetError) -> bool:
         return False
     try:
         with _catalog(device, offline.KeptOrigin(targets)) as catalog:
-            memory = freshness.recall(device.layout.poll)
+            memory = freshness.recall(device.layout.poll, device.layout.tuf, clock.now())
             catalog.take(clock.now(), memory.high_water, time_keys=memory.time_keys)
             release = catalog.release(attempt.version, list(host_platforms()))
     except (RelfleetError, OSError) as problem:
@@ -209,7 +210,7 @@ def check_file(
         detail = f"the file holds {title.product}, this host runs {device.identity.product}"
         return Outcome(Action.REFUSE, str(Reason.WRONG_PRODUCT), detail, clock.iso(clock.now()))
     with _catalog(device, origin) as catalog:
-        memory = freshness.recall(device.layout.poll)
+        memory = freshness.recall(device.layout.poll, device.layout.tuf, clock.now())
         kept = offline.kept(device.layout)
         targets = catalog.take(clock.now(), memory.high_water, kept, memory.time_keys)
         offline.keep(device.layout, targets)
@@ -223,7 +224,7 @@ def check_file(
 
 def _refresh(device: Device, catalog: Catalog) -> freshness.Memory:
     """Full TUF refresh; what is to be remembered of it."""
-    known = freshness.recall(device.layout.poll)
+    known = freshness.recall(device.layout.poll, device.layout.tuf, clock.now())
     verified = catalog.refresh(clock.now(), known.high_water, known.time_keys)
     return verified.memory(clock.boot_s(), freshness.boot_id())
 
@@ -284,7 +285,7 @@ class _Check:
             product=device.identity.product,
             gate=device.identity.gate,
             platforms=tuple(host_platforms()),
-            running=device.running(),
+            running=self._running(),
             directive=directive,
             directive_seen=since,
             policy=policy,
@@ -298,6 +299,15 @@ class _Check:
         version = wanted(facts).version
         release = self.catalog.release(version, list(facts.platforms)) if version else None
         return replace(facts, offer=Offer(release.facts) if release else None), release
+
+    def _running(self) -> Running | None:
+        """What is good here, with its number as it is signed: a note of it is read where it no longer is."""
+        running = self.device.running()
+        with suppress(TrustError):
+            release = self.catalog.release(running.version, list(host_platforms())) if running else None
+            if running and release and release.facts.index_sha256.startswith(running.digest):
+                return replace(running, seq=release.facts.seq)
+        return running
 
     def _outcome(self, decision: Decision, facts: Facts) -> Outcome:
         return Outcome(

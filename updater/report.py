@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core import clock, slots
 from agent_core import layout as durable
-from agent_core.errors import NotAllowedError, RelfleetError
+from agent_core.errors import NotAllowedError, NotFoundError, RelfleetError
 from agent_core.spool import Spool
 from agent_core.wire import (
     MAX_TRANSITIONS,
@@ -35,7 +35,13 @@ SESSION_MARGIN_S = 60
 def build(
     device: Device, *, figures: Mapping[str, float] | None = None, transitions: tuple[Transition, ...] = ()
 ) -> Report:
-    """How this agent is now, by its record, its last check and its attempt in progress."""
+    """How this agent is now, by its record, its last check and its attempt in progress.
+
+    Raises:
+        NotFoundError: it does not know who it is, so nobody would be told anything by it.
+    """
+    if device.identity == identities.NOBODY:
+        raise NotFoundError("nothing is reported", why="this host cannot tell who it is", then="agent doctor")
     record = slots.read(device.layout.root)
     good = record.good if record else ""
     outcome = device.outcome()

@@ -53,6 +53,7 @@ REPORT_DEADLINE_S = 120.0
 BACKOFF_BASE_S = 2.0
 IDLE_HEALTH_S = 10.0
 TRIAL_STEP_S = 0.25
+WORDS_WAIT_S = 0.5
 NEXT_BOOT_S = 60.0
 """When the launcher could not start the candidate and ran the good version: how soon it tries again."""
 
@@ -72,6 +73,16 @@ def serve(root: Path) -> int:
         return Service(device, version_dir, index).run()
     finally:
         os.close(held)
+
+
+def _record(root: Path, name: str) -> slots.Record:
+    """The record; this version alone where there is none, or where the disk will not say: it runs already."""
+    try:
+        held = slots.read(root)
+    except OSError as error:
+        log.warning("record not read", extra={"why": str(error)})
+        held = None
+    return held or slots.Record(good=name, previous=name)
 
 
 def _log_to(settings: AgentSettings) -> None:
@@ -97,7 +108,7 @@ class Service:
         self.name = version_dir.name
         self.index = index
         self.root = device.layout.root
-        self.record = slots.read(self.root) or slots.Record(good=self.name, previous=self.name)
+        self.record = _record(self.root, self.name)
         self.runtime = Runtime(on_stop=self._on_stop, on_poll=self._on_signal)
         self.started_s = self.runtime.now_s()
         self.verified = False
@@ -117,7 +128,7 @@ class Service:
         self._reports = self.runtime.repeat("report", self._heartbeat, first_s=poll.report_s(device))
         self._live = Live(lambda: load_agent(device.layout), self._apply, device.settings)
         self._read_settings()
-        self._forced |= bool(self._live.problem)
+        self._forced |= bool(self._live.problem) or device.identity == identities.NOBODY
         self._watcher = Watcher(
             [device.layout.settings, device.layout.settings_dir],
             lambda: self.runtime.call_soon(self._reload_settings),
@@ -139,6 +150,7 @@ class Service:
     def _begin(self) -> None:
         """In the loop, where signals are heard: whoever finds this process in the status may wake it."""
         self._show(poll="not yet")
+        self._reload_identity()
         self._heed_request()
 
     @property
@@ -258,7 +270,8 @@ class Service:
     def _roll_back(self, reason: str, detail: str) -> None:
         log.warning("trial rolled back", extra={"version": self.name, "reason": reason, "why": detail})
         # The record keeps the code of the reason; the words for people are kept here, if the disk can.
-        with suppress(RelfleetError, OSError), attempts.alone(self.device.layout):
+        # A version that failed does not run on for them: who has the attempt now may have it for long.
+        with suppress(RelfleetError, OSError), attempts.alone(self.device.layout, WORDS_WAIT_S):
             attempt = attempts.load(self.device.attempt_file)
             if attempt and attempt.name == self.name:
                 attempts.save(self.device.attempt_file, replace(attempt, detail=detail))
@@ -435,6 +448,9 @@ class Service:
     def _reload_identity(self) -> None:
         """The checker may have learned of another cohort. A note that cannot be read changes nothing."""
         try:
+            if damaged := identities.mend(self.device.layout):
+                log.warning("identity mended", extra={"why": damaged})
+                self._show(identity=f"{damaged}, and was written over it at {clock.iso(clock.now())}")
             self._belong(identities.load(self.device.layout))
         except RelfleetError as error:
             log.warning("identity kept", extra={"why": str(error)})

@@ -41,7 +41,7 @@ class Client:
         self.transport = Transport(base.removesuffix(PREFIX), proxies={})
 
     def refresh(self) -> None:
-        memory = freshness.recall(self.directory / MEMORY)
+        memory = freshness.recall(self.directory / MEMORY, self.directory, clock.now())
         unchanged = freshness.is_unchanged(
             self.transport,
             memory,
@@ -56,7 +56,9 @@ class Client:
 
     def download(self, names: list[str], directory: Path, base_url: str) -> None:
         with self._catalog() as catalog:
-            tuf = self._refreshed(catalog, freshness.recall(self.directory / MEMORY))
+            tuf = self._refreshed(
+                catalog, freshness.recall(self.directory / MEMORY, self.directory, clock.now())
+            )
             with sorted_errors():
                 targets = [(name, tuf.get_targetinfo(name)) for name in names]
         consistent = tuf.trusted.root.consistent_snapshot

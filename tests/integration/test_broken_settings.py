@@ -1,4 +1,4 @@
-"""A host whose settings are broken: real programs, started anew as after a reboot."""
+"""A host whose settings or identity are broken: real programs, started anew as after a reboot."""
 
 from __future__ import annotations
 
@@ -55,3 +55,32 @@ def test_a_slip_in_the_settings_keeps_the_product_running_and_new_versions_away_
         assert comes(lambda: last_told(rig) == "bad-settings")
         host.layout.settings.write_text(good)
         assert comes(lambda: last_told(rig) == "up-to-date")
+
+
+def test_an_identity_in_whose_place_a_directory_lies_keeps_no_host_from_its_product_or_the_next(rig):
+    host = rig.copy(rig.home / "installed", rig.home / "mended")
+    assert host.settle(GOOD) == ""
+    host.lead_to(NEW)
+    whole = host.layout.identity.read_bytes()
+    host.layout.identity.unlink()
+    (host.layout.identity / "inside").mkdir(parents=True)
+    with host.running():
+        assert comes(lambda: host.rests_on(NEW))
+        assert host.layout.identity.read_bytes() == whole
+
+
+def test_a_host_that_cannot_tell_who_it_is_runs_its_product_takes_nothing_new_and_is_mended_by_hand(rig):
+    host = rig.copy(rig.home / "installed", rig.home / "nobody")
+    assert host.settle(GOOD) == ""
+    host.lead_to(NEW)
+    whole, files = host.layout.identity.read_bytes(), (host.layout.identity, host.layout.identity_copy)
+    for file in files:
+        file.write_bytes(b"{")
+    with host.running():
+        assert comes(lambda: "cannot tell who it is" in control.read_status(host.layout).get("poll", ""))
+        assert control.read_status(host.layout)["workload_pid"] is not None
+        assert host.rests_on(GOOD)
+        assert [file.read_bytes() for file in files] == [b"{", b"{"]
+        host.layout.identity.write_bytes(whole)
+        assert comes(lambda: host.rests_on(NEW))
+        assert host.layout.identity_copy.read_bytes() == whole

@@ -62,6 +62,12 @@ def test_the_reason_of_a_rollback_is_the_one_the_record_keeps():
     assert settled(STAGED.to(AttemptState.TRIAL), record).reason == "boots-used-up"
 
 
+def test_what_the_agent_said_of_a_rollback_outlives_its_restart():
+    record = Record(good=A, previous=A, skip=(("b" * 12, "unhealthy", 0),))
+    told = replace(STAGED, state=AttemptState.TRIAL, detail="web: no answer (3 in a row, 2 allowed)")
+    assert settled(told, record).detail == told.detail
+
+
 def test_an_attempt_survives_a_restart(tmp_path):
     save(tmp_path / "attempt.json", STAGED)
     assert load(tmp_path / "attempt.json") == STAGED

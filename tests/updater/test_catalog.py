@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -782,10 +783,10 @@ def test_a_clock_set_back_does_not_make_the_cache_fresh() -> None:
 
 def test_the_memory_survives_beside_what_others_keep_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "poll.json"
-    assert recall(file) == Memory()
+    assert recall(file, tmp_path, NOW) == Memory()
     file.write_text('{"backoff": 7}')
     remember(file, MEMORY)
-    assert recall(file) == MEMORY
+    assert recall(file, tmp_path, NOW) == MEMORY
     assert json.loads(file.read_text())["backoff"] == 7
 
 
@@ -793,9 +794,57 @@ def test_the_memory_survives_beside_what_others_keep_in_the_file(tmp_path: Path)
 def test_a_damaged_memory_means_a_full_refresh(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "poll.json"
     file.write_bytes(content)
-    assert recall(file) == Memory()
+    assert recall(file, tmp_path, NOW) == Memory()
     remember(file, MEMORY)
-    assert recall(file) == MEMORY
+    assert recall(file, tmp_path, NOW) == MEMORY
+
+
+FAR = datetime(9999, 12, 30, tzinfo=UTC)
+MARKS: dict[str, bytes] = {
+    "a year 9999": json.dumps({"high_water": clock.iso(FAR)}).encode(),
+    "a year 9999, and nothing that expires before": json.dumps(
+        {"high_water": clock.iso(FAR), "earliest_expiry": clock.iso(FAR + DAY)}
+    ).encode(),
+    "bytes that are no JSON": b"\xff",
+    "a cut": b'{"high_water": "20',
+}
+
+
+@pytest.mark.parametrize("content", MARKS.values(), ids=MARKS)
+def test_a_signed_time_that_nobody_signed_loses_no_host_and_is_told(
+    device: Device, repository: RepositorySimulator, tmp_path: Path, caplog: Any, content: bytes
+) -> None:
+    device.refresh()
+    file = tmp_path / "poll.json"
+    file.write_bytes(content)
+    memory = recall(file, device.directory, NOW - 300 * DAY)
+    assert memory == Memory(high_water=NOW, time_keys=memory.time_keys), "what the kept timestamp says"
+    assert memory.time_keys == tuple(sorted(repository.root.roles["timestamp"].keyids))
+    assert "signed time not believed" in caplog.text
+    device.high_water = memory.high_water
+    assert device.refresh().high_water == NOW
+
+
+def test_a_signed_time_within_what_was_verified_never_falls_to_what_is_kept(
+    device: Device, tmp_path: Path, caplog: Any
+) -> None:
+    verified = device.refresh()
+    file = tmp_path / "poll.json"
+    highest = verified.expires["timestamp"] - timedelta(seconds=1)
+    remember(file, replace(verified.memory(1.0, "boot"), high_water=highest, earliest_expiry=None))
+    assert recall(file, device.directory, NOW).high_water == highest
+    assert not caplog.records
+
+
+def test_a_time_that_the_kept_metadata_had_not_survived_is_none_either(
+    device: Device, repository: RepositorySimulator, tmp_path: Path
+) -> None:
+    device.refresh()
+    signed = json.loads((device.directory / "timestamp.json").read_text())
+    signed["signed"] |= {"x-signed-at": clock.iso(FAR), "expires": clock.iso(FAR + DAY)}
+    (device.directory / "timestamp.json").write_text(json.dumps(signed))
+    (tmp_path / "poll.json").write_bytes(b"")
+    assert recall(tmp_path / "poll.json", device.directory, NOW - 300 * DAY) == Memory()
 
 
 def unchanged(device: Device, memory: Memory) -> bool:

@@ -8,12 +8,13 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from tuf.api.serialization import DeserializationError
 
 from agent_core.layout import Layout
 from agent_core.wire import ReportAnswer
 from tests.http_origin import Origin, Status
 from updater import identity as identities
-from updater import report
+from updater import internal, report
 from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
@@ -43,6 +44,15 @@ def asked(root: Path, requests: str) -> list[str]:
     argv = [sys.executable, "-c", ASKED, str(root)]
     done = subprocess.run(argv, input=requests, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
+
+
+def test_a_preflight_reads_no_metadata_that_are_nobodys(enrolled: Path) -> None:
+    (enrolled / "state" / "tuf" / "stray.json").write_text("{}")
+    (enrolled / "state" / "tuf" / "targets.json").write_bytes(b"cut")
+    internal.read_what_is_here(enrolled)
+    (enrolled / "state" / "tuf" / "targets.json").write_text('{"signed": {"_type": "moon"}}')
+    with pytest.raises(DeserializationError):
+        internal.read_what_is_here(enrolled)
 
 
 def test_a_report_loads_no_tuf_and_a_check_does(enrolled: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -16,7 +18,7 @@ from agent_core.settings import AGENT, AgentSettings
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, ReleaseFacts
 from updater import attempt as attempts
-from updater import control, freshness, known, last_good, notes, offline, poll, report
+from updater import control, freshness, known, last_good, notes, offline, poll, report, service
 from updater import identity as identities
 from updater.attempt import Attempt
 from updater.commands import status, why
@@ -88,6 +90,7 @@ KINDS = {
     "loop": _loop,
     "directory": lambda file: (file / "inside").mkdir(parents=True),
     "pipe": os.mkfifo,
+    "socket": lambda file: os.mknod(file, stat.S_IFSOCK | 0o600),
     "unreadable": _unreadable,
 }
 ODD_VALUES = (
@@ -117,7 +120,8 @@ def _read_attempt(device):
 
 
 def _read_poll(device):
-    memory, now = freshness.recall(device.layout.poll), clock.now()
+    now = clock.now()
+    memory = freshness.recall(device.layout.poll, device.layout.tuf, now)
     freshness.trusted_time(memory, now)
     freshness.raise_high_water(memory.high_water, now, now)
     freshness.is_fresh(memory, timestamp_sha256="", now=now, boot_s=clock.boot_s(), boot_id="")
@@ -153,7 +157,9 @@ def _read_metadata(device):
     known.roles(device.layout)
     known.policy(device.layout, "shop")
     offline.kept(device.layout)
+    known.contents(device.layout)
     freshness.cached_timestamp_sha256(device.layout.tuf)
+    _read_poll(device)
 
 
 def _clear(file):
@@ -232,7 +238,7 @@ def test_every_note_is_written_again_whatever_lies_in_its_place(device):
         ),
         "poll.json": (
             lambda: freshness.remember(layout.poll, freshness.Memory("e")),
-            lambda: freshness.recall(layout.poll).etag == "e",
+            lambda: freshness.believed(layout.poll, layout.tuf)[0].etag == "e",
         ),
         "backoff.json": (
             lambda: control.remember_backoff(layout, 3, 40.0),
@@ -257,7 +263,7 @@ def test_every_note_is_written_again_whatever_lies_in_its_place(device):
         ),
         "counter": (lambda: None, lambda: identities.next_counter(layout) < 2**52),
     }
-    for kind in ("garbage", "directory", "pipe", "loop"):
+    for kind in ("garbage", "directory", "pipe", "socket", "loop"):
         for name, (write, is_written) in writers.items():
             if name == "counter" and kind == "loop":
                 continue  # a link is no slip: it is refused, see the next test
@@ -303,8 +309,91 @@ def test_what_decides_is_refused_or_read_and_stays_as_it_lies(device, kind):
     try:
         assert slots.read(layout.root) is None
     except OSError:
-        assert kind in ("loop", "directory", "pipe", "unreadable")
+        assert kind == "unreadable"
     assert before == {path: path.lstat().st_ino for path in layout.state.iterdir() if path.name != "counter"}
+
+
+def test_a_record_that_the_disk_does_not_give_out_keeps_what_was_started_running(device):
+    assert service._record(device.layout.root, NAME).seq == 1
+    device.layout.slots.unlink()
+    device.layout.slots.symlink_to("/proc/self/mem")  # a read at its beginning is an error of the device
+    assert service._record(device.layout.root, NAME) == slots.Record(good=NAME, previous=NAME)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_identity_in_whose_place_anything_lies_is_mended_from_its_copy_and_the_other_way(device, kind):
+    layout = device.layout
+    for spoilt in (layout.identity, layout.identity_copy):
+        identities.save(layout, IDENTITY)
+        spoilt.unlink()
+        KINDS[kind](spoilt)
+        assert identities.load(layout) == IDENTITY
+        told = spoilt == layout.identity
+        assert bool(identities.damage(layout)) is told
+        _look(device)
+        assert bool(identities.mend(layout)) is told
+        assert [spoilt.lstat().st_mode, spoilt.read_text()] == [
+            stat.S_IFREG | 0o600,
+            layout.identity.read_text(),
+        ]
+        assert identities.mend(layout) == ""
+        assert identities.load(layout) == IDENTITY
+
+
+def test_a_host_that_lost_both_runs_as_nobody_says_so_and_reports_nothing(device):
+    layout = device.layout
+    identities.save(layout, IDENTITY)
+    for file in (layout.identity, layout.identity_copy):
+        file.write_bytes(b"{")
+    anyway = Device.load_anyway(layout.root)
+    assert anyway.identity == identities.NOBODY
+    with pytest.raises(NotFoundError, match="nothing is reported"):
+        report.build(anyway)
+    with pytest.raises(MalformedError, match="cannot tell who it is") as refused:
+        identities.mend(layout)
+    assert "agent enroll" in refused.value.then
+    assert [file.read_bytes() for file in (layout.identity, layout.identity_copy)] == [b"{", b"{"]
+
+
+def test_a_save_that_is_cut_leaves_one_whole_identity(device, monkeypatch):
+    layout, written, write = device.layout, [], notes.write
+
+    def cut(file, value, mode):
+        if written:
+            raise DiskError("cut")
+        written.append(file)
+        write(file, value, mode)
+
+    identities.save(layout, IDENTITY)
+    with monkeypatch.context() as cutting:
+        cutting.setattr(notes, "write", cut)
+        with pytest.raises(DiskError):
+            identities.save(layout, replace(IDENTITY, cohort="other"))
+    assert identities.load(layout) == IDENTITY
+    assert identities.mend(layout) == ""
+    layout.identity.write_bytes(b"")
+    assert identities.load(layout) == IDENTITY
+
+
+@pytest.mark.parametrize("name", ["directive.json", f"facts-{NAME}.json"])
+def test_a_digit_that_rots_in_a_note_is_not_believed(device, name):
+    device.see(replace(DIRECTIVE, retry_epoch=1), NOON)
+    device.keep_facts(NAME, FACTS)
+    read = {"directive.json": device.seen, f"facts-{NAME}.json": lambda: device.facts(NAME)}[name]
+    assert read() is not None
+    file = device.layout.state / name
+    for field in ("retry_epoch", "seq"):
+        file.write_text(file.read_text().replace(f'"{field}": 1', f'"{field}": 9007199254740992'))
+    assert read() is None
+
+
+def test_metadata_that_nobody_knows_or_that_are_damaged_are_not_what_a_version_is_tried_by(device):
+    tuf = device.layout.tuf
+    (tuf / "targets.json").write_text('{"signed": {"version": 1}}')
+    (tuf / "snapshot.json").write_text('{"signed": {"ver')
+    (tuf / "stray.json").write_text("{}")
+    (tuf / "cohorts.json").mkdir()
+    assert known.contents(device.layout) == [b'{"signed": {"version": 1}}']
 
 
 @pytest.mark.parametrize("kind", KINDS)

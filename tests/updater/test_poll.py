@@ -23,7 +23,7 @@ from tests.http_origin import Origin
 from updater import activation, control, offline, poll, report
 from updater import attempt as attempts
 from updater.catalog import Release, alone
-from updater.decide import Action
+from updater.decide import Action, Running
 from updater.device import Device, Outcome
 from updater.identity import Identity
 from updater.service import Service
@@ -263,6 +263,23 @@ def test_a_trial_keeps_its_attempt_whatever_is_said_meanwhile(layout, origin, re
     assert attempts.load(device.attempt_file) is not None
 
 
+@pytest.mark.parametrize("noted", [2**52, None], ids=["absurd", "lost"])
+def test_the_number_of_what_runs_is_the_signed_one_wherever_that_is(layout, origin, release, noted):
+    """By a note of it that is far too high every release is older, for ever."""
+    device, digest = device_of(layout, origin), slots.digest_of(GOOD)
+    facts = replace(release.facts, version="1.0.0", seq=7, index_sha256=digest + "0" * 52)
+    signed = {"1.0.0": replace(release, facts=facts)}
+    catalog = SimpleNamespace(release=lambda version, _: signed.get(version))
+    check = poll._Check(device, catalog, device.transport(), clock.now(), None)
+    if noted is not None:
+        device.keep_facts(GOOD, replace(facts, seq=noted))
+    assert check._running() == Running("1.0.0", digest, 7)
+    signed["1.0.0"] = replace(release, facts=replace(facts, index_sha256="f" * 64))
+    assert check._running() == Running("1.0.0", digest, noted or 0), "another bundle under that version"
+    signed.clear()
+    assert check._running() == Running("1.0.0", digest, noted or 0), "no longer signed"
+
+
 # --- a check beside another one, between what that staged and its trial -----------------------------------
 
 WANTED = Directive("shop", "main", "2.0.0", None, 10_000, "salt", 2, splay_s=0)
@@ -292,7 +309,7 @@ class Beside:
     def follow(self, directive):
         catalog = SimpleNamespace(
             policy=lambda _: self._asked("policy", Policy()),
-            release=lambda *_: self._asked("release", self.release),
+            release=lambda version, _: self._asked("release" if version == "2.0.0" else "good", self.release),
             delta=lambda *_: self._asked("delta", None),
         )
         check = poll._Check(self.device, catalog, self.device.transport(), clock.now(), None)

@@ -39,6 +39,7 @@ class Host:
     Attributes:
         record: None when nothing is installed, or when it is damaged: then `lost` is what the links say.
         problem: why the settings, or the record, cannot be read; empty when they can.
+        doubt: what was read from a copy, and why; it keeps nothing from going on.
     """
 
     device: Device
@@ -46,6 +47,7 @@ class Host:
     lost: slots.Record | None
     problem: str
     now: datetime
+    doubt: str = ""
 
     @property
     def is_up(self) -> bool:
@@ -59,7 +61,7 @@ def look(root: Path) -> Host:
         NotFoundError, MalformedError, DiskError: it is not enrolled, or its identity cannot be read.
     """
     layout, problem = Layout(root), ""
-    identity = identities.load(layout)
+    identity, doubt = identities.load(layout), identities.damage(layout)
     try:
         settings = load_agent(layout)
     except RelfleetError as error:
@@ -72,7 +74,7 @@ def look(root: Path) -> Host:
         lost = None if record else slots.by_links(root)
     except OSError as error:
         record, lost, problem = None, slots.by_links(root), f"state/slots cannot be read: {error}"
-    return Host(Device(layout, settings, identity), record, lost, problem, clock.now())
+    return Host(Device(layout, settings, identity), record, lost, problem, clock.now(), doubt)
 
 
 def told(host: Host) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def told(host: Host) -> dict[str, Any]:
         "launcher": launcher_number(device.layout.launcher_file),
         "last_check": outcome.to_json() if outcome else None,
         "news": control.read_status(device.layout),
-        "problem": host.problem,
+        "problem": host.problem or host.doubt,
     }
 
 
@@ -148,9 +150,9 @@ def _lines(host: Host) -> list[tuple[str, Any]]:
         )
     )
     lines.append(("launcher", found["launcher"] or "missing: agent upgrade-launcher"))
-    lines += [
-        (key, found["news"][key]) for key in ("trial", "settings") if host.is_up and found["news"].get(key)
-    ]
+    news = found["news"] if host.is_up else {}
+    lines += [(key, news[key]) for key in ("trial", "settings", "identity") if news.get(key)]
+    lines += [("identity", host.doubt)] if host.doubt else []
     return [*lines, ("problem", host.problem)] if host.problem else lines
 
 

@@ -88,6 +88,8 @@ def _chain(host: Host, outcome: Outcome | None) -> Iterator[dict[str, Any]]:
         yield _link(ok=False, code="bad-settings", text=host.problem, then="agent config check; agent doctor")
     if not host.is_up:
         yield _link(ok=False, code="stopped", text="no agent runs here", then="agent run, or start the unit")
+    if host.doubt:
+        yield _link(ok=True, code="identity", text=host.doubt, then="")
     cohort = device.identity.cohort
     if device.identity.standing:
         text = STANDINGS.get(device.identity.standing, device.identity.standing)

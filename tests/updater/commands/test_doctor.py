@@ -56,9 +56,25 @@ def test_a_host_that_is_well_is_told_so_but_for_the_agent_that_does_not_run(well
     assert (code, {one["check"] for one in told}) == (1, {*CHECKS, "clock"})
 
 
+def _unlink_both(layout):
+    for file in (layout.identity, layout.identity_copy):
+        file.unlink()
+
+
+def _ahead(layout):
+    """A highest signed time of the year 9999, beside a timestamp that is verified and has a day to go."""
+    signed = {"version": 1, "expires": clock.iso(clock.now() + timedelta(days=1))}
+    (layout.tuf / "timestamp.json").write_text(json.dumps({"signed": signed}))
+    layout.poll.write_text(
+        '{"high_water": "9999-12-30T00:00:00Z", "earliest_expiry": "9999-12-31T00:00:00Z"}'
+    )
+
+
 FAULTS = {
     "settings": ("settings", lambda host: host.layout.settings.write_text("[poll"), State.BAD),
-    "not enrolled": ("identity", lambda host: host.layout.identity.unlink(), State.BAD),
+    "not enrolled": ("identity", lambda host: _unlink_both(host.layout), State.BAD),
+    "damaged identity": ("identity", lambda host: host.layout.identity.write_bytes(b"{"), State.BAD),
+    "signed time": ("trust", lambda host: _ahead(host.layout), State.NOTE),
     "key": ("identity", lambda host: host.layout.key.chmod(0o644), State.BAD),
     "no cohort": ("identity", lambda host: host.enroll(cohort=None), State.NOTE),
     "offline host": ("identity", lambda host: host.enroll(enrolled=False), State.NOTE),

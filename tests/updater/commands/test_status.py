@@ -135,10 +135,28 @@ def test_every_reason_not_to_update_says_what_would_change_it():
 
 @pytest.mark.parametrize("command", ["status", "why", "rollback", "hold", "install"])
 def test_a_host_that_is_not_enrolled_says_so(host, command):
-    host.layout.identity.unlink()
+    for file in (host.layout.identity, host.layout.identity_copy):
+        file.unlink()
     words = ["FILE"] if command == "install" else []
     code, _, said = host.agent(command, *words)
     assert (code, "not enrolled" in said, "agent enroll" in said) == (7, True, True)
+
+
+def test_an_identity_that_is_read_from_its_copy_is_told_and_keeps_nothing_from_going_on(host):
+    host.layout.identity.write_bytes(b"{")
+    told = host.ask("status")[1]
+    assert (told["agent_id"], "its copy" in told["problem"]) == ("web-17", True)
+    assert "its copy" in host.agent("status")[1]
+    link = next(link for link in host.ask("why")[1]["chain"] if link["code"] == "identity")
+    assert (link["ok"], "its copy" in link["text"]) == (True, True)
+
+
+@pytest.mark.parametrize("command", ["status", "why"])
+def test_a_host_that_cannot_tell_who_it_is_says_so_and_what_mends_it(host, command):
+    for file in (host.layout.identity, host.layout.identity_copy):
+        file.write_bytes(b"{")
+    code, _, said = host.agent(command)
+    assert (code, "cannot tell who it is" in said, "agent enroll" in said) == (2, True, True)
 
 
 def test_what_only_looks_writes_nothing(host):
