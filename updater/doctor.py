@@ -116,6 +116,7 @@ def _identity(host: Host) -> Iterator[Finding]:
 
 def _permissions(host: Host) -> Iterator[Finding]:
     layout, wrong = host.layout, []
+    _need_root(layout)
     owner = layout.root.stat().st_uid
     private = (layout.state, layout.tuf, layout.staging, layout.trash, layout.download, layout.key)
     for path in (layout.root, layout.versions, layout.launcher_file.parent, layout.launcher_file, *private):
@@ -144,6 +145,7 @@ def _permissions(host: Host) -> Iterator[Finding]:
 
 
 def _disk(host: Host) -> Iterator[Finding]:
+    _need_root(host.layout)
     found = disk.statvfs(host.layout.root)
     free = found.f_bavail * (found.f_frsize or 4096)
     reserve = host.settings.disk_reserve if host.settings else 0
@@ -162,6 +164,11 @@ def _disk(host: Host) -> Iterator[Finding]:
     if not ballast.exists() or ballast.stat().st_size < BALLAST_LENGTH:
         detail = "the ballast was given away to go back on a full disk"
         yield Finding("disk", State.NOTE, detail, "it comes back with room: agent enroll, again, makes it")
+
+
+def _need_root(layout: Layout) -> None:
+    if not layout.root.exists():
+        raise NotFoundError(f"there is no {layout.root}", then="agent enroll; or give another --root")
 
 
 def _mib(length: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent_core import console, slots
+from agent_core import console, disk, slots
 from agent_core.errors import (
     ConflictError,
     DiskError,
@@ -21,6 +21,7 @@ from agent_core.errors import (
     UnreachableError,
     UsageError,
 )
+from agent_core.layout import Layout
 from agent_core.wire import Reason
 from updater import control
 from updater.decide import Action
@@ -62,8 +63,10 @@ root_option = click.option(
 )
 
 
-def sentence(outcome: Outcome) -> str:
-    """One line that says what a check came to."""
+def sentence(outcome: Outcome, good: str = "") -> str:
+    """One line that says what a check came to, by what is `good` since."""
+    if outcome.candidate and outcome.candidate == good:
+        return f"{outcome.version} was staged, and is good ({outcome.reason})"
     if outcome.candidate:
         return f"{outcome.version} is verified and staged ({outcome.reason})"
     word = {Action.STAY: "nothing to do", Action.REFUSE: "refused", Action.INSTALL: "to be installed"}
@@ -74,6 +77,19 @@ def sentence(outcome: Outcome) -> str:
 def exit_of(reason: str) -> Exit:
     """The code by which a check ends that refused, or that could not be done (`docs/cli.md`)."""
     return next((code for code, reasons in EXITS.items() if reason in reasons), Exit.FAILED)
+
+
+def need_root(root: Path) -> Layout:
+    """The layout of a root that is there; a slip in `--root` is no host without versions.
+
+    Raises:
+        NotFoundError: nobody has enrolled this host there.
+    """
+    layout = Layout(root)
+    if not disk.exists(layout.state):
+        why = f"there is no {layout.state}"
+        raise NotFoundError("this host is not enrolled", why=why, then="agent enroll; or give another --root")
+    return layout
 
 
 def unreadable(what: str, why: str) -> DiskError:

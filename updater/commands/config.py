@@ -8,7 +8,7 @@ import click
 
 from agent_core import console
 from agent_core.layout import Layout
-from agent_core.settings import AGENT, load_agent
+from agent_core.settings import AGENT, fragments, load_agent
 from updater.commands.common import root_option
 
 if TYPE_CHECKING:
@@ -33,5 +33,8 @@ def config_show(root: Path) -> None:
 @root_option
 def config_check(root: Path) -> None:
     """Say whether the settings can be used."""
-    load_agent(Layout(root))
-    console.emit({"ok": True}, text=f"the settings of {root} can be used ({len(list(AGENT))} known)")
+    layout = Layout(root)
+    load_agent(layout)
+    files = [str(file) for file in (layout.settings, *fragments(layout.settings_dir)) if file.exists()]
+    said = f"can be used ({len(list(AGENT))} known)" if files else "are the defaults: no file sets any"
+    console.emit({"ok": True, "files": files}, text=f"the settings of {root} {said}")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from agent_core import console
-from agent_core.layout import Layout
 from updater import launchers
-from updater.commands.common import root_option
+from updater.commands.common import need_root, root_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +24,7 @@ def upgrade_launcher(root: Path, back: bool) -> None:
     The new one proves itself first, on a copy of the record; the old one is kept. What runs is not touched:
     the new launcher works from its next start on.
     """
-    layout = Layout(root)
+    layout = need_root(root)
     change = launchers.go_back(layout) if back else launchers.upgrade(layout)
     if change.changed:
         was = "none" if change.before is None else change.before

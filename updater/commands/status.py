@@ -14,7 +14,7 @@ from agent_core.settings import AGENT, AgentSettings, load_agent
 from updater import attempt as attempts
 from updater import control
 from updater import identity as identities
-from updater.commands.common import root_option, sentence
+from updater.commands.common import need_root, root_option, sentence
 from updater.device import Device
 
 if TYPE_CHECKING:
@@ -52,6 +52,16 @@ class Host:
     @property
     def is_up(self) -> bool:
         return control.is_running(self.device.layout)
+
+    @property
+    def failing(self) -> tuple[int, str]:
+        """How many polls of the agent have failed in a row, and the last one's words; 0 when none runs.
+
+        A poll that finds nothing new, or no server, is no check: the last of those may be fine.
+        """
+        failures, _ = control.recall_backoff(self.device.layout, 0.0)
+        words = control.read_status(self.device.layout).get("poll", "")
+        return (failures, str(words).partition("\n")[0]) if failures and self.is_up else (0, "")
 
 
 def look(root: Path) -> Host:
@@ -104,6 +114,7 @@ def told(host: Host) -> dict[str, Any]:
         "hold": _held(hold) if hold and hold.holds(host.now) else None,
         "launcher": launcher_number(device.layout.launcher_file),
         "last_check": outcome.to_json() if outcome else None,
+        "failed_polls": host.failing[0],
         "news": control.read_status(device.layout),
         "problem": host.problem or host.doubt,
     }
@@ -143,12 +154,13 @@ def _lines(host: Host) -> list[tuple[str, Any]]:
         until = found["hold"]["until"] or "somebody types agent unhold"
         lines.append(("held", f"until {until}: {found['hold']['reason']}"))
     outcome = host.device.outcome()
-    lines.append(
-        (
-            "last check",
-            f"{ago(outcome.at, host.now)}  {sentence(outcome)}" if outcome else "never: agent once",
-        )
-    )
+    good = record.good if record else ""
+    said = f"{ago(outcome.at, host.now)}  {sentence(outcome, good)}" if outcome else "never: agent once"
+    lines.append(("last check", said))
+    failures, words = host.failing
+    if failures:
+        rest = "" if outcome and outcome.failed else f"; {words}"
+        lines.append(("polls", f"the last {failures} failed{rest}"))
     lines.append(("launcher", found["launcher"] or "missing: agent upgrade-launcher"))
     news = found["news"] if host.is_up else {}
     lines += [(key, news[key]) for key in ("trial", "settings", "identity") if news.get(key)]
@@ -203,7 +215,7 @@ def ago(moment: str, now: datetime) -> str:
 @root_option
 def versions(root: Path) -> None:
     """Versions on this host."""
-    layout = Layout(root)
+    layout = need_root(root)
     record = slots.read(root)
     found = []
     for directory in sorted(layout.versions.iterdir()) if layout.versions.is_dir() else []:

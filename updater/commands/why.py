@@ -109,7 +109,13 @@ def _chain(host: Host, outcome: Outcome | None) -> Iterator[dict[str, Any]]:
     text = f"manifest verified, {at}" if outcome.verified else f"the manifest could not be verified, {at}"
     yield _link(ok=outcome.verified, code="verified", text=text, then=_changed_by(outcome.reason))
     moves = outcome.action is Action.INSTALL or outcome.reason == Reason.UP_TO_DATE
-    yield _link(ok=moves, code=outcome.reason, text=sentence(outcome), then=_changed_by(outcome.reason))
+    said = sentence(outcome, host.record.good if host.record else "")
+    yield _link(ok=moves, code=outcome.reason, text=said, then=_changed_by(outcome.reason))
+    failures, words = host.failing
+    if failures and not outcome.failed:
+        code = words.partition(":")[0]
+        text = f"the last {failures} polls failed; {words}"
+        yield _link(ok=False, code=code, text=text, then=_changed_by(code))
 
 
 def _changed_by(reason: str) -> str:

@@ -136,6 +136,7 @@ def test_what_waits_is_counted_in_a_copy(well):
 def test_nothing_at_all_is_examined_to_the_end(tmp_path):
     findings = doctor.examine(tmp_path / "nothing", NOW)
     assert {finding.check for finding in findings} >= set(CHECKS)
+    assert [finding for finding in findings if "could not be looked at" in finding.detail] == []
     assert not (tmp_path / "nothing").exists()
 
 

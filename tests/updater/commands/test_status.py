@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ from agent_core import clock
 from agent_core.wire import AttemptState, Reason
 from tests.updater.commands.conftest import A, B, C
 from updater import attempt as attempts
+from updater import control
 from updater.attempt import Attempt
+from updater.cli import main
 from updater.commands.why import CHANGED_BY, DISTRUST, _changed_by
 from updater.decide import Action, Hold
 from updater.device import Outcome
@@ -106,6 +109,34 @@ STATES = {
 }
 
 
+@pytest.fixture
+def running(host):
+    """A process that passes for this host's agent."""
+    words = [sys.executable, "-c", "import sys; sys.stdin.read()", "run", "--root", str(host.root)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as agent:
+        news = {"pid": agent.pid, "poll": "offline: no answer: connection refused"}
+        (host.layout.state / "status.json").write_text(json.dumps(news))
+        yield host
+
+
+def test_polls_that_fail_are_told_though_the_last_check_was_fine(running):
+    resting(running)
+    control.remember_backoff(running.layout, 7, 60.0)
+    assert "the last 7 failed; offline: no answer: connection refused" in running.agent("status")[1]
+    assert running.ask("status")[1]["failed_polls"] == 7
+    last = running.ask("why")[1]["chain"][-1]
+    assert (last["ok"], last["code"], last["then"]) == (False, "offline", CHANGED_BY[Reason.OFFLINE])
+    control.remember_backoff(running.layout, 0, 0.0)
+    assert "refused" not in running.agent("status")[1] + running.agent("why")[1]
+
+
+def test_what_was_staged_and_is_good_by_now_is_not_told_as_only_staged(host):
+    resting(host)
+    outcome(host, Action.INSTALL, Reason.UPDATE, version="1.1.0", candidate=B)
+    assert "1.1.0 was staged, and is good (update)" in host.agent("status")[1]
+    assert host.ask("why")[1]["chain"][-1]["ok"]
+
+
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 def test_both_say_how_it_is_and_what_would_change_it(host, state):
     state(host)
@@ -157,6 +188,14 @@ def test_a_host_that_cannot_tell_who_it_is_says_so_and_what_mends_it(host, comma
         file.write_bytes(b"{")
     code, _, said = host.agent(command)
     assert (code, "cannot tell who it is" in said, "agent enroll" in said) == (2, True, True)
+
+
+@pytest.mark.parametrize("command", ["status", "why", "versions", "upgrade-launcher", "hold", "doctor"])
+def test_a_slip_in_the_root_is_told_and_makes_nothing(tmp_path, capsys, command):
+    code = main([command, "--root", str(tmp_path / "slip")])
+    told = capsys.readouterr()
+    assert (code, "agent enroll" in told.out + told.err) == (1 if command == "doctor" else 7, True)
+    assert not (tmp_path / "slip").exists()
 
 
 def test_what_only_looks_writes_nothing(host):
