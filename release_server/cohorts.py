@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from release_server.freezes import Freeze
+
+MOST_MISSED = 200
+"""Of so many moments, at which freezes began or ended and nobody was there to see it, each is told."""
 
 # --- finding ---------------------------------------------------------------------------------------------
 
@@ -384,7 +388,7 @@ def _change(
     """
     due_at = status_of(session, cohort.id).due_at
     if due_at is not None and due_at <= now:
-        refresh_directive(session, now, cohort)  # what time has brought is told before what a person does
+        refresh_due(session, now)  # what time has brought is told before what a person does
     newest = newest_spec(session, cohort.id)
     spec = CohortSpec(**{name: getattr(newest, name) for name in COPIED} | changes)
     spec.because = {act: said for act, said in newest.because.items() if act not in (begins, ends)}
@@ -448,12 +452,14 @@ def refresh_directive(
     cohort: Cohort,
     base: str | None = None,
     act: standstill.Act = standstill.BY_TIME,
+    as_of: datetime | None = None,
 ) -> bool:
     """Make the cohort's directive anew; its revision grows only when its content changes.
 
     Args:
         base: the version the cohort has settled on from now on, when that changes.
         act: who led to it; the server where time did.
+        as_of: when time did, where nobody was there to see it.
 
     Returns:
         Whether there is a new one to sign.
@@ -463,23 +469,23 @@ def refresh_directive(
     """
     session.flush()
     status, spec = status_of(session, cohort.id), newest_spec(session, cohort.id)
-    settled = base or status.base
-    facts = _facts(session, now, cohort, spec, settled)
+    settled, moment = base or status.base, as_of or now
+    facts = _facts(session, moment, cohort, spec, settled)
     rollout = _rollout_facts(session, cohort)
     made = directive_for(facts, rollout, status.directive_revision).to_json()
     changed = made != status.directive
     if changed:
         stir(session)
         made["revision"] = status.directive_revision + 1
-    due_at, before = _changes_at(spec, now), _told(status)
-    stand = _stand(spec, now, before)
+    due_at, before = _changes_at(spec, moment), _told(status)
+    stand = _stand(spec, moment, before)
     if not changed and (settled, due_at, stand) == (status.base, status.due_at, before):
         return False
     moved = settled != status.base
     _store(session, now, cohort, status, base=settled, made=made, due_at=due_at, stand=stand)
     if settled is not None and moved:
         ways.rebase(session, now, cohort, settled)
-    standstill.tell(session, now, cohort, before, stand, act)
+    standstill.tell(session, now, cohort, before, stand, replace(act, at=moment))
     return changed
 
 
@@ -543,11 +549,28 @@ def _store(
 
 
 def refresh_due(session: Session, now: datetime) -> bool:
-    """Make directives anew whose freeze has ended or begun by itself; says whether any changed."""
-    due = select(Cohort).join(CohortStatus, CohortStatus.cohort_id == Cohort.id).order_by(Cohort.id)
-    ended = session.scalars(due.where(CohortStatus.due_at <= now, Cohort.deleted_at.is_(None))).all()
-    changed = [cohort.id for cohort in ended if refresh_directive(session, now, cohort)]
-    return bool(changed)
+    """Make directives anew whose freeze has ended or begun by itself; says whether any changed.
+
+    What began and ended while no jobs process was there is gone through in its order, so that it is told.
+    """
+    changed = False
+    for turn in range(MOST_MISSED):
+        due = _due(session, now)
+        if not due:
+            break
+        moment = due[0][1] if turn < MOST_MISSED - 1 else now
+        for cohort, due_at in due:
+            if due_at <= moment:
+                changed = refresh_directive(session, now, cohort, as_of=moment) or changed
+    return changed
+
+
+def _due(session: Session, now: datetime) -> list[tuple[Cohort, datetime]]:
+    """Cohorts of which something changes by time by now, and when; the first first."""
+    query = select(Cohort, CohortStatus.due_at).join(CohortStatus, CohortStatus.cohort_id == Cohort.id)
+    due = query.where(CohortStatus.due_at <= now, Cohort.deleted_at.is_(None))
+    found = session.execute(due.order_by(CohortStatus.due_at, Cohort.id))
+    return [(cohort, due_at) for cohort, due_at in found if due_at is not None]
 
 
 def _facts(

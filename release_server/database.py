@@ -7,13 +7,14 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import create_engine, event, inspect, text
+from sqlalchemy import create_engine, event, func, inspect, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from agent_core.errors import RelfleetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import datetime
 
     from alembic.config import Config as AlembicConfig
     from sqlalchemy import Connection, Engine
@@ -98,6 +99,14 @@ def for_writing(engine: Engine) -> Engine:
     if engine.dialect.name == "sqlite":
         return engine.execution_options(**{WRITES: True})
     return engine.execution_options(**{WRITES: True}, isolation_level="READ COMMITTED")
+
+
+def shared_now(session: Session) -> datetime | None:
+    """What time it is for all replicas of one database: PostgreSQL's; None on SQLite, which has one host."""
+    if session.get_bind().dialect.name == "sqlite":
+        return None
+    now: datetime | None = session.scalar(select(func.clock_timestamp()))
+    return now
 
 
 STIRRED = "stirred"

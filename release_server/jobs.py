@@ -1,7 +1,8 @@
 """The jobs process: the one that reconciles rollouts, has the signer sign, and exports the files.
 
 Any number may run; the holder of the lease `jobs` works and the others wait. Every transaction of the
-holder checks the lease's fence first, so that one that was paused and lost the lease writes nothing.
+holder checks the lease's fence first, so that one that was paused and lost the lease writes nothing. On
+PostgreSQL the lease goes by the database's clock: those of replicas may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from agent_core.errors import TrustError, UnreachableError
 from release_server import fleet, membership, repository
 from release_server.bell import Bell
 from release_server.blobs import Blobs
-from release_server.database import Sessions, make_engine
+from release_server.database import Sessions, make_engine, shared_now
 from release_server.models import Lease
 from release_server.presence import with_gap
 from release_server.retention.pruner import Pruner
@@ -68,7 +69,7 @@ def take_lease(session: Session, holder: str, now: datetime, length: timedelta) 
     Args:
         session: of `Sessions.write()`.
         holder: of `make_holder`.
-        now: when.
+        now: when, by the clock that all go by who may take it.
         length: how long it holds without being renewed.
 
     Returns:
@@ -130,6 +131,7 @@ class Jobs:
         config: the settings.
         clock: what time it is; tests step it.
         signer: who signs; without it the one that listens where the settings say.
+        shared_now: by what clock the lease is taken; where it says None, by `clock`.
     """
 
     def __init__(
@@ -138,9 +140,11 @@ class Jobs:
         *,
         clock: Callable[[], datetime] = wall.now,
         signer: SignerClient | None = None,
+        shared_now: Callable[[Session], datetime | None] = shared_now,
     ) -> None:
         self.config = config
         self.clock = clock
+        self.shared_now = shared_now
         self.sessions = Sessions(make_engine(config.database_url))
         self.blobs = Blobs(config.blobs, config.uploads)
         self.signer = signer or over_socket(config.signer_socket)
@@ -162,7 +166,7 @@ class Jobs:
         """
         now = self.clock()
         with self.sessions.write() as session:
-            fence = take_lease(session, self.holder, now, self.config.lease)
+            fence = take_lease(session, self.holder, self.shared_now(session) or now, self.config.lease)
         self.fence = fence
         self._note(leading=fence is not None)
         if fence is None:
@@ -293,7 +297,7 @@ class Jobs:
         self.bell.mute()
         try:
             with self.sessions.write() as session:
-                release_lease(session, self.holder, self.clock())
+                release_lease(session, self.holder, self.shared_now(session) or self.clock())
         except Exception:
             log.exception("the jobs lease was not given back; the next process waits for its end")
         self.sessions.close()

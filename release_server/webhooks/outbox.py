@@ -50,24 +50,32 @@ class Letter:
 # --- in the transaction in which something happens -------------------------------------------------------
 
 
-def tell(session: Session, now: datetime, kind: str, product: str, **data: Any) -> None:
+def tell(
+    session: Session, now: datetime, kind: str, product: str, happened: datetime | None = None, /, **data: Any
+) -> None:
     """Put an event into the outbox of each webhook that wants it; it is sent exactly when this is committed.
 
     Args:
         session: of `Sessions.write()`.
         kind: one of `events.TYPES`.
         product: what it is about; a webhook may be for one product only.
+        happened: when, where that was not just now.
         data: plain JSON values; never a secret.
     """
     for webhook in session.scalars(select(Webhook).order_by(Webhook.id)):
         if webhook.product in (None, product) and events.is_wanted(kind, webhook.events):
-            put(session, now, webhook, kind, {"product": product, **data})
+            put(session, now, webhook, kind, {"product": product, **data}, happened)
 
 
 def put(
-    session: Session, now: datetime, webhook: Webhook, kind: str, data: Mapping[str, Any]
+    session: Session,
+    now: datetime,
+    webhook: Webhook,
+    kind: str,
+    data: Mapping[str, Any],
+    happened: datetime | None = None,
 ) -> WebhookDelivery:
-    """Put one event into the outbox of one webhook."""
+    """Put one event into the outbox of one webhook; `happened` as of `tell`."""
     # Counted by the statement itself: another one of this transaction may have counted on a copy.
     sequence = session.execute(
         update(Webhook)
@@ -81,7 +89,7 @@ def put(
         event_id=f"msg_{secrets.token_hex(16)}",
         sequence=sequence,
         type=kind,
-        body=events.body(kind, now, sequence, data),
+        body=events.body(kind, happened or now, sequence, data),
         created_at=now,
         state=Kept.PENDING,
     )

@@ -8,7 +8,8 @@ stands is told again when its end is another, or the entry of the calendar it st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
@@ -42,13 +43,16 @@ class Stand:
 
 @dataclass(frozen=True)
 class Act:
-    """Who did what led to a change; the server is who, where time did."""
+    """Who did what led to a change, and when; the server is who, where time did."""
 
     actor: str = audit.SERVER
     reason: str = ""
+    at: datetime | None = None
 
 
 BY_TIME = Act()
+LATE = timedelta(minutes=1)
+"""Of what is noticed later than this the audit log says when it was."""
 
 
 def tell(session: Session, now: datetime, cohort: Cohort, before: Stand, after: Stand, act: Act) -> None:
@@ -57,32 +61,44 @@ def tell(session: Session, now: datetime, cohort: Cohort, before: Stand, after: 
         _tell_hand(session, now, cohort, after, act)
     if (before.by, before.until) != (after.by, after.until):
         if after.by:
-            _tell_calendar(session, now, cohort, after.by, after.until, frozen=True)
+            _tell_calendar(session, now, cohort, act.at, after.by, after.until)
         elif before.by:
-            _tell_calendar(session, now, cohort, before.by, None, frozen=False)
+            _tell_calendar(session, now, cohort, act.at, before.by, frozen=False)
     stood, stands = (bool(stand.by or stand.by_hand) for stand in (before, after))
     if stood != stands and _has_webhooks(session) and not _another_moves(session, cohort):
         kind = events.FLEET_STOPPED if stands else events.FLEET_RESUMED
-        outbox.tell(session, now, kind, cohort.product.name, reason=act.reason, actor=act.actor)
+        said = {"reason": act.reason, "actor": act.actor}
+        outbox.tell(session, now, kind, cohort.product.name, act.at, **said)
 
 
 def _tell_hand(session: Session, now: datetime, cohort: Cohort, after: Stand, act: Act) -> None:
     reason = act.reason
     if act.actor == audit.SERVER and not after.by_hand:
         reason = "its time is over"
-        _audit(session, now, cohort, "cohort.unfreeze", reason=reason)
-    _put(session, now, cohort, Act(act.actor, reason), "", after.hand_until, frozen=after.by_hand)
+        _audit(session, now, cohort, act.at, "cohort.unfreeze", reason=reason)
+    _put(session, now, cohort, replace(act, reason=reason), "", after.hand_until, frozen=after.by_hand)
 
 
 def _tell_calendar(
-    session: Session, now: datetime, cohort: Cohort, by: str, until: datetime | None, *, frozen: bool
+    session: Session,
+    now: datetime,
+    cohort: Cohort,
+    at: datetime | None,
+    by: str,
+    until: datetime | None = None,
+    *,
+    frozen: bool = True,
 ) -> None:
     ends = {"until": iso(until)} if until else {}
-    _audit(session, now, cohort, "cohort.freeze" if frozen else "cohort.unfreeze", by=by, **ends)
-    _put(session, now, cohort, Act(reason=f"by its calendar: {by}"), by, until, frozen=frozen)
+    _audit(session, now, cohort, at, "cohort.freeze" if frozen else "cohort.unfreeze", by=by, **ends)
+    _put(session, now, cohort, Act(reason=f"by its calendar: {by}", at=at), by, until, frozen=frozen)
 
 
-def _audit(session: Session, now: datetime, cohort: Cohort, action: str, **detail: str) -> None:
+def _audit(
+    session: Session, now: datetime, cohort: Cohort, at: datetime | None, action: str, **detail: str
+) -> None:
+    if at is not None and now - at > LATE:
+        detail["at"] = iso(at)
     audit.record(session, now, audit.SERVER, action, f"{cohort.product.name}/{cohort.name}", **detail)
 
 
@@ -101,7 +117,7 @@ def _put(
     kind = events.COHORT_FROZEN if frozen else events.COHORT_UNFROZEN
     ends = iso(until) if frozen and until else None
     said = {"until": ends, "by": by, "reason": act.reason, "actor": act.actor}
-    outbox.tell(session, now, kind, cohort.product.name, cohort=cohort.name, **said)
+    outbox.tell(session, now, kind, cohort.product.name, act.at, cohort=cohort.name, **said)
 
 
 def _has_webhooks(session: Session) -> bool:

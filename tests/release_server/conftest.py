@@ -157,7 +157,7 @@ def make_jobs(config, clock, make_signer):
     made = []
 
     def make():
-        made.append(Jobs(config, clock=clock, signer=make_signer()))
+        made.append(Jobs(config, clock=clock, shared_now=lambda _: None, signer=make_signer()))
         return made[-1]
 
     yield make

@@ -33,7 +33,7 @@ def served(config, clock, make_signer, trusted, blobs, accept, sessions):
     accept(metadata)
     with sessions.write() as session:
         cohorts.create(session, clock(), "olga", product="demo", name="eu", release="1.0.0")
-    jobs = Jobs(config, clock=clock, signer=make_signer())
+    jobs = Jobs(config, clock=clock, shared_now=lambda _: None, signer=make_signer())
     jobs.tick()
     yield jobs.tick
     jobs.close()
@@ -81,7 +81,7 @@ def tick(config, clock):
         answer, content = service._ask(head["op"], head.get("role", ""), body, 0, 0)
         return Getter(json.loads(json.dumps(answer)), "message"), content
 
-    jobs = Jobs(config, clock=clock, signer=SignerClient(ask))
+    jobs = Jobs(config, clock=clock, shared_now=lambda _: None, signer=SignerClient(ask))
     try:
         assert jobs.tick()
     finally:

@@ -6,13 +6,15 @@ import threading
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
+from agent_core import clock as wall
 from agent_core.errors import TrustError
 from release_server import fleet, jobs, signer
 from release_server.config import Config
 from release_server.jobs import Jobs, LostLeaseError
 from release_server.models import Lease, MetadataFile
+from tests import postgres
 from tests.agent_core.loop import wait_until
 
 
@@ -57,6 +59,29 @@ def test_a_lease_from_a_clock_that_was_far_ahead_does_not_last(make_jobs, clock)
     first.tick()
     clock.step(days=-3650)
     assert second.tick() is True
+
+
+@pytest.mark.skipif(not postgres.WANTED, reason="on SQLite all processes are of one host, and have one clock")
+@pytest.mark.parametrize(
+    "skew", [timedelta(minutes=10), timedelta(minutes=-10), timedelta(days=3650)], ids=str
+)
+def test_no_clock_of_a_replica_takes_a_lease_that_is_held_or_holds_one_that_has_ended(
+    config, make_signer, sessions, skew
+):
+    right, wrong = (
+        Jobs(config, signer=make_signer(), clock=lambda by=by: wall.now() + by) for by in (timedelta(), skew)
+    )
+    assert [right.tick(), wrong.tick(), right.tick(), wrong.tick()] == [True, False, True, False]
+    right.close()
+    assert [wrong.tick(), right.tick()] == [True, False]
+    assert lease(sessions).until - wall.now() < config.lease + timedelta(seconds=1)
+    with sessions.write() as session:
+        over = func.clock_timestamp() - timedelta(seconds=1)
+        session.execute(update(Lease).values(until=over))
+    assert [right.tick(), wrong.tick()] == [True, False]
+    assert lease(sessions).since is None, "somebody always was there"
+    wrong.close()
+    right.close()
 
 
 def test_a_pause_in_which_no_process_was_there_is_told_from_a_change_of_hands(

@@ -49,7 +49,7 @@ def scrape(client, token, clock):
 @pytest.fixture
 def jobs(config, clock, online_signer, trusted, accept):
     accept(trusted.targets())
-    made = Jobs(config, clock=clock, signer=online_signer)
+    made = Jobs(config, clock=clock, shared_now=lambda _: None, signer=online_signer)
     assert made.tick()
     yield made
     made.close()

@@ -14,7 +14,7 @@ from sqlalchemy import event, select
 from agent_core.errors import RelfleetError
 from release_server import cohorts, fleet
 from release_server.jobs import Jobs, LostLeaseError, take_lease
-from release_server.models import AuditEntry, WebhookDelivery, WebhookSecret
+from release_server.models import AuditEntry, CohortStatus, WebhookDelivery, WebhookSecret
 from release_server.retention.pruner import Pruner
 from release_server.serve import show_logs
 from release_server.webhooks import outbox, schedule, sender, subscriptions
@@ -224,7 +224,7 @@ def test_what_the_calendar_freezes_is_told_once_when_it_begins_and_once_when_it_
         ("12:30", "cohort.frozen", "eu", "lunch", "server"),
         ("12:30", "cohort.frozen", "us", "lunch", "server"),
         ("12:30", "fleet.stopped", None, None, "server"),
-        ("12:50", "cohort.unfrozen", "eu", "", "server"),
+        ("12:45", "cohort.unfrozen", "eu", "", "server"),
         ("13:30", "cohort.unfrozen", "eu", "lunch", "server"),
         ("13:30", "fleet.resumed", None, None, "server"),
         ("13:30", "cohort.unfrozen", "us", "lunch", "server"),
@@ -238,9 +238,54 @@ def test_what_the_calendar_freezes_is_told_once_when_it_begins_and_once_when_it_
         ]
     assert lines == [
         ("cohort.freeze", "demo/eu", {"by": "lunch", "until": "2026-05-01T13:30:00Z"}),
-        ("cohort.unfreeze", "demo/eu", {"reason": "its time is over"}),
+        ("cohort.unfreeze", "demo/eu", {"reason": "its time is over", "at": "2026-05-01T12:45:00Z"}),
         ("cohort.unfreeze", "demo/eu", {"by": "lunch"}),
     ]
+
+
+def test_a_freeze_that_began_and_ended_while_no_jobs_process_was_there_is_told_in_its_order(
+    world, heard, subscribe, send
+):
+    """Of two days; by a person, too, who steers a cohort before jobs are back."""
+    lunch = {"lunch": "mon-sun 12:30-13:00 UTC"}
+    for name in ("eu", "us"):
+        world.cohort(name, match=f"region={name}", calendar=lunch)
+    subscribe(heard.url, "cohort.*", "fleet.*")
+    world.clock.step(hours=22)
+    world.call(cohorts.edit, "demo", "us", calendar={})
+    world.tick(hours=4)
+    assert world.tick() is False
+    send()
+    told = [(at, kind, data.get("cohort"), data.get("until")) for at, kind, data in said(heard)]
+    first, second = (f"2026-05-{day}T13:00:00Z" for day in ("01", "02"))
+    assert told == [
+        ("12:30", "cohort.frozen", "eu", first),
+        ("12:30", "cohort.frozen", "us", first),
+        ("12:30", "fleet.stopped", None, None),
+        ("13:00", "cohort.unfrozen", "eu", None),
+        ("13:00", "fleet.resumed", None, None),
+        ("13:00", "cohort.unfrozen", "us", None),
+        ("12:30", "cohort.frozen", "eu", second),
+        ("13:00", "cohort.unfrozen", "eu", None),
+    ]
+    with world.read() as session:
+        entries = session.scalars(select(AuditEntry).order_by(AuditEntry.id)).all()
+    lines = [(entry.action, entry.detail["at"]) for entry in entries if "at" in entry.detail]
+    moments = ("2026-05-01T12:30:00Z", "2026-05-01T13:00:00Z", "2026-05-02T12:30:00Z", "2026-05-02T13:00:00Z")
+    assert sorted(lines) == sorted(
+        [("cohort.freeze", moments[0])] * 2
+        + [("cohort.unfreeze", moments[1])] * 2
+        + [("cohort.freeze", moments[2]), ("cohort.unfreeze", moments[3])]
+    )
+
+
+def test_of_a_calendar_that_nobody_looked_at_for_years_the_work_is_bounded_and_the_end_right(world):
+    world.cohort("eu", calendar={"night": "mon-sun 18:00-06:00 UTC"})
+    world.tick(days=3_000, hours=8)
+    assert world.tick() is False
+    with world.read() as session:
+        status = session.scalars(select(CohortStatus)).one()
+    assert (status.frozen_by, status.directive["mode"]) == ("night", "suspended")
 
 
 def test_a_freeze_whose_end_changes_is_told_again_once(world, heard, subscribe, send):
@@ -606,7 +651,9 @@ def test_a_process_that_lost_the_lease_notes_nothing_and_the_next_sends_the_same
     world, heard, subscribe, make_sender, config, clock, make_signer
 ):
     """Killed, or paused for too long, between the answer and the note of it."""
-    first, second = (Jobs(config, clock=clock, signer=make_signer()) for _ in range(2))
+    first, second = (
+        Jobs(config, clock=clock, shared_now=lambda _: None, signer=make_signer()) for _ in range(2)
+    )
     subscribe(heard.url)
     tell(world)
     first.fence = _take(first, clock)
