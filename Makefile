@@ -24,8 +24,8 @@ demo: $(READY) ## a real fleet updates itself: make demo [ARGS='--exit --agents 
 
 # Long stories with many real processes, and suites with a command of their own; `make test-long` runs them.
 LONG := tests/attacks tests/conformance tests/integration tests/release_server/api/test_contract.py \
-	$(patsubst %,tests/release_server/test_%.py,alerts editions_race nginx retention serve session signin_served \
-	slow_clients tls webhooks webhooks_served)
+	$(patsubst %,tests/release_server/test_%.py,alerts editions_race nginx retention serve session shares_race \
+	signin_served slow_clients tls webhooks webhooks_served)
 
 test: $(READY) ## the tests but for the long ones: make test [ARGS='tests/updater -k resume']
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(LONG:%=--ignore=%))

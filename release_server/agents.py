@@ -281,11 +281,6 @@ def retire(session: Session, now: datetime, actor: str, agent_id: str, *, reason
         audit.record(session, now, actor, "agent.retire", agent.id, reason=reason)
 
 
-def lock(session: Session, agent_id: str) -> None:
-    """Keep others from changing an agent until the transaction ends; one that is not there stays so."""
-    session.get(Agent, agent_id, with_for_update=True, populate_existing=True)
-
-
 def active(session: Session, agent_id: str) -> Agent:
     """The agent of that id, unless it is retired."""
     agent = find(session, agent_id)

@@ -13,7 +13,7 @@ from sqlalchemy import delete, func, select
 
 from agent_core.wire import PROGRESS_FULL, AttemptState, LeaseAnswer, LeaseRequest, LeaseTerms, Phase
 from release_server import cohorts, membership
-from release_server.models import ActivationLease, Agent, Product
+from release_server.models import ActivationLease, Agent
 from release_server.why import Room
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def most(terms: LeaseTerms, members: int) -> int:
 def ask(session: Session, now: datetime, agent: Agent, wanted: LeaseRequest, lasts: timedelta) -> LeaseAnswer:
     """Grant a lease, renew the one there is, or say how many others have theirs.
 
+    In a write transaction, of which there is one at a time (decision 0019): two that counted at once would
+    both find room for the last one.
+
     Args:
         agent: proven.
         lasts: how long this agent may be quiet.
@@ -49,8 +52,6 @@ def ask(session: Session, now: datetime, agent: Agent, wanted: LeaseRequest, las
     if cohort is None or cohort.lease is None:
         return LeaseAnswer(granted=True)
     terms = LeaseTerms.from_json(cohort.lease)
-    # One at a time: two that counted at once would both find room for the last one.
-    session.execute(select(Product.id).where(Product.id == agent.product_id).with_for_update())
     session.execute(delete(ActivationLease).where(ActivationLease.until <= now))
     held = session.get(ActivationLease, agent.id, populate_existing=True)
     domain = membership.labels_of(agent).get(terms.scope, "")

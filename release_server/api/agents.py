@@ -148,7 +148,6 @@ def _ask(path: AgentPath, service: Callable[..., None], **said: Any) -> Answer:
     hub = services()
     now = hub.clock()
     with hub.sessions.write() as session:
-        agents.lock(session, path.id)  # of two that were meant for one edition one comes second
         edition = editions.of_agent(agents.show(session, now, path.id))
         then = f"release agents show {path.id}, then the same again"
         editions.refuse_stale(f"agent {path.id}", edition, then)

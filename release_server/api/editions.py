@@ -44,7 +44,8 @@ LOOK = "look at it and ask again"
 def refuse_stale(what: str, edition: str, then: str = LOOK) -> None:
     """Refuse a request that was meant for another edition; one without `If-Match` is meant for any.
 
-    Call it in the transaction that changes. Of two that pass at once only one stores the next revision.
+    Call it in the write transaction that changes, of which there is one at a time (decision 0019): of two
+    that are meant for one edition the second finds the next.
 
     Args:
         then: what to do about it.
