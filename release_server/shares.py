@@ -173,6 +173,7 @@ def _line(terms: BudgetTerms, domain: str, beside: Beside) -> Line:
         taken_bps=beside.taken_bps,
         downloads=beside.downloads,
         full=beside.left(terms) < LEAST_SHARE_BPS,
+        by_another=beside.allowed(terms) < terms.bytes_per_s,
     )
 
 

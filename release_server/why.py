@@ -126,7 +126,12 @@ class Room:
 
 
 class Line(NamedTuple):
-    """How much of its failure domain's download budget others use; `mine_bps`: what it may use itself."""
+    """How much of its failure domain's download budget others use.
+
+    Attributes:
+        mine_bps: what it may use itself.
+        by_another: it is not its own cohort's budget, but a smaller one of who downloads or waits there.
+    """
 
     domain: str
     budget_bps: int
@@ -135,11 +140,13 @@ class Line(NamedTuple):
     full: bool
     mine_bps: int = 0
     until: datetime | None = None
+    by_another: bool = False
 
     @property
     def text(self) -> str:
         taken, budget = f"{self.taken_bps / 1000:g} kB/s", f"{self.budget_bps / 1000:g} kB/s"
-        return f"{self.domain} downloads with {taken} of {budget} ({self.downloads} at it)"
+        whose = ", another cohort's budget" if self.by_another else ""
+        return f"{self.domain} downloads with {taken} of {budget}{whose} ({self.downloads} at it)"
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,10 @@ def kiosk(world):
 
 def test_products_and_cohorts_that_share_a_site_share_its_line_by_the_smallest_budget(world, kiosk):
     assert given_to(world, "web-0", kiosk) == [50_000, 10_000]
-    assert given_to(world, "web-1") == [0], "the stricter budget stands while it is used"
+    refused = ask(world, "web-1")
+    assert refused["rate_bps"] == 0, "the stricter budget stands while it is used"
+    said = "site berlin downloads with 60 kB/s of 60 kB/s, another cohort's budget (2 at it)"
+    assert refused["detail"] == said
     ask(world, kiosk, done=True)
     assert given_to(world, "web-1", kiosk) == [50_000, 0]
 
