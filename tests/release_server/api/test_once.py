@@ -196,8 +196,8 @@ def test_of_many_that_come_at_once_to_several_replicas_one_does_it(world, sessio
     assert count(sessions, Rollout) == 1
 
 
-def ask_and_die(app, text, statement):
-    """In a child: start the rollout, and be killed at the given statement; whether it was."""
+def ask_and_die(app, text, statement, path="/rollouts", body=ROLLOUT):
+    """In a child: ask for it, and be killed at the given statement; whether it was."""
     child = os.fork()
     if child:
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -211,7 +211,7 @@ def ask_and_die(app, text, statement):
 
         event.listen(app.extensions["relfleet"].sessions.engine, "before_cursor_execute", count_down)
         headers = {"Authorization": f"Bearer {text}"} | KEY
-        app.test_client().post("/api/v1/rollouts", json=ROLLOUT, headers=headers)
+        app.test_client().post(f"/api/v1{path}", json=body, headers=headers)
     finally:
         sys.stderr.flush()
         os._exit(0)
@@ -229,3 +229,34 @@ def test_killed_at_any_statement_and_sent_again_it_is_done_once(world, sessions,
     assert count(sessions, Rollout) == count(sessions, KeptAnswer) == 1
     (made,) = call("GET", "/rollouts").json["items"]
     assert made["state"] == "running"
+
+
+PLAN = {
+    "product": "demo",
+    "seen": {"all": 1, "eu": 0},
+    "steps": [
+        {"verb": "pin", "cohort": "all", "version": "1.0.0"},
+        {"verb": "create", "cohort": "eu", "match": "region=eu", "release": "1.1.0"},
+        {"verb": "freeze", "cohort": "eu"},
+    ],
+}
+
+
+def test_a_plan_killed_at_any_statement_is_not_begun_and_sent_again_it_is_done_whole(
+    world, sessions, config, clock, token, call
+):
+    world.enroll("web-1", labels={"region": "eu"})
+    before = count(sessions, AuditEntry) + 1  # the token
+    app = create_app(config, clock=clock)
+    text, statement = token("admin", name="pipeline"), 3
+    sessions.close()  # no connection is shared with a child
+    while ask_and_die(app, text, statement, "/plan", PLAN):
+        done = [count(sessions, model) for model in (CohortSpec, KeptAnswer, AuditEntry)]
+        assert done == [1, 0, before]
+        statement += 17
+        sessions.close()
+    assert statement > 40
+    found = {cohort["name"]: cohort for cohort in call("GET", "/cohorts").json["items"]}
+    assert (found["all"]["pin"], found["eu"]["frozen"]) == ("1.0.0", True)
+    assert call("GET", "/agents/web-1").json["cohort"] == "eu"
+    assert count(sessions, KeptAnswer) == 1
