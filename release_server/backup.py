@@ -13,53 +13,53 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
 
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, MalformedError, NotFoundError, RelfleetError, TrustError
-from release_server.blobs import digest_of, sync_directory, write_file
+from release_server.blobs import copy_file, digest_of, sync_directory, write_file
 from release_server.config import FILE, Config
 from release_server.database import current_revision, make_engine, newest_revision, upgrade
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
-    from pathlib import Path
 
 MANIFEST = "backup.json"
 SQLITE = "relfleet.db"
 DUMP = "relfleet.pgdump"
 DIRECTORIES = ("keys", "trust", "blobs")
 """After the database: it names what lies in `blobs/`, and bundles are never changed there."""
-PAGES = 256
-"""So many pages of SQLite are copied at a time; writers go on between two such steps."""
 
 
 def back_up(config: Config, target: Path, now: datetime) -> dict[str, Any]:
-    """Copy a server, which may be running, into a new directory.
+    """Copy a server, which may be running, into a new directory; what fails leaves nothing there.
 
     Returns:
         What `backup.json` says.
 
     Raises:
         ConflictError: `target` is there and not empty.
-        NotFoundError: the database is PostgreSQL and there is no `pg_dump`.
+        NotFoundError: there is no database, or it is PostgreSQL and there is no `pg_dump`.
     """
     _refuse_full(target)
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target.chmod(0o700)
     revision = _revision(config.database_url)
-    _copy_database(config, target)
-    write_file(target / FILE, (config.data / FILE).read_bytes(), mode=0o600)
-    for name in DIRECTORIES:
-        if (config.data / name).is_dir():
-            _copy_directory(config.data / name, target / name)
-    files = {str(place.relative_to(target)): _digest(place) for place in _files(target)}
-    said = {"schema": 1, "made_at": iso(now), "revision": revision, "files": files}
-    write_file(target / MANIFEST, json.dumps(said, indent=1, sort_keys=True).encode() + b"\n", mode=0o600)
+    if revision is None:
+        raise _no_database("it has no schema")
+    with _making(target):
+        _copy_database(config, target)
+        write_file(target / FILE, (config.data / FILE).read_bytes(), mode=0o600)
+        for name in DIRECTORIES:
+            if (config.data / name).is_dir():
+                _copy_directory(config.data / name, target / name)
+        files = {str(place.relative_to(target)): _digest(place) for place in _files(target)}
+        said = {"schema": 1, "made_at": iso(now), "revision": revision, "files": files}
+        manifest = json.dumps(said, indent=1, sort_keys=True).encode() + b"\n"
+        write_file(target / MANIFEST, manifest, mode=0o600)
     return said
 
 
@@ -88,24 +88,30 @@ def restore(source: Path, data: Path, finish: Callable[[Config], None]) -> Confi
         )
     made = data.with_name(f".{data.name}.restoring")
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(mode=0o700, parents=True)
-    for name in said["files"]:
-        if name != DUMP:
-            (made / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.copy2(source / name, made / name)
-    for directory in ("uploads", "repository/metadata", "repository/targets"):
-        (made / directory).mkdir(mode=0o700, parents=True)
-    if (source / DUMP).exists():
-        _restore_dump(Config.load(made).database_url, source / DUMP)
-    upgrade(Config.load(made).database_url)
-    finish(Config.load(made))
-    for directory, _, _ in os.walk(made):
-        sync_directory(made.joinpath(directory))
-    if data.exists():
-        data.rmdir()
-    made.rename(data)
+    with _making(made):
+        _fill(source, made, said["files"])
+        finish(Config.load(made))
+        for directory, _, _ in os.walk(made):
+            sync_directory(made.joinpath(directory))
+        if data.exists():
+            data.rmdir()
+        made.rename(data)
     sync_directory(data.parent)
     return Config.load(data)
+
+
+def _fill(source: Path, made: Path, names: Iterable[str]) -> None:
+    """Everything of the backup, in a data directory whose database is at today's schema."""
+    for name in names:
+        if name != DUMP:
+            copy_file(source / name, made / name)
+    for directory in ("uploads", "repository/metadata", "repository/targets"):
+        (made / directory).mkdir(mode=0o700, parents=True)
+    url = Config.load(made).database_url
+    _refuse_another(made, url, is_dump=DUMP in names)
+    if DUMP in names:
+        _restore_dump(url, source / DUMP)
+    upgrade(url)
 
 
 def check(source: Path) -> dict[str, Any]:
@@ -143,12 +149,31 @@ def _refuse_full(directory: Path) -> None:
         )
 
 
+@contextmanager
+def _making(directory: Path) -> Iterator[None]:
+    """A new directory that nobody else reads; when what fills it fails, nothing of it is left."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
 def _revision(url: str) -> str | None:
+    made = make_url(url)
+    if made.get_backend_name() == "sqlite" and not Path(str(made.database)).exists():
+        raise _no_database(f"{made.database} is not there")  # asking would make an empty one
     engine = make_engine(url)
     try:
         return current_revision(engine)
     finally:
         engine.dispose()
+
+
+def _no_database(why: str) -> NotFoundError:
+    return NotFoundError("there is no database to back up", why=why, then="name the server's own --data")
 
 
 # --- the database ----------------------------------------------------------------------------------------
@@ -166,14 +191,36 @@ def _copy_database(config: Config, target: Path) -> None:
 
 
 def _copy_sqlite(source: str, target: Path) -> None:
-    """SQLite's own online copy: of one moment; it begins anew when somebody writes meanwhile."""
+    """SQLite's own online copy, of one moment.
+
+    All in one step: between two it would begin anew whenever somebody has written, and under a fleet that
+    reports all the time never end. Writers do not wait for it, for the log of WAL is theirs meanwhile.
+    """
     write_file(target, b"", mode=0o600)
     with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(target)) as copy:
-        live.backup(copy, pages=PAGES, sleep=0.005)
+        live.backup(copy)
         found = copy.execute("PRAGMA integrity_check").fetchone()[0]
         copy.execute("PRAGMA journal_mode=DELETE")
     if found != "ok":
         raise RelfleetError("the database is damaged", why=str(found), then="restore an earlier backup")
+
+
+def _refuse_another(made: Path, url: str, *, is_dump: bool) -> None:
+    """The settings name the database that the backup is of, or what was restored would never be looked at."""
+    named = make_url(url)
+    is_file = named.get_backend_name() == "sqlite"
+    if is_dump and not is_file:
+        return
+    if not is_dump and is_file and Path(str(named.database)) == made / SQLITE:
+        return
+    raise ConflictError(
+        f"the backup holds {'a dump of PostgreSQL' if is_dump else SQLITE}",
+        why=f"and the settings name {named.render_as_string(hide_password=True)}",
+        then="name an empty database of PostgreSQL in RELFLEET_DATABASE_URL"
+        if is_dump
+        else "RELFLEET_DATABASE_URL= release-server db restore …",
+        reason="another-database",
+    )
 
 
 def _restore_dump(url: str, dump: Path) -> None:
@@ -211,9 +258,7 @@ def _copy_directory(source: Path, target: Path) -> None:
     """Each file whole; one that is being written beside its place, by a dot in front, is left out."""
     for place in _files(source):
         if not place.name.startswith("."):
-            copied = target / place.relative_to(source)
-            copied.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.copy2(place, copied)
+            copy_file(place, target / place.relative_to(source))
 
 
 def _files(directory: Path) -> Iterable[Path]:

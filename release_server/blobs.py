@@ -269,6 +269,14 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """On the disk when this returns: what is said to be whole stays so when the power goes."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+    with target.open("rb") as copied:
+        os.fsync(copied.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside a directory survive a power cut."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

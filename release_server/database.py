@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import create_engine, event, func, inspect, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from agent_core.errors import RelfleetError
@@ -239,3 +241,22 @@ def current_revision(engine: Engine) -> str | None:
 def newest_revision() -> str:
     """The revision this program wants: the files are numbered, so that asking does not load alembic."""
     return max(file.name.partition("_")[0] for file in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """What a database refuses to a command, such as a connection or more room, is no mistake of ours.
+
+    Raises:
+        RelfleetError: `database`, with its own words.
+    """
+    try:
+        yield
+    except (sqlite3.Error, DBAPIError) as error:
+        own = error.orig if isinstance(error, DBAPIError) else error
+        raise RelfleetError(
+            "the database cannot be used",
+            why=str(own).partition("\n")[0],
+            then="see that it is there, that database.url names it, and that its disk has room",
+            reason="database",
+        ) from error

@@ -27,10 +27,11 @@ def db() -> None:
 @data_option
 def db_upgrade(data: Path) -> None:
     """Bring the schema to what this program wants."""
-    from release_server.database import upgrade
+    from release_server.database import failures_named, upgrade
 
     config = Config.load(data)
-    upgrade(config.database_url)
+    with failures_named():
+        upgrade(config.database_url)
     _show_revision(config)
 
 
@@ -42,13 +43,15 @@ def db_current(data: Path) -> None:
 
 
 def _show_revision(config: Config) -> None:
-    from release_server.database import current_revision, make_engine, newest_revision
+    from release_server.database import current_revision, failures_named, make_engine, newest_revision
 
     engine = make_engine(config.database_url)
     try:
-        console.emit({"current": current_revision(engine), "wanted": newest_revision()})
+        with failures_named():
+            found = current_revision(engine)
     finally:
         engine.dispose()
+    console.emit({"current": found, "wanted": newest_revision()})
 
 
 @db.command("backup")
@@ -58,8 +61,10 @@ def db_backup(target: Path, data: Path) -> None:
     """Copy the server, which may be running, into the new directory TARGET: it then holds private keys."""
     from agent_core.clock import now
     from release_server import backup
+    from release_server.database import failures_named
 
-    said = backup.back_up(Config.load(data), target.absolute(), now())
+    with failures_named():
+        said = backup.back_up(Config.load(data), target.absolute(), now())
     told = {"backup": str(target), "made_at": said["made_at"], "files": len(said["files"])}
     console.emit(told, f"{target} has {len(said['files'])} files; it holds private keys, keep it as such")
 
@@ -77,6 +82,7 @@ def db_restore(source: Path, data: Path, published: str | None, nothing_publishe
     """
     from release_server import backup
     from release_server import published as since
+    from release_server.database import failures_named
 
     if (published is None) is not nothing_published:
         raise UsageError(
@@ -86,7 +92,8 @@ def db_restore(source: Path, data: Path, published: str | None, nothing_publishe
         )
     fetch = since.origin(published) if published is not None else None
     taken: dict[str, int] = {}
-    config = backup.restore(source, data.absolute(), lambda made: taken.update(_follow(made, fetch)))
+    with failures_named():
+        config = backup.restore(source, data.absolute(), lambda made: taken.update(_follow(made, fetch)))
     newer = ", ".join(f"{role} {version}" for role, version in taken.items()) or "nothing newer"
     console.emit(
         {"data": str(config.data), "taken_over": taken},

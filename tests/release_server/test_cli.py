@@ -259,3 +259,33 @@ def test_a_backup_is_restored_by_the_command_once_it_is_said_what_agents_have_se
     code, said = call("db", "current", "--data", fresh)
     assert said["current"] == said["wanted"] == newest_revision()
     assert call("db", "restore", kept, "--data", fresh, "--nothing-published")[0] == Exit.CONFLICT
+
+
+def test_a_server_without_a_database_is_not_backed_up_as_an_empty_one(made, call, tmp_path):
+    (made / "relfleet.db").unlink()
+    code, said = call("db", "backup", str(tmp_path / "kept"), "--data", str(made))
+    assert (code, said["error"]["why"]) == (Exit.NOT_FOUND, f"{made}/relfleet.db is not there")
+    assert not (tmp_path / "kept").exists()
+    assert not (made / "relfleet.db").exists()
+
+
+def test_a_backup_is_not_restored_beside_a_database_that_settings_name_instead(
+    made, call, tmp_path, monkeypatch
+):
+    kept, fresh = str(tmp_path / "kept"), tmp_path / "fresh"
+    assert call("db", "backup", kept, "--data", str(made))[0] == Exit.DONE
+    monkeypatch.setenv("RELFLEET_DATABASE_URL", f"sqlite:///{tmp_path}/another.db")
+    code, said = call("db", "restore", kept, "--data", str(fresh), "--nothing-published")
+    assert (code, said["error"]["reason"]) == (Exit.CONFLICT, "another-database")
+    assert not list(tmp_path.glob("*fresh*"))
+    assert not (tmp_path / "another.db").exists()
+
+
+@pytest.mark.parametrize("words", [("current",), ("upgrade",), ("backup", "kept")], ids=" ".join)
+def test_a_database_that_cannot_be_used_is_no_bug_of_ours(made, call, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    (made / "relfleet.db").write_bytes(b"no database at all" * 1000)
+    code, said = call("db", *words, "--data", str(made))
+    assert (code, said["error"]["reason"]) == (Exit.FAILED, "database")
+    assert said["error"]["why"] == "file is not a database"
+    assert not (tmp_path / "kept").exists()
