@@ -79,7 +79,7 @@ class Memory:
             refreshed_boot_s=get.number("refreshed_boot_s", 0.0),
             boot_id=get.text("boot_id", ""),
             high_water=high_water,
-            time_keys=get.texts("time_keys", ()),
+            time_keys=get.texts("time_keys", []),
         )
 
 

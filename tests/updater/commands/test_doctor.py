@@ -19,6 +19,7 @@ from tests.updater.commands.conftest import A, B
 from updater import diagnostics, doctor
 from updater.catalog import Catalog
 from updater.doctor import CHECKS, State
+from updater.freshness import Memory, remember
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
@@ -65,9 +66,8 @@ def _ahead(layout):
     """A highest signed time of the year 9999, beside a timestamp that is verified and has a day to go."""
     signed = {"version": 1, "expires": clock.iso(clock.now() + timedelta(days=1))}
     (layout.tuf / "timestamp.json").write_text(json.dumps({"signed": signed}))
-    layout.poll.write_text(
-        '{"high_water": "9999-12-30T00:00:00Z", "earliest_expiry": "9999-12-31T00:00:00Z"}'
-    )
+    ahead = datetime(9999, 12, 30, tzinfo=UTC)
+    remember(layout.poll, Memory("e", "0" * 64, ahead + timedelta(days=1), ahead, high_water=ahead))
 
 
 FAULTS = {
