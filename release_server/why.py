@@ -44,6 +44,9 @@ UNREMARKABLE = frozenset(
 )
 """What an agent may report without being in its own way."""
 
+HELD = "held on the host"
+"""How a device begins the detail of that decision."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -247,6 +250,8 @@ def chain(facts: Facts, now: datetime) -> list[Link]:
     if version is not None:
         links += _release(facts, version)
         links += _postponed(facts, version, now)
+    elif facts.held:
+        links.append(Link(True, str(Reason.HELD), _hold(facts)))
     return [*links, *_reported(facts, links)]
 
 
@@ -415,8 +420,7 @@ def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:
     elif facts.phase != Phase.IDLE:
         yield Link(True, facts.phase, f"it is at work: {facts.phase}")
     if facts.held:
-        text = f"held on the host: {facts.detail}".rstrip(": ")
-        yield Link(False, str(Reason.HELD), text, "agent unhold (there)", says=Reason.HELD)
+        yield Link(False, str(Reason.HELD), _hold(facts), "agent unhold (there)", says=Reason.HELD)
     if facts.failed is not None:
         state, reason, detail = facts.failed
         text = f"{version} {state.replace('_', ' ')} here: {reason} {detail}".strip(": ")
@@ -429,6 +433,12 @@ def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:
         yield _line(facts.line, has_all=facts.reason == Reason.LEASE)
     if facts.room is not None:
         yield _room(facts.room)
+
+
+def _hold(facts: Facts) -> str:
+    """That it is held, and why where its last decision was about that."""
+    said = facts.detail if facts.reason == Reason.HELD else ""
+    return said if said.startswith(HELD) else f"{HELD}: {said}".rstrip(": ")
 
 
 def _by_the_clock(facts: Facts, directive: Directive, now: datetime) -> Iterator[Link]:

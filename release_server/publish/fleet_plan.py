@@ -23,7 +23,7 @@ class Step:
     Attributes:
         said: what the API is told.
         shows: for people, what changes: name, before, after.
-        agents: how many the cohort has now.
+        agents: how many it reaches: those that the cohort has now, and those that come into it.
     """
 
     verb: str

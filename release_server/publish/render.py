@@ -130,7 +130,7 @@ def agent_view(agent: Mapping[str, Any], now: datetime) -> str:
                 "cohort",
                 f"{agent.get('cohort') or 'none'}{' (moved here)' if agent.get('cohort_fixed') else ''}",
             ),
-            ("state", f"{agent.get('state')}{', held on the host' if agent.get('held') else ''}"),
+            ("state", _state(agent)),
             ("phase", agent.get("phase")),
             ("last decision", last or "none reported"),
             ("platform", agent.get("platform")),
@@ -155,6 +155,12 @@ def agent_view(agent: Mapping[str, Any], now: datetime) -> str:
         if events
         else text
     )
+
+
+def _state(agent: Mapping[str, Any]) -> str:
+    """Its one word, and that it is held where something weightier hides it."""
+    state = str(agent.get("state"))
+    return f"{state}, held on the host" if agent.get("held") and state != "held" else state
 
 
 def why(answer: Mapping[str, Any], width: int = WIDTH) -> str:
@@ -439,7 +445,7 @@ def agreed(rollout: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (watch_s := terms.get("watch_s", WATCH_S)) != WATCH_S:
         said.append(f"watched for {duration(watch_s)} afterwards" if watch_s else "not watched afterwards")
     pairs += [("terms", "; ".join(said))] if said else []
-    return [*pairs, ("plan", str(rollout["digest"])[:12])] if terms.get("approval") else pairs
+    return [*pairs, ("plan", str(rollout["digest"]))] if terms.get("approval") else pairs
 
 
 TERMS = {

@@ -256,7 +256,17 @@ def test_what_only_the_agent_knows_is_told_in_its_words(reason):
 
 def test_what_a_link_says_already_is_not_said_twice():
     held = waiting(held=True, reason="held", detail="held on the host: fair")
-    assert [link.code for link in why.chain(held, NOW) if not link.ok] == ["not-yet", "held"]
+    blocked = [link for link in why.chain(held, NOW) if not link.ok]
+    assert [link.code for link in blocked] == ["not-yet", "held"]
+    assert blocked[-1].text == "held on the host: fair"
+
+
+def test_a_hold_is_told_with_its_reason_alone_and_where_there_is_nothing_to_update_to_as_well():
+    elsewhere = why.chain(waiting(held=True, reason="not-yet", detail="at 10%"), NOW)
+    assert [link.text for link in elsewhere if link.code == "held"] == ["held on the host"]
+    word = Directive("demo", "eu-web", "1.1.0", "1.1.0", 10_000, SALT, 1)
+    settled = why.chain(waiting(held=True, running="1.1.0", directive=word), NOW)
+    assert [(link.ok, link.text) for link in settled if link.code == "held"] == [(True, "held on the host")]
 
 
 def test_a_download_that_failed_blocks_without_being_called_skipped():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -118,7 +119,9 @@ def _read(path: Path) -> FleetFile:
 def _plan(wanted: FleetFile, *, prune: bool) -> Plan:
     product = wanted.product or profile.current().need_product()
     present = client().items("/cohorts", product=product)
-    return fleet_plan.plan(wanted, product, present, clock.iso(clock.now()), prune=prune)
+    found = fleet_plan.plan(wanted, product, present, clock.iso(clock.now()), prune=prune)
+    steps = [replace(step, agents=step.agents + _joining(product, step)) for step in found.steps]
+    return replace(found, steps=tuple(steps))
 
 
 def _cohorts(plan: Plan) -> str:
@@ -128,11 +131,14 @@ def _cohorts(plan: Plan) -> str:
 
 def _reach(plan: Plan) -> int:
     """How many agents a plan is about: those of the cohorts it changes, and those that join new ones."""
-    cohorts = {step.cohort: step.agents for step in plan.steps}
-    return sum(cohorts.values()) + sum(_joining(plan.product, step) for step in plan.steps)
+    cohorts = dict[str, int]()
+    for step in plan.steps:
+        cohorts[step.cohort] = max(step.agents, cohorts.get(step.cohort, 0))
+    return sum(cohorts.values())
 
 
 def _joining(product: str, step: Step) -> int:
+    """How many agents a step brings into its cohort; those of the cohort itself are known without asking."""
     moves = step.verb == "create" or (step.verb == "edit" and {"match", "priority"} & step.said.keys())
     if not moves:
         return 0

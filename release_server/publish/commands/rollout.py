@@ -31,7 +31,7 @@ PATIENCE_S = 60.0
 """How long a watch without --timeout puts up with a server that does not answer."""
 LOOKED_AT = 100
 """The newest so many rollouts are looked at for the one that people mean."""
-BUSY = frozenset({"draft", "awaiting_approval", "scheduled", "running", "paused", "rolling_back"})
+BUSY = ("draft", "awaiting_approval", "scheduled", "running", "paused", "rolling_back")
 ENDS: dict[str, Exit] = {
     "completed": Exit.DONE,
     "aborted": Exit.HALTED,
@@ -205,7 +205,7 @@ def rehearse(version: str, **plan: Any) -> None:
 
 @rollout.command("list", short_help="List rollouts, the newest first.")
 @click.option("--cohort", help="Of this cohort only.")
-@click.option("--state", help="In this state only, e.g. paused.")
+@click.option("--state", type=click.Choice([*BUSY, *ENDS]), help="In this state only.")
 @click.option("--version", metavar="VERSION", help="Of this version only.")
 @click.option(
     "--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many."

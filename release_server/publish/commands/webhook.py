@@ -190,7 +190,7 @@ def _wait_for(number: int, sequence: int) -> dict[str, Any]:
         UnreachableError: it was tried and not taken, or not tried in time.
     """
     ends = clock.boot_s() + (console.options().timeout_s or WAIT_S)
-    why = "it has not been tried yet"
+    why = "it has not been tried yet; what happened before goes first"
     while clock.boot_s() < ends:
         page = client().get(f"/webhooks/{number}/deliveries", after=sequence + 1, limit=1)
         newest = entries(page)[0]

@@ -342,6 +342,16 @@ def test_apply_asks_and_without_anybody_to_ask_does_nothing(at_desk, world):
     assert world.view("main").spec.revision == 1
 
 
+def test_a_plan_says_who_comes_into_a_cohort_that_is_made(at_desk, world):
+    world.cohort("main", report_s=300)
+    world.enroll("web-1", labels={"site": "b"})
+    write('[cohorts.main]\nreport = "300s"\n[cohorts.b]\nmatch = "site=b"\npriority = 1\n')
+    code, out, _ = at_desk.run("diff")
+    assert code == 0
+    assert {line.split()[-2] for line in out.splitlines() if line.startswith("create")} == {"1"}
+    assert "reaches 1 agent" in at_desk.run("apply", "--no-input")[2]
+
+
 def test_of_a_plan_that_is_refused_nothing_is_done(at_desk, world):
     world.cohort("main", report_s=300)
     write('[cohorts.new]\n[cohorts.main]\npoll = "10s"\npin = "9.9.9"\nreason = "no such release"\n')
