@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from updater.identity import Identity
     from updater.transport import Answer, Transport
 
+ADVICE = "get another token: release token create --role enroller"
 ENROLL_PATH = "/api/v1/enroll"
 REPORT_PATH = "/api/v1/report"
 ROTATE_PATH = "/api/v1/rotate-key"
@@ -54,7 +55,12 @@ def enroll(transport: Transport, token: str, request: wire.EnrollRequest) -> wir
         ConflictError, MalformedError: the server does not take this name or these labels.
         UnreachableError, TrustError: as of `Transport.get`.
     """
-    answer = _post(transport, ENROLL_PATH, _encode(request.to_json()), {"Authorization": _bearer(token)})
+    try:
+        answer = _post(transport, ENROLL_PATH, _encode(request.to_json()), {"Authorization": _bearer(token)})
+    except NotAllowedError as error:
+        if error.reason == "scope" or error.reason.startswith("token-"):
+            error.then = ADVICE  # the server advises people, who sign in
+        raise
     return wire.EnrollAnswer.from_json(answer)
 
 

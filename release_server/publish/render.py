@@ -88,6 +88,13 @@ def agents(count: int) -> str:
     return "1 agent" if count == 1 else f"{count} agents"
 
 
+def concerned(found: Mapping[str, Any]) -> str:
+    """Who has to do with a release: `3 agents, cohort main, rollout r-2`."""
+    cohorts = [f"cohort {name}" for name in found["cohorts"]]
+    rollouts = [f"rollout {name}" for name in found["rollouts"]]
+    return ", ".join([agents(int(found["agents"])), *cohorts, *rollouts])
+
+
 def labels(pairs: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in sorted(pairs.items()))
 

@@ -86,6 +86,17 @@ def test_a_token_that_is_none_is_not_sent(
     assert origin.requests == []
 
 
+@pytest.mark.parametrize("reason", ["token-expired", "scope"])
+def test_a_refused_token_is_advised_as_a_host_needs_it(
+    origin: Origin, transport: Transport, paths: Layout, reason: str
+) -> None:
+    refusal = wire.Problem(403, "no", reason=reason, then="release login").to_json()
+    origin.answer("POST", "/api/v1/enroll", Status(403, PROBLEM_JSON, json.dumps(refusal).encode()))
+    with pytest.raises(NotAllowedError) as refused:
+        server.enroll(transport, "rf_token", request_of(paths))
+    assert refused.value.then == server.ADVICE
+
+
 def is_signed(request: Request, public: str) -> bool:
     text = wire.signed_text(
         request.method,

@@ -16,6 +16,7 @@ from agent_core.errors import ConflictError, NotAllowedError, NotFoundError, Unr
 from agent_core.wire import NAME
 from keys.cli import keys_dir_option, passphrase_option, passphrases
 from release_server.publish import profile as profiles
+from release_server.publish import render
 from release_server.publish.commands.trust import tell_waiting
 from release_server.publish.profile import PROJECT_FILE, Profile, Profiles, Stored, connect, trust_option
 
@@ -435,7 +436,8 @@ def show(version: str) -> None:
 
     def text() -> str:
         columns = ["platform", "length", "unpacked", "sha256"]
-        plain = console.facts((name, value) for name, value in row.items() if name != "bundles")
+        facts = {**row, "reach": render.concerned(row["reach"])}
+        plain = console.facts((name, value) for name, value in facts.items() if name != "bundles")
         bundles = [[entry.get(name) for name in columns] for entry in row.get("bundles") or []]
         return f"{plain}\n\n{console.table(columns, bundles, empty='no bundles')}"
 

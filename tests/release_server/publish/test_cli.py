@@ -430,14 +430,17 @@ def test_push_then_list_and_show(ready, run, make_bundle, tmp_path):
     assert code == Exit.DONE
     assert "already" in said
     bundles = [{"platform": "any", "length": 5, "unpacked": 9, "sha256": "ab"}]
+    reach = {"agents": 1, "cohorts": ["main"], "rollouts": ["r-2"]}
     for seq, version in ((1, "1.0.0"), (2, "1.1.0")):
-        ready.releases.append({"product": PRODUCT, "version": version, "seq": seq, "bundles": bundles})
+        row = {"product": PRODUCT, "version": version, "seq": seq, "bundles": bundles, "reach": reach}
+        ready.releases.append(row)
     code, out, _ = run("list", "--product", PRODUCT)
     assert code == Exit.DONE
     assert [line.split()[0] for line in out.splitlines()] == ["VERSION", "1.1.0", "1.0.0"]
     code, out, _ = run("show", "1.0.0", "--product", PRODUCT)
     assert code == Exit.DONE
     assert "PLATFORM" in out
+    assert "1 agent, cohort main, rollout r-2" in out
     assert run("show", "9.9.9", "--product", PRODUCT)[0] == Exit.NOT_FOUND
     assert run("list")[0] == Exit.USAGE
 
