@@ -260,6 +260,8 @@ def _trust(host: Host) -> Iterator[Finding]:
     for role in known.roles(host.layout):
         if role.expires <= now:
             then = "agent once fetches what is newer; else release-server doctor"
+            if role.name == "file":
+                then = "the next release file brings newer ones; a server asks for none of it"
             detail = f"{role.name} {role.version} expired at {clock.iso(role.expires)}"
             yield Finding("trust", State.BAD if role.name != "file" else State.NOTE, detail, then)
         elif role.name in ("root", "targets") and role.expires - now < NEAR:

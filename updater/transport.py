@@ -242,7 +242,12 @@ class Transport:
         if proxy is None:
             connection.dial(self._host, self._port)
         else:
-            connection.dial(proxy.host, proxy.port)
+            try:
+                connection.dial(proxy.host, proxy.port)
+            except OSError as error:
+                why = f"the proxy {proxy.host}:{proxy.port}: {str(error) or type(error).__name__}"
+                then = "check server.proxy and server.no_proxy, or the environment's"
+                raise _offline(self.base_url, path, why, then) from error
             if self._url.scheme == "http":
                 return self.base_url + path
             status = connection.tunnel(f"{_bracketed(self._host)}:{self._port}", proxy.authorization)

@@ -32,7 +32,7 @@ from packaging.utils import canonicalize_name
 from agent_core.archive import stored_zip
 from agent_core.bundle import File, Index, host_platforms, pack, verify
 from agent_core.errors import DiskError, MalformedError, NotFoundError, SettingsError, UsageError
-from agent_core.health import parse_checks, weakness
+from agent_core.health import Kind, parse_checks, weakness
 from agent_core.hooks import NO_HOOKS, POST_ACTIVATE, PRE_ACTIVATE, Hooks, parse_hooks
 from agent_core.wire import NAME, VERSION, Getter, ReleaseFacts
 
@@ -383,7 +383,7 @@ def build(
         platform=platform,
         entry=_program(shlex.split(entry) if isinstance(entry, str) else entry or plan.entry, "entry", files),
         files=files,
-        health=plan.checks,
+        health=_checks(plan.checks, files),
         observe_s=plan.observe_s,
         boots=plan.boots,
         deadman_s=plan.deadman_s,
@@ -444,6 +444,14 @@ def _platform(asked: str | None) -> str:
         why = f"the libraries of this host are for {best}"
         raise UsageError(f"a bundle for {asked} cannot be built here", why=why, then="build on such a host")
     return best
+
+
+def _checks(checks: Sequence[dict[str, Any]], files: Iterable[File]) -> tuple[dict[str, Any], ...]:
+    """The checks, when the bundle holds the programs they name: one that cannot run has failed everywhere."""
+    for check in parse_checks(list(checks), "health.checks"):
+        if check.kind is Kind.EXEC:
+            _program(check.argv, f"check {check.name!r}", files)
+    return tuple(checks)
 
 
 def _hooks(hooks: Hooks, files: Iterable[File]) -> Hooks:

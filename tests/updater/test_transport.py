@@ -422,6 +422,16 @@ def test_a_proxy_that_refuses_to_connect_is_unreachable() -> None:
     assert "407" in caught.value.why
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_not_there_is_named_and_the_server_is_not_blamed(scheme: str) -> None:
+    with Proxy() as proxy:
+        url = proxy.url
+    with pytest.raises(UnreachableError) as caught:
+        Transport(f"{scheme}://127.0.0.1:9", proxies={scheme: url}).get("/file")
+    assert caught.value.why.startswith(f"the proxy {url.partition('//')[2]}: ")
+    assert "server.proxy" in caught.value.then
+
+
 def test_tls_files_that_cannot_be_read_are_a_settings_error(tmp_path: Path) -> None:
     with Origin(tmp_path) as origin:
         url = origin.url.replace("http:", "https:")

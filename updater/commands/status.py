@@ -60,8 +60,9 @@ class Host:
         A poll that finds nothing new, or no server, is no check: the last of those may be fine.
         """
         failures, _ = control.recall_backoff(self.device.layout, 0.0)
-        words = control.read_status(self.device.layout).get("poll", "")
-        return (failures, str(words).partition("\n")[0]) if failures and self.is_up else (0, "")
+        words = str(control.read_status(self.device.layout).get("poll", "")).partition("\n")[0]
+        # An agent that has just begun counts on from the one before it, and has no words of its own yet.
+        return (failures, words) if failures and ":" in words and self.is_up else (0, "")
 
 
 def look(root: Path) -> Host:

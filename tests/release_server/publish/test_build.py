@@ -329,6 +329,14 @@ def test_a_hook_whose_program_is_not_in_the_bundle_is_refused(quick, tmp_path):
         build(project, "1.0.0")
 
 
+@pytest.mark.parametrize("argv", [["app/check"], ["{python}", "app/check.py"]])
+def test_a_check_whose_program_is_not_in_the_bundle_is_refused(quick, tmp_path, argv):
+    check = f"[[health.checks]]\nkind = 'exec'\nname = 'sales'\nargv = {argv}\n"
+    project = make_project(tmp_path / "p", APP_ONLY + check)
+    with pytest.raises(UsageError, match="check 'sales' names app/check"):
+        build(project, "1.0.0")
+
+
 def test_progress_is_told_step_by_step(quick, tmp_path):
     told = []
     build(make_project(tmp_path / "p", APP_ONLY), "1.0.0", progress=lambda *step: told.append(step))

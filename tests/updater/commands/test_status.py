@@ -130,6 +130,15 @@ def test_polls_that_fail_are_told_though_the_last_check_was_fine(running):
     assert "refused" not in running.agent("status")[1] + running.agent("why")[1]
 
 
+def test_an_agent_that_has_just_begun_has_failed_at_nothing_yet(running):
+    resting(running)
+    control.remember_backoff(running.layout, 1, 60.0)
+    news = control.read_status(running.layout) | {"poll": "not yet"}
+    (running.layout.state / "status.json").write_text(json.dumps(news))
+    assert running.ask("status")[1]["failed_polls"] == 0
+    assert all(link["ok"] for link in running.ask("why")[1]["chain"])
+
+
 def test_what_was_staged_and_is_good_by_now_is_not_told_as_only_staged(host):
     resting(host)
     outcome(host, Action.INSTALL, Reason.UPDATE, version="1.1.0", candidate=B)
