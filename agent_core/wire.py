@@ -6,6 +6,7 @@ key, whatever does not fit. Unknown keys are ignored so that either end may be n
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import field
 from enum import StrEnum
@@ -937,3 +938,20 @@ class Problem:
             reason=get.text("reason", "failed"),
             then=get.text("then", ""),
         )
+
+
+STOP_LENGTH = 16 * 1024
+"""Bytes of a stop file that are read."""
+
+
+def stop_for(product: str, body: bytes) -> str | None:
+    """What a served stop file says to agents of a product, its reason; None where it is for others.
+
+    One that cannot be read stops everybody.
+    """
+    try:
+        get = Getter(json.loads(body or b"{}"), "stop")
+        products, why = get.texts("products", []), get.text("reason", "")
+    except (ValueError, RecursionError, MalformedError):
+        return "its content cannot be read"
+    return why[:200] if not products or product in products else None

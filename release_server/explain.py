@@ -218,7 +218,7 @@ def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str
         status=status,
         counters=ahead.at(spec, status, now),
         fleet=ahead,
-        allowance=_allowance(wants),
+        allowance=_allowance(wants, rollout.cohort.product.stopped),
         by=asked.actor,
         reason=asked.reason,
         askers=tuple(sorted(fleet.askers(session, rollout))),
@@ -232,9 +232,9 @@ def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str
     return rollout_why.explain(facts, now)
 
 
-def _allowance(spec: CohortSpec) -> Allowance:
+def _allowance(spec: CohortSpec, stopped: str | None) -> Allowance:
     window = None if spec.window is None else Window.from_json(spec.window, "window")
-    return Allowance(spec.frozen, spec.frozen_until, spec.calendar, window)
+    return Allowance(spec.frozen, spec.frozen_until, spec.calendar, window, stopped)
 
 
 def _halt(session: Session, rollout_id: int) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def spec_now(session: Session, now: datetime, rollout: Rollout, asked: RolloutSp
     return replace(
         spec_of(asked),
         pinned=cohort.pin is not None or _is_overtaken(session, rollout),
-        frozen=cohorts.is_frozen(cohort, now),
+        frozen=cohorts.is_frozen(cohort, now) or rollout.cohort.product.stopped is not None,
         approved=bool(asked.approved) and asked.approved == digest_of(rollout, asked),
         window_open=window is None or is_open(window, now),
     )

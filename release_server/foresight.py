@@ -33,12 +33,14 @@ class Allowance:
     Attributes:
         by_hand: a person froze it, until `until`, or without end.
         window: when agents may begin; None: always.
+        stopped: what a stop file says, where there is one; it has no end that anybody knows.
     """
 
     by_hand: bool = False
     until: datetime | None = None
     calendar: Mapping[str, str] = field(default_factory=dict)
     window: Window | None = None
+    stopped: str | None = None
 
     def freeze(self, now: datetime) -> Freeze | None:
         """What freezes the cohort at a moment."""
@@ -47,7 +49,8 @@ class Allowance:
     def at(self, spec: Spec, now: datetime) -> Spec:
         """The spec as it is at a moment, other things equal."""
         window_open = self.window is None or is_open(self.window, now)
-        return replace(spec, frozen=self.freeze(now) is not None, window_open=window_open)
+        frozen = self.stopped is not None or self.freeze(now) is not None
+        return replace(spec, frozen=frozen, window_open=window_open)
 
     def changes(self, now: datetime) -> Iterator[datetime | None]:
         """When the freeze that holds ends or the next one begins, and when the window opens or closes."""

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from agent_core import clock as wall
 from agent_core.errors import TrustError, UnreachableError
-from release_server import fleet, membership, repository
+from release_server import fleet, membership, repository, stop_file
 from release_server.bell import Bell
 from release_server.blobs import Blobs
 from release_server.database import Sessions, make_engine, shared_now
@@ -205,9 +205,12 @@ class Jobs:
 
     def _work(self, fence: int, now: datetime) -> None:
         """Reconcile and sign as one transaction: what was not signed has not happened."""
+        seen, stop = self._look_for_stop()
         try:
             with self.sessions.write() as session:
                 check_fence(session, self.holder, fence)
+                if seen:
+                    stop_file.tell(session, now, stop)
                 fleet.tick(session, now)
                 repository.publish(session, self.signer, now)
         except BaseException:
@@ -216,6 +219,14 @@ class Jobs:
         if self._waiting:
             log.info("the signer signs again")
         self._waiting = False
+
+    def _look_for_stop(self) -> tuple[bool, bytes | None]:
+        """Whether it is known if there is a stop file, and what it holds."""
+        try:
+            return True, stop_file.look(self.config.repository)
+        except OSError:
+            log.exception("the stop file could not be read; what was told of it stands")
+            return False, None
 
     def _note_keys(self, now: datetime) -> None:
         """Tell web processes, by files, which keys the signer has and which wait to take their place."""

@@ -54,6 +54,8 @@ class Product(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
     created_at: Mapped[datetime]
+    stopped: Mapped[str | None] = mapped_column(String(200))
+    """What a stop file says, as far as that was told; None where there is none (`stop_file`)."""
 
 
 class Release(Base):

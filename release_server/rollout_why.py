@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.clock import iso
 from agent_core.window import next_opening
+from agent_core.wire import Reason
 from release_server.foresight import Allowance, Still, deadline, foresee, soak_end, watch_end
 from release_server.hearing import NEVER, ZERO
 from release_server.members import whole
@@ -209,8 +210,7 @@ def _approval(facts: Facts) -> Link:
 def _scheduled(facts: Facts, now: datetime) -> Iterator[Link]:
     if facts.spec.approval:
         yield Link(True, "approved", "a second person has approved it", seen={"digest": facts.digest})
-    if (freeze := _frozen(facts, now)) is not None:
-        yield freeze
+    yield from _frozen(facts, now)
     begins = facts.spec.not_before
     if begins is not None and now < begins:
         yield Link(False, "not-before", f"it is to begin at {_clock(begins, now)}", until=begins)
@@ -236,8 +236,8 @@ def _gate(facts: Facts, now: datetime) -> Iterator[Link]:
 def _running(facts: Facts, now: datetime) -> Iterator[Link]:
     """The one thing a running stage waits for; `reconcile` would take a step now if there were none."""
     spec, status, seen = facts.spec, facts.status, facts.counters
-    if (freeze := _frozen(facts, now)) is not None:
-        yield freeze
+    if spec.frozen:
+        yield from _frozen(facts, now)
     elif not seen.members:
         then = f"release cohort preview {facts.cohort}"
         yield Link(False, str(Why.NO_AGENTS), "no agent is in this cohort yet", then)
@@ -285,9 +285,13 @@ def _away(facts: Facts, since: datetime | None, now: datetime) -> str:
 # --- what stops it ---------------------------------------------------------------------------------------
 
 
-def _frozen(facts: Facts, now: datetime) -> Link | None:
+def _frozen(facts: Facts, now: datetime) -> Iterator[Link]:
+    if (said := facts.allowance.stopped) is not None:
+        text = f"updates are stopped by stop.json beside the metadata: {said}".rstrip(": ")
+        yield Link(False, str(Reason.STOP_FILE), text, "whoever stopped updates takes the file away")
     freeze = facts.allowance.freeze(now)
-    return None if freeze is None else frozen(facts.cohort, freeze, facts.freeze_reason, ok=False)
+    if freeze is not None:
+        yield frozen(facts.cohort, freeze, facts.freeze_reason, ok=False)
 
 
 def _paused(facts: Facts, now: datetime) -> Iterator[Link]:

@@ -6,7 +6,6 @@ nothing of it is remembered. Who controls the network for a moment stops updates
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from datetime import timedelta
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent_core import disk
-from agent_core.errors import MalformedError, RelfleetError
+from agent_core.errors import RelfleetError
 from agent_core.late import late_dataclass
-from agent_core.wire import Getter
+from agent_core.wire import STOP_LENGTH, stop_for
 
 if TYPE_CHECKING:
     from updater.transport import Origin
 
 SERVED = "/metadata/stop.json"
-MOST = 16 * 1024
+MOST = STOP_LENGTH
 """Bytes of either file that are read."""
 AGAIN = timedelta(minutes=1)
 """How soon an agent that wants to install looks again, at the earliest."""
@@ -78,9 +77,5 @@ def served(origin: Origin, product: str) -> Stop | None:
         return None
     if answer.status != 200:
         return None
-    try:
-        get = Getter(json.loads(answer.body or b"{}"), "stop")
-        products, why = get.texts("products", []), get.text("reason", "")
-    except (ValueError, RecursionError, MalformedError):
-        return Stop(SERVED, "its content cannot be read")
-    return Stop(SERVED, why[:200]) if not products or product in products else None
+    why = stop_for(product, answer.body)
+    return None if why is None else Stop(SERVED, why)

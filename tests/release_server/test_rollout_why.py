@@ -117,6 +117,7 @@ class Dice(random.Random):
             until=self.choice([None, NOW + timedelta(minutes=20)]),
             calendar=self.choice(CALENDARS),
             window=self.choice(WINDOWS),
+            stopped=self.mostly(None, "", "a fire"),
         )
         spec = Spec(
             (first, replace(first, count=None, share_bp=10_000)),
@@ -172,8 +173,9 @@ LIFTS = {
     "draft": lambda facts: asked(facts, wanted=Wanted.RESUME),
     "approval": lambda facts: asked(facts, approved=True),
     "not-before": lambda facts: asked(facts, not_before=None),
-    "frozen": lambda facts: replace(facts, allowance=Allowance(window=facts.allowance.window)),
-    "outside-window": lambda facts: replace(facts, allowance=replace(facts.allowance, window=None)),
+    "frozen": lambda facts: allowed(facts, by_hand=False, calendar={}),
+    "stop-file": lambda facts: allowed(facts, stopped=None),
+    "outside-window": lambda facts: allowed(facts, window=None),
     "pinned": lambda facts: replace(facts, spec=replace(facts.spec, pinned=False)),
     "paused": lambda facts: asked(facts, wanted=Wanted.RESUME),
     "manual": lambda facts: asked(facts, wanted=Wanted.RESUME),
@@ -192,6 +194,10 @@ LIFTS = {
 
 def asked(facts, **changes):
     return replace(facts, spec=replace(facts.spec, revision=facts.spec.revision + 1, **changes))
+
+
+def allowed(facts, **changes):
+    return replace(facts, allowance=replace(facts.allowance, **changes))
 
 
 def counted(facts, **changes):
