@@ -265,7 +265,7 @@ def say(message: str) -> None:
 
 def lock(root: str) -> bool:
     """Take ROOT for this process and the agent it becomes (also after exec); false when another has it."""
-    handle = disk.open(os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT, 0o600)
+    handle = slots.open_lock(root)
     os.set_inheritable(handle, True)
     with suppress(BlockingIOError):
         disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -389,10 +389,10 @@ class Slots:
             disk.close(handle)
 
     def _make_way(self) -> None:
-        """Somebody removed the file, or put there what is none: that is kept beside, for whoever wonders."""
+        """Somebody removed the file, or put there what is none."""
         disk.make_dirs(os.path.dirname(self.path), 0o700)
         with suppress(FileNotFoundError):
-            disk.rename(self.path, f"{self.path}.damaged-{os.urandom(4).hex()}")
+            disk.rename(self.path, _beside(self.path))
 
 
 def read(root: Root) -> Record | None:
@@ -753,6 +753,29 @@ def unskip(root: Root, digest: str = "") -> Record:
 def raise_floor(root: Root, floor: int) -> Record:
     """Remember the highest floor seen; a lower one changes nothing."""
     return _change(root, lambda record: replace(record, floor=max(floor, record.floor)))
+
+
+def open_lock(root: Root) -> int:
+    """A handle of the file by which a launcher, and the agent that it becomes, hold the root.
+
+    What is no file in its place is put aside: nobody can hold what cannot be opened.
+
+    Raises:
+        OSError: there is no such root, or it cannot be written.
+    """
+    path, flags = os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK
+    try:
+        return disk.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+    disk.rename(path, _beside(path))
+    return disk.open(path, flags, 0o600)
+
+
+def _beside(path: str) -> str:
+    """Where what is no file is kept, for whoever wonders."""
+    return f"{path}.damaged-{os.urandom(4).hex()}"
 
 
 @contextmanager

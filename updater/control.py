@@ -106,7 +106,7 @@ def forget_request(layout: Layout) -> None:
 @contextmanager
 def alone(layout: Layout) -> Iterator[bool]:
     """Hold the launcher's lock for a moment; False when a launcher, and so an agent, has it."""
-    handle = disk.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = slots.open_lock(layout.root)
     try:
         try:
             disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

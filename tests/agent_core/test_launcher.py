@@ -344,10 +344,12 @@ def test_with_both_slots_garbage_the_device_still_starts(device):
     assert device.record.good == A
 
 
-def test_with_a_directory_in_the_place_of_the_slots_the_device_still_starts(device):
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_with_no_file_in_the_place_of_the_slots_or_the_lock_the_device_still_starts(device, put):
     device.version(A, "")
-    device.layout.slots.unlink()
-    (device.layout.slots / "inside").mkdir(parents=True)
+    for file in (device.layout.slots, device.layout.lock):
+        file.unlink()
+        put(file)
     assert device.run() == 0
     assert device.started == [A]
     assert device.record.good == A

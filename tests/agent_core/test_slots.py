@@ -418,6 +418,17 @@ def test_a_slots_file_cut_short_never_stops_the_device(root, length):
     assert slots.raise_floor(root, 11).floor == 11
 
 
+@pytest.mark.parametrize("put", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_in_the_place_of_the_lock_keeps_nobody_from_holding_the_root(root, put):
+    put(root / "lock")
+    held, other = slots.open_lock(root), slots.open_lock(root)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(held)
+    os.close(other)
+
+
 def test_a_removed_state_directory_is_made_again(root):
     (root / "state/slots").unlink()
     (root / "state").rmdir()
