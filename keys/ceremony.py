@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Role, Root, Targets
-from tuf.api.serialization import DeserializationError
+from tuf.api.serialization import DeserializationError, SerializationError
 
 from agent_core.errors import ConflictError, TrustError, UsageError
 from agent_core.wire import Getter
@@ -305,7 +305,7 @@ def verify_root(new: Metadata[Root], current: Metadata[Root] | None = None) -> N
             then="fetch the current root and start from it",
         )
     previous = current.signed if current else None
-    outcome = new.signed.get_root_verification_result(previous, new.signed_bytes, new.signatures)
+    outcome = new.signed.get_root_verification_result(previous, signed_bytes(new), new.signatures)
     if not outcome:
         missing = max(outcome.first.missing, outcome.second.missing)
         raise TrustError(
@@ -316,9 +316,25 @@ def verify_root(new: Metadata[Root], current: Metadata[Root] | None = None) -> N
         )
 
 
+def signed_bytes(metadata: Metadata[Any]) -> bytes:
+    """What signatures are made over.
+
+    Raises:
+        TrustError: there is none: a fraction, or half a surrogate pair, has no canonical form.
+    """
+    try:
+        return metadata.signed_bytes
+    except SerializationError as error:
+        raise TrustError(
+            "nobody can have signed this",
+            why=f"it has no canonical form: {error.__cause__ or error}",
+            reason="bad-metadata",
+        ) from None
+
+
 def signed_by(root: Root, role: str, metadata: Metadata[Any]) -> dict[str, Key]:
     """The keys of `role` whose signatures over `metadata` are valid, by id; equal keys count once."""
-    found = root.get_verification_result(role, metadata.signed_bytes, metadata.signatures).signed
+    found = root.get_verification_result(role, signed_bytes(metadata), metadata.signatures).signed
     distinct = {key_material(key): keyid for keyid, key in sorted(found.items(), reverse=True)}
     return {keyid: found[keyid] for keyid in sorted(distinct.values())}
 

@@ -235,7 +235,7 @@ def check(following: NextRoot, trusted: Metadata[Root], now: datetime) -> None:
 def missing(following: NextRoot) -> Missing:
     """How many signatures are still needed, and of whom."""
     found = following.root.signed.get_root_verification_result(
-        following.current.signed, following.root.signed_bytes, following.root.signatures
+        following.current.signed, ceremony.signed_bytes(following.root), following.root.signatures
     )
     targets = following.targets
     return Missing(
@@ -256,7 +256,7 @@ def may_sign(following: NextRoot) -> set[str]:
 
 
 def _signers_of_root(following: NextRoot) -> set[str]:
-    signed = following.root.signed_bytes, following.root.signatures
+    signed = ceremony.signed_bytes(following.root), following.root.signatures
     found = following.root.signed.get_root_verification_result(following.current.signed, *signed)
     return {*found.first.signed, *found.second.signed}
 

@@ -360,7 +360,9 @@ def _entry(op: str, role: str, body: bytes, now: datetime, asker: dict[str, int]
 
 def _parse(body: bytes) -> Metadata[Any]:
     try:
-        return Metadata.from_bytes(body)
+        metadata: Metadata[Any] = Metadata.from_bytes(body)
+        metadata.signed_bytes  # noqa: B018 - what has no canonical form cannot be signed
+        return metadata
     except (DeserializationError, RepositoryError) as error:
         raise MalformedError("this is no metadata", why=str(error), reason="bad-metadata") from None
 

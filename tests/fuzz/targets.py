@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -194,39 +195,60 @@ def _file(role: str) -> bytes:
 
 
 def device_metadata(raw: bytes) -> None:
-    """Any bytes as each role, and any JSON as what the right keys signed: trusted, or a refusal of trust."""
-    for role in ("root", *LOADED):
-        for body in (raw, _signed_anyway(raw, role)):
+    """Any bytes as the role they may be, as they are and as the right keys sign them: trusted or refused."""
+    said = _json(raw)
+    signed = said.get("signed") if isinstance(said, dict) else None
+    kind = signed.get("_type") if isinstance(signed, dict) else None
+    for role in KINDS.get(kind, ("timestamp",)) if isinstance(kind, str) else ("root",):
+        for body in (raw, _signed_anyway(said, role)):
             with suppress(TrustError):
                 _load(role, body)
+
+
+KINDS = {"root": ("root",), "targets": ("targets", "cohorts"), "snapshot": ("snapshot",)}
 
 
 def _load(role: str, body: bytes) -> None:
     from updater import trusted_metadata as device
 
     with device.sorted_errors():
-        trusted = device.TrustedSet(_file("root"), device.LIMITS.envelope_type)
+        trusted = _loaded_before(role)
         if role == "root":
             trusted.update_root(body)
-            return
-        for name in LOADED[: LOADED.index(role) + 1]:
-            content = body if name == role else _file(name)
-            if name == "timestamp":
-                device.signed_time(trusted.update_timestamp(content))
-            elif name == "snapshot":
-                trusted.update_snapshot(content)
-            elif name == "targets":
-                device.check_delegations(trusted.update_targets(content))
-            else:
-                trusted.update_delegated_targets(content, name, "targets")
+        elif role == "timestamp":
+            device.signed_time(trusted.update_timestamp(body))
+        elif role == "snapshot":
+            trusted.update_snapshot(body)
+        elif role == "targets":
+            device.check_delegations(trusted.update_targets(body))
+        else:
+            trusted.update_delegated_targets(body, role, "targets")
 
 
-def _signed_anyway(raw: bytes, role: str) -> bytes:
+def _loaded_before(role: str) -> Any:
+    """What a device trusts when it comes to this role: a copy, since the next one changes it."""
+    made = copy(_loaded_once(role))
+    made._trusted_set = dict(made._trusted_set)
+    return made
+
+
+@cache
+def _loaded_once(role: str) -> Any:
+    from updater import trusted_metadata as device
+
+    trusted = device.TrustedSet(_file("root"), device.LIMITS.envelope_type)
+    loads = (trusted.update_timestamp, trusted.update_snapshot, trusted.update_targets)
+    if role != "root":
+        for name, load in zip(LOADED[: LOADED.index(role)], loads, strict=False):
+            load(_file(name))
+    return trusted
+
+
+def _signed_anyway(said: Any, role: str) -> bytes:
     """What a thief of a role's keys makes of it: their signatures under whatever can be signed."""
     from tuf.api.metadata import Metadata
     from tuf.api.serialization import DeserializationError, SerializationError
 
-    said = _json(raw)
     signed = said.get("signed", said) if isinstance(said, dict) else said
     envelope = json.dumps({"signed": signed, "signatures": []}).encode()
     with suppress(DeserializationError, SerializationError):
@@ -244,8 +266,8 @@ def next_root(raw: bytes) -> None:
     with suppress(RelfleetError):
         found = rotation.NextRoot.from_bytes(raw)
         assert rotation.NextRoot.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
-        rotation.missing(found)
         rotation.check(found, found.chain[0], NOW)
+        rotation.missing(found)
 
 
 def _next_root() -> bytes:
@@ -332,12 +354,13 @@ def words(raw: bytes) -> None:
 
 
 def metadata(raw: bytes) -> None:
-    """Any bytes as a root, as targets and as both: metadata of that kind, or a refusal of trust."""
+    """Any bytes as a root, as targets and as both: metadata that can have been signed, or a refusal."""
     from keys import ceremony
 
     for parse in (ceremony.parse_root, ceremony.parse_targets):
         with suppress(TrustError):
             found = parse(raw)
+            ceremony.signed_bytes(found)
             assert found.to_bytes() == parse(found.to_bytes()).to_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from hashlib import sha256
 
@@ -136,6 +137,15 @@ def test_bytes_that_are_no_metadata_are_refused(trusted, accept, sessions, clock
     assert caught.value.reason == "bad-metadata"
     with pytest.raises(TrustError), sessions.write() as session:
         acceptance.accept_root(session, body, now=clock(), actor="ada", online=online)
+
+
+def test_targets_that_nobody_can_have_signed_are_refused_as_such(trusted, accept):
+    """A fraction has no canonical form, so there are no bytes that a signature could be over."""
+    body = json.loads(trusted.sign(trusted.targets()))
+    body["signed"]["more"] = 0.5
+    with pytest.raises(TrustError) as caught:
+        accept(None, json.dumps(body).encode())
+    assert caught.value.reason == "bad-metadata"
 
 
 # --- accepting targets: every rule -----------------------------------------------------------------------
