@@ -115,21 +115,21 @@ def settled(attempt: Attempt | None, record: Record) -> Attempt | None:
 
 
 @contextmanager
-def alone(layout: Layout, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+def alone(layout: Layout, patience_s: float | None = None) -> Iterator[None]:
     """Be the only one who changes the note of the attempt, or begins the trial that it tells of.
 
     The lock is on the directory, so it needs no file and works on a full disk.
 
     Args:
         layout: of this host.
-        patience_s: how long to wait for somebody else who is at it.
+        patience_s: how long to wait for somebody else who is at it; by default for a step of the record.
 
     Raises:
         ConflictError: somebody else has been at it for too long.
     """
     handle = disk.open_dir(layout.state)
     try:
-        gives_up = time.monotonic() + patience_s
+        gives_up = time.monotonic() + (_PATIENCE_S if patience_s is None else patience_s)
         while True:
             try:
                 disk.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -448,10 +448,10 @@ class Service:
     def _reload_identity(self) -> None:
         """The checker may have learned of another cohort. A note that cannot be read changes nothing."""
         try:
+            self._belong(identities.load(self.device.layout))
             if damaged := identities.mend(self.device.layout):
                 log.warning("identity mended", extra={"why": damaged})
                 self._show(identity=f"{damaged}, and was written over it at {clock.iso(clock.now())}")
-            self._belong(identities.load(self.device.layout))
         except RelfleetError as error:
             log.warning("identity kept", extra={"why": str(error)})
 

@@ -22,6 +22,7 @@ from agent_core.wire import AttemptState, Directive, Phase, Policy, ReleaseFacts
 from tests.http_origin import Origin
 from updater import activation, control, offline, poll, report
 from updater import attempt as attempts
+from updater import identity as identities
 from updater.catalog import Release, alone
 from updater.decide import Action, Running
 from updater.device import Device, Outcome
@@ -446,6 +447,19 @@ def test_an_end_is_not_noted_beside_somebody_else_but_with_a_later_report(beside
         assert (beside.note(), beside.told()) == (beside.staged, [])
     assert agent._settle()
     assert beside.told() == ["rolled_back"]
+
+
+def test_a_disk_without_room_for_a_copy_keeps_no_agent_from_hearing_of_its_cohort(beside, layout):
+    identities.save(layout, replace(beside.device.identity, cohort="other"))
+    layout.identity_copy.unlink()
+    agent = resident(beside)
+    agent._look_now = lambda: None
+    with disk.watched_by(NoRoom("write", 1)):
+        agent._reload_identity()
+    assert agent.device.identity.cohort == "other"
+    assert not layout.identity_copy.exists()
+    agent._reload_identity()
+    assert layout.identity_copy.read_bytes() == layout.identity.read_bytes()
 
 
 def test_a_rollback_does_not_wait_for_ever_and_writes_no_note_beside_somebody_else(beside, layout, somebody):
