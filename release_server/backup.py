@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 
 from agent_core.clock import iso
 from agent_core.errors import ConflictError, MalformedError, NotFoundError, RelfleetError, TrustError
+from agent_core.wire import Getter
 from release_server.blobs import copy_file, digest_of, sync_directory, write_file
 from release_server.config import FILE, Config
 from release_server.database import current_revision, make_engine, newest_revision, upgrade
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MANIFEST = "backup.json"
 SQLITE = "relfleet.db"
 DUMP = "relfleet.pgdump"
+ANOTHER = "choose another one"
 DIRECTORIES = ("keys", "trust", "blobs")
 """After the database: it names what lies in `blobs/`, and bundles are never changed there."""
 
@@ -123,19 +125,18 @@ def check(source: Path) -> dict[str, Any]:
     try:
         said: dict[str, Any] = json.loads((source / MANIFEST).read_bytes())
         files = dict(said["files"])
-        said["revision"] = str(said["revision"])
     except (OSError, ValueError, KeyError, TypeError):
         raise MalformedError(
-            f"{source} is not a whole backup", why=f"its {MANIFEST} cannot be read", then="choose another one"
+            f"{source} is not a whole backup", why=f"its {MANIFEST} cannot be read", then=ANOTHER
         ) from None
+    Getter(said, str(source / MANIFEST)).text("revision")
     for name, digest in files.items():
         place = source / name
         if not place.resolve().is_relative_to(source.resolve()) or not place.is_file():
-            raise MalformedError(f"{source} is not a whole backup", why=f"it has no {name}")
+            raise MalformedError(f"{source} is not a whole backup", why=f"it has no {name}", then=ANOTHER)
         if _digest(place) != digest:
-            raise TrustError(
-                "the backup was changed", why=f"{name} has another sha256", reason="digest-mismatch"
-            )
+            why = f"{name} has another sha256"
+            raise TrustError("the backup was changed", why=why, then=ANOTHER, reason="digest-mismatch")
     return said
 
 
@@ -215,10 +216,10 @@ def _refuse_another(made: Path, url: str, *, is_dump: bool) -> None:
         return
     raise ConflictError(
         f"the backup holds {'a dump of PostgreSQL' if is_dump else SQLITE}",
-        why=f"and the settings name {named.render_as_string(hide_password=True)}",
+        why=f"the settings name {named.render_as_string(hide_password=True)}",
         then="name an empty database of PostgreSQL in RELFLEET_DATABASE_URL"
         if is_dump
-        else "RELFLEET_DATABASE_URL= release-server db restore …",
+        else "put RELFLEET_DATABASE_URL= in front, and take database.url out of the restored server.toml",
         reason="another-database",
     )
 

@@ -272,7 +272,12 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """On the disk when this returns: what is said to be whole stays so when the power goes."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    shutil.copy2(source, target)
+    try:
+        shutil.copy2(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # it would name the source, which has room
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     with target.open("rb") as copied:
         os.fsync(copied.fileno())
 

@@ -202,7 +202,13 @@ def test_nothing_is_overwritten(served, config, target, restore, clock, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("how", "error"), [("changed", TrustError), ("gone", MalformedError), ("cut", MalformedError)]
+    ("how", "error"),
+    [
+        ("changed", TrustError),
+        ("gone", MalformedError),
+        ("cut", MalformedError),
+        ("of nothing", MalformedError),
+    ],
 )
 def test_a_backup_that_is_not_as_it_was_written_is_refused(
     served, config, target, restore, clock, how, error, tmp_path
@@ -214,6 +220,7 @@ def test_a_backup_that_is_not_as_it_was_written_is_refused(
         "changed": lambda: blob.write_bytes(b"x"),
         "gone": blob.unlink,
         "cut": (target / "backup.json").unlink,
+        "of nothing": lambda: (target / "backup.json").write_text('{"files": {}, "revision": null}'),
     }[how]()
     with pytest.raises(error):
         restore()
