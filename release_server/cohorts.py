@@ -247,9 +247,14 @@ def pin(
     """Keep a cohort on one version, older or newer, until it is unpinned; a running rollout pauses.
 
     The pin becomes the cohort's base as well: taking the pin off moves nobody, only a rollout does.
+
+    Raises:
+        ConflictError: the version was yanked, or no signed way leads to it from where the cohort is.
     """
     cohort = find(session, product, name)
-    require_release(session, cohort.product, version)
+    release, base = require_release(session, cohort.product, version), status_of(session, cohort.id).base
+    if base != version:
+        ways.check(session, cohort, release, base, downgrade=True)
     _change(session, now, actor, cohort, reason=reason, begins="pin", base=version, pin=version)
     _note(session, now, actor, "cohort.pin", cohort, version=version, reason=reason)
     return cohort

@@ -200,6 +200,17 @@ def test_a_barrier_is_reached_before_what_comes_after_it(world):
     assert caught.value.then == "release rollout start 2.0.0 first"
 
 
+def test_a_pin_leads_nobody_to_what_no_host_would_install(world):
+    world.add_release("2.0.0", 5, barrier=True)
+    world.add_release("2.1.0", 6, upgrade_from_seq=5)
+    with pytest.raises(ConflictError) as caught:
+        world.call(cohorts.pin, "demo", "all", version="2.1.0", reason="in a hurry")
+    assert (caught.value.reason, world.view().status.base) == ("stepping-stone", "1.0.0")
+    for version in ("2.0.0", "2.1.0", "2.1.0", "0.9.0"):
+        world.call(cohorts.pin, "demo", "all", version=version, reason="one by one")
+        assert world.view().status.base == version
+
+
 def test_a_downgrade_is_an_act_of_its_own_in_the_audit_log(world):
     rollout = world.start("0.9.0", ALL, terms=Terms(downgrade=True))
     assert world.status(rollout).state == "running"
