@@ -426,13 +426,21 @@ def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:
         text = f"{version} {state.replace('_', ' ')} here: {reason} {detail}".strip(": ")
         # What failed before a trial is tried again by itself; the device says so when it does not.
         skips = state == AttemptState.ROLLED_BACK or facts.reason == Reason.SKIPPED
-        yield Link(False, state, text, "release rollout retry", says=Reason.SKIPPED if skips else None)
+        yield Link(False, state, text, _again(facts), says=Reason.SKIPPED if skips else None)
     if facts.running and facts.directive is not None:
         yield from _by_the_clock(facts, facts.directive, now)
     if facts.line is not None:
         yield _line(facts.line, has_all=facts.reason == Reason.LEASE)
     if facts.room is not None:
         yield _room(facts.room)
+
+
+def _again(facts: Facts) -> str:
+    """How a bundle that failed there is tried once more: for all of a rollout where there is one, or there."""
+    course = facts.course if facts.wants.pin is None else None
+    if course is not None and course.state in (State.RUNNING, State.PAUSED, State.COMPLETED):
+        return f"release rollout retry {course.name}"
+    return "agent retry (there)"
 
 
 def _hold(facts: Facts) -> str:
@@ -480,7 +488,7 @@ def _reported(facts: Facts, links: Sequence[Link]) -> Iterator[Link]:
     explained = {str(link.says) for link in links if not link.ok}
     if facts.held or facts.phase != Phase.IDLE or facts.reason in UNREMARKABLE | explained:
         return
-    then = "release rollout retry" if facts.reason == Reason.SKIPPED else ""
+    then = _again(facts) if facts.reason == Reason.SKIPPED else ""
     says = Reason(facts.reason) if facts.reason in set(Reason) else None
     text = f"it says {facts.reason}: {facts.detail}".rstrip(": ")
     yield Link(False, facts.reason, text, then, says=says)

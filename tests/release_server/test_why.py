@@ -278,6 +278,22 @@ def test_a_download_that_failed_blocks_without_being_called_skipped():
     assert (link.ok, link.says) == (False, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "then"),
+    [
+        ({}, "release rollout retry r-31"),
+        ({"wants": why.Held(pin="1.1.0")}, "agent retry (there)"),
+        ({"course": None}, "agent retry (there)"),
+        ({"course": course(state=State.ROLLED_BACK)}, "agent retry (there)"),
+    ],
+    ids=["rollout", "pin", "no rollout", "over"],
+)
+def test_what_failed_there_is_tried_again_by_a_command_that_is_not_refused(changes, then):
+    for said in ({"failed": ("rolled_back", "unhealthy", "")}, {"reason": "skipped", "detail": "it failed"}):
+        blocked = [link for link in why.chain(waiting(**said, **changes), NOW) if link.says == Reason.SKIPPED]
+        assert [link.then for link in blocked] == [then]
+
+
 def signed(floor):
     """Targets that hold a policy, as they lie in the table; nobody looks at signatures any more there."""
     targets = Targets(expires=NOW + timedelta(days=9))
