@@ -147,6 +147,9 @@ def _is_agent(pid: int, layout: Layout) -> bool:
 # --- the status file ------------------------------------------------------------------------------------
 
 
+NOTHING_NEW = "fine, nothing new"  # how a poll ended that was answered, and needed no check
+
+
 def show(layout: Layout, name: str, workload_pid: int | None, **what: str) -> None:
     """Keep what `agent status` prints beside the record; not fsynced, it is only news."""
     status = read_status(layout)

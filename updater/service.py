@@ -119,6 +119,7 @@ class Service:
         )
         self.figures = Figures()
         self._checking = False
+        self._poll_shown = ""
         self._checker = Helper(self.runtime, self._argv("checker"), "checker")
         self._checker.start_as_copy(lambda: checker.serve(self.root))
         self._start_workload(version_dir)
@@ -149,7 +150,7 @@ class Service:
 
     def _begin(self) -> None:
         """In the loop, where signals are heard: whoever finds this process in the status may wake it."""
-        self._show(poll="not yet")
+        self._show_poll("not yet")
         self._reload_identity()
         self._heed_request()
 
@@ -356,6 +357,12 @@ class Service:
         if outcome.action is Action.INSTALL and outcome.candidate and not self.runtime.is_stopping:
             self._activate(outcome)
 
+    def _show_poll(self, words: str) -> None:
+        """Once for polls that end alike: an idle host writes nothing."""
+        if words != self._poll_shown:
+            self._show(poll=words)
+            self._poll_shown = words
+
     def _finished(self, outcome: Outcome | None) -> None:
         """A poll ended; None says that nothing changed. The next is a period away, or a backoff."""
         self._checking = False
@@ -368,8 +375,7 @@ class Service:
             log.warning("poll failed", extra={"reason": outcome.reason, "why": outcome.detail})
             if self.in_trial and not self.verified:
                 self.opinion.ask(self._judge)
-        if outcome is not None:
-            self._show(poll=f"{outcome.reason}: {outcome.detail}".strip(": "))
+        self._show_poll(f"{outcome.reason}: {outcome.detail}".strip(": ") if outcome else control.NOTHING_NEW)
         if self._forced:
             delay_s = 0.0
         control.remember_backoff(self.device.layout, self.failures, delay_s if self.failures else 0.0)

@@ -162,6 +162,8 @@ def _lines(host: Host) -> list[tuple[str, Any]]:
     if failures:
         rest = "" if outcome and outcome.failed else f"; {words}"
         lines.append(("polls", f"the last {failures} failed{rest}"))
+    elif host.is_up and found["news"].get("poll") == control.NOTHING_NEW:
+        lines.append(("polls", f"{control.NOTHING_NEW} since then"))
     lines.append(("launcher", found["launcher"] or "missing: agent upgrade-launcher"))
     news = found["news"] if host.is_up else {}
     lines += [(key, news[key]) for key in ("trial", "settings", "identity") if news.get(key)]

@@ -130,6 +130,14 @@ def test_polls_that_fail_are_told_though_the_last_check_was_fine(running):
     assert "refused" not in running.agent("status")[1] + running.agent("why")[1]
 
 
+def test_polls_that_find_nothing_new_are_told_as_what_came_after_the_last_check(running):
+    resting(running)
+    assert "nothing new" not in running.agent("status")[1]
+    news = control.read_status(running.layout) | {"poll": control.NOTHING_NEW}
+    (running.layout.state / "status.json").write_text(json.dumps(news))
+    assert "fine, nothing new since then" in running.agent("status")[1]
+
+
 def test_an_agent_that_has_just_begun_has_failed_at_nothing_yet(running):
     resting(running)
     control.remember_backoff(running.layout, 1, 60.0)
