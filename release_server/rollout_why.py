@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_core.clock import iso
 from agent_core.window import next_opening
-from agent_core.wire import Reason
+from agent_core.wire import AttemptState, Reason
 from release_server.foresight import Allowance, Still, deadline, foresee, soak_end, watch_end
 from release_server.hearing import NEVER, ZERO
 from release_server.members import whole
@@ -174,7 +174,14 @@ def _moving(facts: Facts, move: Move, now: datetime) -> Iterator[Link]:
     event = move.event
     if event.name == "halted":
         text = f"it halts: {event.detail}"
-        yield Link(False, event.reason, text, _after_halt(facts), move.at, seen=event.numbers)
+        yield Link(
+            False,
+            event.reason,
+            text,
+            _after_halt(facts, event.reason, event.numbers),
+            move.at,
+            seen=event.numbers,
+        )
         return
     yield from _gate(facts, now)
     text = BECOMES[event.name] + (f": {event.detail}" if event.detail else "")
@@ -300,7 +307,8 @@ def _paused(facts: Facts, now: datetime) -> Iterator[Link]:
     resume, seen = f"release rollout resume {facts.name}", _seen(facts, now)
     if status.stage_state is StageState.HALTED:
         text = f"halted: {status.detail}".rstrip(": ")
-        yield Link(False, status.reason, text, _after_halt(facts), seen=facts.halt or seen)
+        numbers = facts.halt or seen
+        yield Link(False, status.reason, text, _after_halt(facts, status.reason, numbers), seen=numbers)
     elif status.reason == Why.MANUAL:
         text = f"paused by {facts.by or 'a person'}: {facts.reason}".rstrip(": ")
         yield Link(False, str(Why.MANUAL), text, resume, seen=seen)
@@ -316,9 +324,19 @@ def _paused(facts: Facts, now: datetime) -> Iterator[Link]:
         yield Link(False, "yanked", f"{facts.version} was yanked: it cannot go on", then)
 
 
-def _after_halt(facts: Facts) -> str:
+def _after_halt(facts: Facts, reason: str, seen: Mapping[str, Any]) -> str:
+    """Whom to look at first, by what it halted for, and what ends a halt."""
+    broken = seen.get(str(AttemptState.ROLLED_BACK), 0) + seen.get(str(AttemptState.FAILED), 0)
+    if reason == Why.FIGURES:
+        whom = f" --version {facts.version}"
+    elif reason in (Why.MAX_FAILED, Why.UNUSUAL) and broken:
+        whom = " --state failed"
+    elif seen.get(str(AttemptState.SILENT)):
+        whom = " --state silent"
+    else:
+        whom = ""
     return (
-        f"release agents list --cohort {facts.cohort} --state failed\n"
+        f"release agents list --cohort {facts.cohort}{whom}\n"
         f"release rollout abort {facts.name} --rollback, or retry, or resume"
     )
 

@@ -436,7 +436,7 @@ def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:
 
 
 def _again(facts: Facts) -> str:
-    """How a bundle that failed there is tried once more: for all of a rollout where there is one, or there."""
+    """How a bundle that failed there is tried once more: for all of a rollout, or there alone."""
     course = facts.course if facts.wants.pin is None else None
     if course is not None and course.state in (State.RUNNING, State.PAUSED, State.COMPLETED):
         return f"release rollout retry {course.name}"

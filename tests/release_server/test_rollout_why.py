@@ -334,6 +334,24 @@ def test_a_halt_is_told_with_the_numbers_that_were_stored_and_in_one_wording_eve
     ]
 
 
+@pytest.mark.parametrize(
+    ("reason", "attempts", "whom"),
+    [
+        (Why.MAX_FAILED, {"rolled_back": 1, "silent": 1}, " --state failed"),
+        (Why.UNUSUAL, {"failed": 3}, " --state failed"),
+        (Why.MAX_FAILED, {"silent": 2}, " --state silent"),
+        (Why.MAX_SILENT, {"silent": 2, "failed": 1}, " --state silent"),
+        (Why.FIGURES, {"healthy": 4}, " --version 1.1.0"),
+        (Why.DEADLINE, {"downloading": 2}, ""),
+    ],
+)
+def test_a_halt_says_whom_to_look_at_first(reason, attempts, whom):
+    halted = Status(State.PAUSED, stage_state=StageState.HALTED, reason=str(reason), spec_revision=1)
+    facts = why.Facts("r-1", "1.1.0", "eu", Spec((Stage(count=1),)), halted, Counters(4), halt=attempts)
+    (link,) = why.chain(facts, NOW, None)
+    assert link.then.splitlines()[0] == f"release agents list --cohort eu{whom}"
+
+
 def test_a_soak_reads_as_documented_and_what_is_not_there_is_not_found(world, at_desk):
     world.start("1.1.0", Stage(count=3, soak_s=1_800))
     for host in world.hosts.values():
