@@ -16,14 +16,17 @@ from release_server import (
     cohorts,
     fleet,
     leases,
+    presence,
     repository,
     rollout_view,
     rollout_why,
     shares,
     specs,
+    standing,
     why,
 )
 from release_server.foresight import Allowance
+from release_server.hearing import NEVER
 from release_server.models import Agent, Attempt, Bundle, CohortSpec, Release, Rollout, RolloutEvent
 from release_server.rollout import State
 
@@ -68,7 +71,7 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
     spec, status = cohorts.newest_spec(session, agent.cohort.id), cohorts.status_of(session, agent.cohort.id)
     directive = Directive.from_json(status.directive) if status.directive is not None else None
     known |= {
-        "quiet": agents.silent_after(spec.poll_s, spec.report_s),
+        "quiet": _quiet(session, now, agent, spec),
         "cohort": agent.cohort.name,
         "wants": _held(now, spec),
         "course": _course(session, spec),
@@ -78,6 +81,14 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
         "line": _line(session, now, agent, spec),
     }
     return why.Facts(**known, **_releases(session, agent, directive))
+
+
+def _quiet(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> timedelta:
+    """How long it may be quiet before it is silent; longer where the server could not hear it meanwhile."""
+    period = agents.period_of(spec.poll_s, spec.report_s)
+    silent = standing.silent_after(period)
+    ends = presence.hearing(session, now, standing.back_after(period)).ends(agent.seen_at, silent)
+    return silent + max(timedelta(), now - agent.seen_at) if ends == NEVER else ends - agent.seen_at
 
 
 def _held(now: datetime, spec: CohortSpec) -> why.Held:

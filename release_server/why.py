@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from release_server.freezes import Freeze
     from release_server.stages import Stage
 
+THEN = {str(Reason.STOP_FILE): "whoever stopped updates takes the file away"}
+"""What would change what an agent says of itself, where the server can know it."""
 UNREMARKABLE = frozenset(
     {
         "",
@@ -488,7 +490,7 @@ def _reported(facts: Facts, links: Sequence[Link]) -> Iterator[Link]:
     explained = {str(link.says) for link in links if not link.ok}
     if facts.held or facts.phase != Phase.IDLE or facts.reason in UNREMARKABLE | explained:
         return
-    then = _again(facts) if facts.reason == Reason.SKIPPED else ""
+    then = _again(facts) if facts.reason == Reason.SKIPPED else THEN.get(facts.reason, "")
     says = Reason(facts.reason) if facts.reason in set(Reason) else None
     text = f"it says {facts.reason}: {facts.detail}".rstrip(": ")
     yield Link(False, facts.reason, text, then, says=says)

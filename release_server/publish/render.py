@@ -416,6 +416,8 @@ def rollout_view(rollout: Mapping[str, Any], now: datetime) -> str:
     ]
     if rollout.get("finished_at"):
         pairs.append(("finished", ago(rollout["finished_at"], now)))
+    if rollout.get("watch_until"):
+        pairs.append(("watched", f"until {rollout['watch_until']}"))
     text = console.facts([*pairs, *agreed(rollout)])
     stages = list(rollout.get("stages") or [])
     rows = [

@@ -220,3 +220,18 @@ def test_silence_counts_though_the_web_process_ends_every_quarter_of_an_hour(ses
     ends = heard.ends(began, standing.silent_after(5 * MINUTE))
     assert (foretold["event"], parse_iso(foretold["at"])) == ("halted", whole(ends))
     assert standing.silent_after(5 * MINUTE) < ends - began < 40 * MINUTE
+
+
+def test_an_agent_that_could_not_report_meanwhile_is_not_called_silent(world):
+    pulse = Pulse(world.sessions, world.clock)
+    pulse.beat()
+    host = next(iter(world.hosts.values()))
+    world.report(host)
+    said = []
+    for step, times in ((HOUR, 1), (timedelta(), 1), (15 * SECOND, 19)):
+        for _ in range(times):
+            world.clock.now += step
+            with world.read() as session:
+                said.append(explain.agent_why(session, world.clock(), host.id)["chain"][0]["code"])
+            pulse.beat()
+    assert said == ["reported"] * 20 + ["silent"]

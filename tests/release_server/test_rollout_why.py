@@ -353,7 +353,7 @@ def test_a_halt_says_whom_to_look_at_first(reason, attempts, whom):
 
 
 def test_a_soak_reads_as_documented_and_what_is_not_there_is_not_found(world, at_desk):
-    world.start("1.1.0", Stage(count=3, soak_s=1_800))
+    world.start("1.1.0", Stage(count=3, soak_s=1_800), terms=Terms(watch_s=900))
     for host in world.hosts.values():
         world.finish(host, 1, "healthy")
     world.tick(seconds=60)
@@ -363,6 +363,8 @@ def test_a_soak_reads_as_documented_and_what_is_not_there_is_not_found(world, at
         "  no  it soaks until 12:31 UTC",
         "  next  at 12:31 UTC it is complete, if nothing else happens",
     ]
+    world.tick(seconds=1_800)
+    assert "watched   until 2026-05-01T12:46:00Z" in at_desk.run("rollout", "status")[1].splitlines()
     code, _, said = at_desk.run("rollout", "why", "r-9")
     assert (code, "there is no rollout r-9" in said) == (Exit.NOT_FOUND, True)
 

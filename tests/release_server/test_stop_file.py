@@ -98,6 +98,10 @@ def test_a_rollout_stands_still_by_a_stop_and_takes_nobody_in_whose_host_waits_f
     (link,) = [link for link in answer["chain"] if not link["ok"]]
     text = "updates are stopped by stop.json beside the metadata: a fire"
     assert (link["code"], link["text"], answer["next"]) == ("stop-file", text, None)
+    waiting = next(host for host in world.hosts.values() if host is not done)
+    with world.read() as session:
+        said = explain.agent_why(session, world.clock(), waiting.id)["chain"][-1]
+    assert (said["code"], said["then"]) == ("stop-file", link["then"])
     look(world, None)
     assert world.events(1)[-2:] == ["unfrozen", "soaking"]
 
