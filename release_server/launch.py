@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from agent_core.errors import ConflictError
 from release_server import attempts, audit, census, cohorts, fleet, shuffle, specs, ways
 from release_server.models import Cohort, Release, Rollout, RolloutStatus
-from release_server.rollout import State, Status, Wanted
+from release_server.rollout import MOVING, State, Status, Wanted
 from release_server.stages import check_stages, wanted_count
 from release_server.terms import Terms
 
@@ -201,8 +201,15 @@ def _make_way(
             raise ConflictError(
                 f"r-{rollout.id} takes {rollout.version} through cohort {cohort.name}",
                 why=f"it is {status.state.replace('_', ' ')}",
-                then=f"release rollout pause r-{rollout.id}, or supersede it",
+                then=f"release rollout {_ends(State(status.state))} r-{rollout.id}, or --supersede",
                 reason="busy",
             )
         if not fleet.has_begun(status):
             fleet.supersede(session, now, actor, rollout.id, version)
+
+
+def _ends(state: State) -> str:
+    """What somebody types so that a rollout in this state no longer stands in the way of another one."""
+    if state is State.ROLLING_BACK:
+        return "status --watch"
+    return "pause" if state in MOVING else "abort"

@@ -456,13 +456,29 @@ def test_retry_lets_agents_that_failed_begin_anew(world):
     assert (world.status(rollout).stage, world.status(rollout).tolerated) == (1, 0)
 
 
+@pytest.mark.parametrize(("way", "then"), [("draft", "abort"), ("undo", "status --watch")])
+def test_what_stands_in_the_way_of_a_rollout_comes_with_what_is_not_refused_there(world, way, then):
+    world.cohort()
+    world.enroll_many(2)
+    first = world.start("1.1.0", draft=way == "draft")
+    if way == "undo":
+        world.finish(world.offered("1.1.0")[0], first, "healthy")
+        world.call(fleet.undo, first)
+    with pytest.raises(ConflictError) as refused:
+        world.start("1.2.0")
+    assert refused.value.then == f"release rollout {then} r-{first}, or --supersede"
+
+
 def test_a_second_rollout_in_a_cohort_is_refused_unless_it_supersedes(world):
     world.cohort()
     world.enroll_many(2)
     first = world.start("1.1.0")
     with pytest.raises(ConflictError) as refused:
         world.start("1.2.0")
-    assert refused.value.reason == "busy"
+    assert (refused.value.reason, refused.value.then) == (
+        "busy",
+        f"release rollout pause r-{first}, or --supersede",
+    )
     second = world.start("1.2.0", supersede=True)
     assert world.status(first).state == "superseded"
     assert world.directive().release == "1.2.0"

@@ -440,7 +440,10 @@ def test_the_commands_show_who_is_in_and_end_it(browser, app, token, tmp_path, m
         number = str(admin.json("session", "list")[-1]["id"])
         assert admin.run("session", "end", number)[0] == 2, "it asks, and nobody is there"
         assert browser.who().status_code == 200
-        assert admin.run("session", "end", number, "--yes")[0] == 0
+        assert admin.run("session", "end", number, "--yes", "--json")[:2] == (
+            0,
+            f'{{\n  "id": {number},\n  "ended": true\n}}\n',
+        )
         assert browser.who().json["reason"] == "session-ended"
         assert "ended by admin" in admin.run("session", "list")[1]
         assert admin.run("session", "end", "999999", "--yes")[0] == 7

@@ -865,7 +865,10 @@ def test_the_commands_from_the_first_to_the_last(
         send()
         assert heard.types()[-1] == "webhook.test"
         assert at.run("webhook", "remove", "1")[0] == 2, "it asks"
-        assert at.run("--yes", "webhook", "remove", "1")[0] == 0
+        assert at.run("--yes", "--json", "webhook", "remove", "1")[:2] == (
+            0,
+            '{\n  "id": 1,\n  "removed": true\n}\n',
+        )
         assert at.run("webhook", "show", "1")[0] == 7
 
 

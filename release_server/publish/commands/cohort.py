@@ -157,6 +157,8 @@ def delete(name: str) -> None:
     confirm_reach(f"Deleting cohort {name} reaches {{}}: they change cohort or have none.", members(name))
     client().delete(path_of(name))
     console.say(f"cohort {name} deleted")
+    if console.options().json:
+        console.emit({"name": name, "deleted": True})
 
 
 @cohort.command("pin", short_help="Keep a cohort on one version.")

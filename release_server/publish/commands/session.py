@@ -50,3 +50,5 @@ def end(number: int) -> None:
     console.confirm(f"Ending session {number} signs out whoever uses it.")
     client().delete(f"/sessions/{number}")
     console.say(f"session {number} ended")
+    if console.options().json:
+        console.emit({"id": number, "ended": True})

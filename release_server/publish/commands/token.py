@@ -147,9 +147,12 @@ def revoke(number: int) -> None:
     server = client()
     server.delete(f"/tokens/{number}")
     console.say(f"token {number} revoked")
-    for entry in made_with(server.items("/tokens"), number):
+    heirs = made_with(server.items("/tokens"), number)
+    for entry in heirs:
         made = f"{entry['created_by']} made token {entry['id']} ({entry['name']}, {entry['role']})"
         console.say(f"{made}, which still works: release token revoke {entry['id']}")
+    if console.options().json:
+        console.emit({"id": number, "revoked": True, "made_with_it": [entry["id"] for entry in heirs]})
 
 
 def made_with(found: Iterable[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:

@@ -172,6 +172,8 @@ def remove(number: int) -> None:
     console.confirm(f"Removing webhook {number} drops {answer['pending']} deliveries it has not taken.")
     client().delete(f"/webhooks/{number}")
     console.say(f"webhook {number} removed")
+    if console.options().json:
+        console.emit({"id": number, "removed": True})
 
 
 @webhook.command("test", short_help="Send webhook.test, and say what comes of it.")

@@ -739,6 +739,19 @@ def test_what_holds_a_cohort_needs_a_reason(release: Release, fleet: Fleet, verb
     assert fleet.seen == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("cohort delete eu-web", {"name": "eu-web", "deleted": True}),
+        ("token revoke 7", {"id": 7, "revoked": True, "made_with_it": []}),
+    ],
+)
+def test_what_is_gone_is_said_to_scripts_too(release: Release, words: str, said: dict[str, Any]) -> None:
+    ran = release(*words.split(), "--yes", "--json")
+    assert (ran.code, json.loads(ran.out)) == (0, said)
+    assert release(*words.split(), "--yes").out == ""
+
+
 def test_freeze_until_takes_a_time_or_how_long_from_now(release: Release, fleet: Fleet) -> None:
     release("cohort", "freeze", "eu-web", "--until", "2026-12-27T08:00:00Z", "-m", "x")
     assert fleet.seen[-1].body == {"until": "2026-12-27T08:00:00Z", "reason": "x"}
