@@ -412,7 +412,8 @@ def _refusals(facts: Facts, version: str, bundle: Bundle) -> Iterator[tuple[Reas
         yield Reason.OLDER, text, f"release cohort pin {facts.cohort} {version}"
     if bundle.seq > here and here < bundle.upgrade_from_seq:
         text = f"{version} installs only over seq {bundle.upgrade_from_seq}; {facts.running} is {here}"
-        yield Reason.STEPPING_STONE, text, "release rollout start with a release between"
+        then = "release cohort create NAME --match 'version<BETWEEN' --release BETWEEN --priority N"
+        yield Reason.STEPPING_STONE, text, then
 
 
 def _postponed(facts: Facts, version: str, now: datetime) -> Iterator[Link]:

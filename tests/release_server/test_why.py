@@ -294,6 +294,14 @@ def test_what_failed_there_is_tried_again_by_a_command_that_is_not_refused(chang
         assert [link.then for link in blocked] == [then]
 
 
+def test_a_host_that_is_behind_a_stepping_stone_is_led_there_apart_from_its_cohort():
+    bundles = {"1.1.0": why.Bundle(5, upgrade_from_seq=3)}
+    word = Directive("demo", "eu-web", "1.1.0", "1.1.0", 10_000, SALT, 1)
+    (link,) = [link for link in why.chain(waiting(bundles=bundles, directive=word), NOW) if not link.ok]
+    assert (link.says, link.text) == (Reason.STEPPING_STONE, "1.1.0 installs only over seq 3; 1.0.0 is 2")
+    assert link.then == "release cohort create NAME --match 'version<BETWEEN' --release BETWEEN --priority N"
+
+
 def signed(floor):
     """Targets that hold a policy, as they lie in the table; nobody looks at signatures any more there."""
     targets = Targets(expires=NOW + timedelta(days=9))

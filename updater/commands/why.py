@@ -43,7 +43,7 @@ CHANGED_BY = {
     Reason.BELOW_FLOOR: "a release at or above the floor: release push",
     Reason.REVOKED: "another release: this one must never run again",
     Reason.OLDER: "release cohort pin, which allows to go back; here agent rollback",
-    Reason.STEPPING_STONE: "a release in between first: release cohort pin",
+    Reason.STEPPING_STONE: "a release in between first, by a cohort on it: release agents why",
     Reason.OLD_LAUNCHER: "agent upgrade-launcher, then a restart",
     Reason.EXPIRED: "the server signing anew (release-server doctor), or this host's clock (agent doctor)",
     Reason.BAD_CERTIFICATE: "server.ca_file, the server's address, or this host's clock: agent doctor",
