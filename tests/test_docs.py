@@ -284,6 +284,36 @@ def test_the_runbook_names_tests_that_exist() -> None:
     assert {name for name in named if f"def {name}(" not in written} == set()
 
 
+def test_what_the_runbook_says_to_type_is_typed_by_the_tests_that_a_row_names() -> None:
+    """Each word of a command but names and files; the tests may have them apart, as options of a fixture."""
+    page = (HOUSE / "docs" / "security.md").read_text()
+    section = page.partition("## A key is stolen")[2].partition("\n## ")[0]
+    texts, missing = texts_of_tests(set(re.findall(r"test_\w+", section))), set()
+    for row in re.findall(r"^\| \*\*.*$", section, flags=re.MULTILINE):
+        _, _, typed, tests, _ = re.split(r" ?\| ?", row)
+        said = set().union(*(texts[name] for name in re.findall(r"test_\w+", tests)))
+        for command in re.findall(r"`(release(?:-server)? [^`]*)`", typed):
+            words = {word for word in command.split()[1:] if re.fullmatch(r"(--)?[a-z]+(-[a-z]+)*", word)}
+            missing |= {(command, word) for word in words - said - {"key"}}
+    assert missing == set()
+
+
+def texts_of_tests(names: set[str]) -> dict[str, set[str]]:
+    """What each of these tests says in quotes."""
+    sources = (file.read_text() for file in (HOUSE / "tests").rglob("test_*.py"))
+    wanted = re.compile(rf"^def ({'|'.join(names)})\(", flags=re.MULTILINE)
+    nodes = (node for source in sources if wanted.search(source) for node in ast.parse(source).body)
+    return {
+        node.name: {inner.value for inner in ast.walk(node) if is_text(inner)}
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name in names
+    }
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def test_every_case_of_the_page_of_cases_names_a_test() -> None:
     page = (HOUSE / "docs" / "cases.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, flags=re.MULTILINE)

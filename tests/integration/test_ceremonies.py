@@ -108,6 +108,7 @@ def test_every_stolen_key_is_changed_under_a_running_fleet(world, hosts, tmp_pat
     assert code == Exit.NOT_ALLOWED, said
 
     # And what people sign and the server says goes on as before, on the same agents.
+    assert "1.1.0" in world.release("list")
     for host in hosts:
         world.pin(host.cohort, "1.1.0")
         host.await_good("1.1.0")
@@ -122,7 +123,7 @@ def test_every_stolen_key_is_changed_under_a_running_fleet(world, hosts, tmp_pat
 def test_root_keys_are_stolen_and_lost_and_their_threshold_rises(world, hosts, ceremony, desk, tmp_path):
     stolen = tmp_path / "stolen"
     stolen.mkdir(mode=0o700)
-    for name in ("root-b", "root-c", "root-d", "root-e"):
+    for name in ("root-b", "root-c", "root-d", "root-e", "root-f", "root-g"):
         make_key(world.keys, "root", name)
     shutil.copy2(world.keys / f"root{signers.SUFFIX}", stolen)  # a thief had all there was of the root
     ceremony("rotate", "--add-root", "root-b", "--add-root", "root-c", "--threshold", "2")
@@ -142,6 +143,9 @@ def test_root_keys_are_stolen_and_lost_and_their_threshold_rises(world, hosts, c
     lost = json.loads((tmp_path / "lost").read_bytes())["keyid"]
     ceremony("revoke", lost, "--with", "root-e")
     assert set(roots(world).keyids) == {keyid(world, name) for name in ("root-c", "root-d", "root-e")}
+    gone = ("--remove", "root-d", "--remove", "root-e")  # as many as it takes to sign, and people were first
+    ceremony("rotate", *gone, "--add-root", "root-f", "--add-root", "root-g")
+    assert set(roots(world).keyids) == {keyid(world, name) for name in ("root-c", "root-f", "root-g")}
     assert roots(world).threshold == 2
     goes_on(world, hosts, "1.1.0", "1.0.0")
 
@@ -267,10 +271,15 @@ def test_one_more_release_manager_pushes_with_a_key_and_a_token_of_his_own(
     code, _, said = cy("push", str(archive), "--wait")
     assert code == Exit.DONE, said
     arrives(world, hosts, "4.3.0")
-    # Whoever was there before signs as before, also when he has left again.
-    ceremony("rotate", "--remove", json.loads(public.read_text())["keyid"][:12])
+    # He leaves: by his token he may do nothing any more, and then by his key neither.
     archive = world.derive("4.4.0", {})
-    assert cy("push", str(archive))[0] == Exit.NOT_ALLOWED
+    his = max(row["id"] for row in json.loads(world.release("token", "list", "--json")))
+    world.release("token", "revoke", str(his), "--yes")
+    code, _, said = cy("push", str(archive))
+    assert (code, "no release key" in said) == (Exit.NOT_ALLOWED, False), said
+    ceremony("rotate", "--remove", json.loads(public.read_text())["keyid"][:12])
+    code, _, said = cy("push", str(archive))
+    assert (code, "no release key" in said) == (Exit.NOT_ALLOWED, True), said
     world.release("push", str(archive), "--wait")
     arrives(world, hosts, "4.4.0")
 
