@@ -25,6 +25,7 @@ from agent_core.layout import BALLAST_LENGTH, Layout
 from agent_core.settings import load_agent
 from updater import control, freshness, known, launchers
 from updater import identity as identities
+from updater.commands.common import not_allowed
 from updater.device import Device, connect
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Host:
 def examine(root: Path, now: datetime) -> list[Finding]:
     """Do every check; never raises, and writes nothing under `root`."""
     layout = Layout(root)
+    if refusal := not_allowed(layout):
+        return [Finding("permissions", State.BAD, f"{refusal.what}: {refusal.why}", refusal.then)]
     settings, identity = _or_none(lambda: load_agent(layout)), _or_none(lambda: identities.load(layout))
     host = Host(layout, now, settings, identity)
     findings: list[Finding] = []

@@ -310,7 +310,7 @@ def signed_time(timestamp: Timestamp) -> datetime | None:
 
 def refused(reason: Reason, why: str) -> TrustError:
     return TrustError(
-        "the server's metadata is refused",
+        "the metadata is refused",
         why=why,
         then="this agent keeps running what it runs; compare with `release verify` on a trusted machine",
         reason=reason,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -53,14 +54,37 @@ EXITS: dict[Exit, frozenset[str]] = {
 }
 """By which code a refusal ends; those that are not here, such as a full disk, end with 1."""
 
-root_option = click.option(
-    "--root",
-    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
-    envvar="RELFLEET_ROOT",
-    default=DEFAULT_ROOT,
-    show_default=True,
-    help="The device's directory.",
-)
+_ROOT = ("--root",)
+_ROOT_IS: dict[str, Any] = {
+    "type": click.Path(path_type=Path, file_okay=False, resolve_path=True),
+    "envvar": "RELFLEET_ROOT",
+    "default": DEFAULT_ROOT,
+    "show_default": True,
+    "help": "The device's directory.",
+}
+root_option = click.option(*_ROOT, **_ROOT_IS)
+
+
+def not_allowed(layout: Layout) -> NotAllowedError | None:
+    """The refusal of who may not look into a root: a forgotten `sudo` must not look like a lost host."""
+    if not disk.exists(layout.state) or os.access(layout.state, os.R_OK | os.X_OK, effective_ids=True):
+        return None
+    owner = layout.state.stat().st_uid
+    return NotAllowedError(
+        f"this user may not look into {layout.state}",
+        why=f"it is user {owner}'s alone, and this is user {os.geteuid()}",
+        then="the same with sudo, or as that user",
+    )
+
+
+def _may_look(_ctx: click.Context, _param: click.Parameter, root: Path) -> Path:
+    if refusal := not_allowed(Layout(root)):
+        raise refusal
+    return root
+
+
+own_root_option = click.option(*_ROOT, **_ROOT_IS, callback=_may_look)
+"""The same, for what is of no use to who may not look into it."""
 
 
 def sentence(outcome: Outcome, good: str = "") -> str:

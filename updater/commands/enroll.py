@@ -14,7 +14,7 @@ from agent_core.errors import Exit, UsageError
 from agent_core.layout import Layout
 from updater import install
 from updater import server as api
-from updater.commands.common import root_option, sentence
+from updater.commands.common import own_root_option, root_option, sentence
 from updater.device import Device
 
 
@@ -83,7 +83,7 @@ def enroll(
 
 
 @click.command("rotate-key")
-@root_option
+@own_root_option
 def rotate_key(root: Path) -> None:
     """Give this host another key. The old one signs for it, and is refused from then on."""
     device = Device.load(root)
@@ -107,7 +107,7 @@ def _pair(label: str) -> tuple[str, str]:
 
 
 @click.command()
-@root_option
+@own_root_option
 @click.option(
     "--supervise",
     is_flag=True,

@@ -11,7 +11,7 @@ from agent_core import console, disk, release_file, slots
 from agent_core.errors import ConflictError, Exit, NotFoundError, RelfleetError, TrustError
 from agent_core.wire import Reason
 from updater import activation, control, poll, stage
-from updater.commands.common import ask, root_option, sentence
+from updater.commands.common import ask, own_root_option, sentence
 from updater.commands.once import await_trial
 from updater.device import Device, Outcome
 
@@ -28,7 +28,7 @@ MENDED_BY = {
 
 
 @click.command("install")
-@root_option
+@own_root_option
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--older", is_flag=True, help="Take it also when it is older than the version that runs.")
 @click.option("--wait", is_flag=True, help="Stay until its trial is over: 0 kept, 11 rolled back.")

@@ -9,14 +9,14 @@ import click
 
 from agent_core import console
 from updater import launchers
-from updater.commands.common import need_root, root_option
+from updater.commands.common import need_root, own_root_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command("upgrade-launcher")
-@root_option
+@own_root_option
 @click.option("--back", is_flag=True, help="Return to the launcher before this one.")
 def upgrade_launcher(root: Path, back: bool) -> None:
     """Replace the launcher of this host by the one that this agent brings.

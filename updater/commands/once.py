@@ -10,7 +10,7 @@ import click
 from agent_core import console, slots
 from agent_core.errors import Exit, RelfleetError, UnreachableError
 from updater import activation, control, poll
-from updater.commands.common import exit_of, root_option, sentence
+from updater.commands.common import exit_of, own_root_option, sentence
 from updater.decide import Action
 from updater.device import Device, Outcome
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@root_option
+@own_root_option
 @click.option("--detailed-exitcode", is_flag=True, help="Wait for the trial: 10 updated, 11 rolled back.")
 def once(root: Path, detailed_exitcode: bool) -> int:
     """Look for an update now."""

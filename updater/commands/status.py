@@ -14,7 +14,7 @@ from agent_core.settings import AGENT, AgentSettings, load_agent
 from updater import attempt as attempts
 from updater import control
 from updater import identity as identities
-from updater.commands.common import need_root, root_option, sentence
+from updater.commands.common import need_root, own_root_option, sentence
 from updater.device import Device
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@root_option
+@own_root_option
 def status(root: Path) -> None:
     """What runs, what is on trial, how the last check went."""
     host = look(root)
@@ -215,7 +215,7 @@ def ago(moment: str, now: datetime) -> str:
 
 
 @click.command()
-@root_option
+@own_root_option
 def versions(root: Path) -> None:
     """Versions on this host."""
     layout = need_root(root)

@@ -13,7 +13,7 @@ from agent_core import clock, console, disk, slots
 from agent_core.errors import ConflictError, NotFoundError, TrustError, UsageError
 from agent_core.wire import Reason
 from updater import control, known
-from updater.commands.common import ask, root_option, unreadable
+from updater.commands.common import ask, own_root_option, unreadable
 from updater.decide import Hold
 from updater.device import Device
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@root_option
+@own_root_option
 @click.option(
     "--to", "version", metavar="VERSION", help="Not the version before, but this one; see `versions`."
 )
@@ -133,7 +133,7 @@ def _check_allowed(device: Device, record: slots.Record, name: str) -> None:
 
 
 @click.command()
-@root_option
+@own_root_option
 def retry(root: Path) -> None:
     """Let bundles that failed here be tried once more."""
     device = Device.load_anyway(root)
@@ -142,7 +142,7 @@ def retry(root: Path) -> None:
 
 
 @click.command()
-@root_option
+@own_root_option
 @click.option("--until", metavar="TIME", help="2h, 3d, or 2026-01-31T12:00:00Z; without it until `unhold`.")
 @click.option("--reason", default="", help="For whoever finds this host held.")
 def hold(root: Path, until: str | None, reason: str) -> None:
@@ -186,7 +186,7 @@ def _read_moment(text: str) -> datetime:
 
 
 @click.command()
-@root_option
+@own_root_option
 def unhold(root: Path) -> None:
     """End a hold."""
     device = Device.load_anyway(root)

@@ -9,7 +9,7 @@ import click
 
 from agent_core import clock, console, slots
 from agent_core.wire import Reason
-from updater.commands.common import root_option, sentence
+from updater.commands.common import own_root_option, sentence
 from updater.commands.status import Host, ago, look
 from updater.decide import Action
 
@@ -139,7 +139,7 @@ def _shown(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@root_option
+@own_root_option
 def why(root: Path) -> None:
     """Why this host does, or does not, update; and what would change that."""
     found = explained(look(root))

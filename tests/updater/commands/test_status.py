@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -213,6 +215,40 @@ def test_a_slip_in_the_root_is_told_and_makes_nothing(tmp_path, capsys, command)
     told = capsys.readouterr()
     assert (code, "agent enroll" in told.out + told.err) == (1 if command == "doctor" else 7, True)
     assert not (tmp_path / "slip").exists()
+
+
+@contextmanager
+def as_somebody_else(host):
+    """Be a user who may not look into this host's state; the test's own directories let nobody else pass."""
+    if os.geteuid():
+        host.layout.state.chmod(0)
+        yield
+        host.layout.state.chmod(0o700)
+        return
+    above = [place for place in host.root.parents if place.stat().st_mode & 0o055 != 0o055]
+    modes = [(place, place.stat().st_mode) for place in above]
+    for place, mode in modes:
+        place.chmod(mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for place, mode in modes:
+            place.chmod(mode)
+
+
+@pytest.mark.parametrize("command", ["status", "why", "versions", "hold", "once", "doctor"])
+def test_a_forgotten_sudo_is_told_and_is_no_lost_host(host, command):
+    resting(host)
+    host.agent(command)  # loads what it needs, which somebody else may not
+    host.agent("unhold")
+    with as_somebody_else(host):
+        code, out, said = host.agent(command)
+    assert code == (1 if command == "doctor" else 4), out + said
+    assert ("may not look into" in out + said, "the same with sudo" in out + said) == (True, True)
+    assert "enroll" not in out + said
+    assert host.device().hold() is None
 
 
 def test_what_only_looks_writes_nothing(host):
