@@ -114,6 +114,9 @@ LIES = {
     "long header": Raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n"),
     "many headers": Raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n"),
     "endless continues": Raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 5000),
+    "endless trailers": Raw(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 90_000 + b"\r\n"
+    ),
 }
 
 
