@@ -2,7 +2,7 @@
 
 Any number may run; the holder of the lease `jobs` works and the others wait. Every transaction of the
 holder checks the lease's fence first, so that one that was paused and lost the lease writes nothing. On
-PostgreSQL the lease goes by the database's clock: those of replicas may differ.
+PostgreSQL all of this goes by the database's clock: those of replicas may differ.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Jobs:
         config: the settings.
         clock: what time it is; tests step it.
         signer: who signs; without it the one that listens where the settings say.
-        shared_now: by what clock the lease is taken; where it says None, by `clock`.
+        shared_now: by what clock the lease is taken and a tick works; where it says None, by `clock`.
     """
 
     def __init__(
@@ -164,9 +164,9 @@ class Jobs:
         Returns:
             Whether it is.
         """
-        now = self.clock()
         with self.sessions.write() as session:
-            fence = take_lease(session, self.holder, self.shared_now(session) or now, self.config.lease)
+            now = self.shared_now(session) or self.clock()
+            fence = take_lease(session, self.holder, now, self.config.lease)
         self.fence = fence
         self._note(leading=fence is not None)
         if fence is None:

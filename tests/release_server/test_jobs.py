@@ -66,8 +66,10 @@ def test_a_lease_from_a_clock_that_was_far_ahead_does_not_last(make_jobs, clock)
     "skew", [timedelta(minutes=10), timedelta(minutes=-10), timedelta(days=3650)], ids=str
 )
 def test_no_clock_of_a_replica_takes_a_lease_that_is_held_or_holds_one_that_has_ended(
-    config, make_signer, sessions, skew
+    config, make_signer, sessions, skew, monkeypatch
 ):
+    ticked = []
+    monkeypatch.setattr(fleet, "tick", lambda session, now: ticked.append(abs(wall.now() - now)))
     right, wrong = (
         Jobs(config, signer=make_signer(), clock=lambda by=by: wall.now() + by) for by in (timedelta(), skew)
     )
@@ -80,6 +82,7 @@ def test_no_clock_of_a_replica_takes_a_lease_that_is_held_or_holds_one_that_has_
         session.execute(update(Lease).values(until=over))
     assert [right.tick(), wrong.tick()] == [True, False]
     assert lease(sessions).since is None, "somebody always was there"
+    assert max(ticked) < timedelta(minutes=1), "nor does it end a stage before its time"
     wrong.close()
     right.close()
 

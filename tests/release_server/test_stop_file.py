@@ -85,7 +85,7 @@ def test_a_rollout_stands_still_by_a_stop_and_takes_nobody_in_whose_host_waits_f
     world.start("1.1.0", Stage(count=1, soak_s=60), Stage(share_bp=10_000))
     (done,) = world.offered("1.1.0")
     world.finish(done, 1, "healthy")
-    for _ in range(20):
+    for _ in range(8):
         look(world, FIRE)
         world.clock.step(minutes=10)
         for host in world.hosts.values():
