@@ -67,3 +67,26 @@ def test_the_commands_that_a_file_calls_exist(file):
     found = [words for call in calls if (words := call_in(call)) and words[0] != "relfleet"]
     assert found or file.name == "Dockerfile"  # which calls the entry point
     assert [each for words in found if (each := problem(words))] == []
+
+
+@pytest.mark.parametrize(
+    ("left", "does"),
+    [
+        ((), ["enroll", "run"]),
+        (("identity.json",), ["run"]),
+        (("identity.json", "identity.copy.json"), ["run"]),
+        (("identity.copy.json",), ["run"]),
+    ],
+    ids=["new", "older", "whole", "lost, with its copy"],
+)
+def test_a_container_enrols_only_a_host_that_has_no_identity_left(tmp_path, left, does):
+    (state := tmp_path / "root/state").mkdir(parents=True)
+    for name in left:
+        (state / name).touch()
+    agent = tmp_path / "agent"
+    agent.write_text(f'#!/bin/sh\necho "$1" >>{tmp_path}/done\n')
+    agent.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RELFLEET_ROOT": str(tmp_path / "root")}
+    environ |= {"RELFLEET_ENROLL_SERVER": "http://127.0.0.1:9", "RELFLEET_ENROLL_PRODUCT": "probe"}
+    subprocess.run(["sh", DEPLOY / "container/entrypoint"], env=environ, check=True)
+    assert (tmp_path / "done").read_text().split() == does
