@@ -64,6 +64,7 @@ _HEAD = struct.Struct(">8sI32s")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")
 _CODE_LENGTH = 64
 _LOCK_WAIT_S = 5.0
+_LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.ELOOP})
 """What a name answers that is missing, a directory, a pipe, a socket, or a link in a circle. No failing disk
 does so: what cannot be read now may hold a record, and is not passed over."""
@@ -763,14 +764,24 @@ def open_lock(root: Root) -> int:
     Raises:
         OSError: there is no such root, or it cannot be written.
     """
-    path, flags = os.path.join(root, "lock"), os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK
+    path = os.path.join(root, "lock")
+    handle = _opened_lock(path)
+    if handle is None:
+        with _alone(root):  # somebody else may have made the file by now, and hold it
+            handle = _opened_lock(path)
+            if handle is None:
+                disk.rename(path, _beside(path))
+                handle = disk.open(path, _LOCK_FLAGS, 0o600)
+    return handle
+
+
+def _opened_lock(path: str) -> int | None:
     try:
-        return disk.open(path, flags, 0o600)
+        return disk.open(path, _LOCK_FLAGS, 0o600)
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-    disk.rename(path, _beside(path))
-    return disk.open(path, flags, 0o600)
+    return None
 
 
 def _beside(path: str) -> str:

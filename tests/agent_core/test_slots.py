@@ -433,6 +433,33 @@ def test_what_is_no_file_in_the_place_of_the_lock_keeps_nobody_from_holding_the_
     os.close(other)
 
 
+class SomebodyElse:
+    """Comes to the lock right after somebody could not open what lies there, and holds it."""
+
+    def __init__(self, root):
+        self.root, self.held = root, None
+
+    def before(self, *_):
+        pass
+
+    def after(self, name, words, _options, result):
+        if self.held is None and name == "open" and isinstance(result, OSError):
+            self.held = -1
+            self.held = slots.open_lock(self.root)
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_of_two_that_find_no_file_in_the_place_of_the_lock_one_holds_the_root(root):
+    (root / "lock").mkdir()
+    somebody = SomebodyElse(root)
+    with disk.watched_by(somebody):
+        handle = slots.open_lock(root)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    os.close(somebody.held)
+
+
 def test_a_removed_state_directory_is_made_again(root):
     (root / "state/slots").unlink()
     (root / "state").rmdir()
