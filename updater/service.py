@@ -279,11 +279,19 @@ class Service:
         self.record = slots.roll_back(self.root, reason)
         self.runtime.stop(Exit.RESTART)
 
+    def _read_again(self) -> None:
+        """The record that could not be read before; a trial of which nobody knew goes on in a new run."""
+        self.record = _record(self.root, self.name)
+        if self.record.phase != slots.IDLE:
+            self.runtime.stop(Exit.RESTART)
+
     def _settle(self) -> bool:
         """Put into the spool how the attempt in progress stands by the record; whether that is news.
 
         A full disk must not keep a version from running: what cannot be noted now is, with a later report.
         """
+        if not self.record.seq:
+            return False  # it was not read from the disk: the trial that this run may be is not over by it
         attempt = None
         try:
             with attempts.alone(self.device.layout):
@@ -405,6 +413,8 @@ class Service:
 
     def _heartbeat(self) -> float:
         """Tell the server that we live; a signed report when there is news or the session is over."""
+        if not self.record.seq:
+            self._read_again()
         self._settle()
         period_s = jittered(poll.report_s(self.device), random.random())  # noqa: S311 - jitter is no secret
         session = report.session(self.device)

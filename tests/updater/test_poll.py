@@ -20,7 +20,7 @@ from agent_core.settings import AGENT, AgentSettings
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, Phase, Policy, ReleaseFacts
 from tests.http_origin import Origin
-from updater import activation, control, offline, poll, report
+from updater import activation, control, offline, poll, report, service
 from updater import attempt as attempts
 from updater import identity as identities
 from updater.catalog import Release, alone
@@ -391,6 +391,17 @@ def test_a_version_brought_by_hand_goes_on_trial_with_a_note_of_its_own_whatever
     assert beside.told() == ["staged"]
 
 
+class NoRecord:
+    """A disk that does not give out the record."""
+
+    def before(self, name, *_):
+        if name == "pread":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def after(self, *_):
+        pass
+
+
 class NoState:
     """A disk that does not open the directory of the notes."""
 
@@ -447,6 +458,31 @@ def test_an_end_is_not_noted_beside_somebody_else_but_with_a_later_report(beside
         assert (beside.note(), beside.told()) == (beside.staged, [])
     assert agent._settle()
     assert beside.told() == ["rolled_back"]
+
+
+def test_a_record_that_could_not_be_read_ends_no_attempt(beside, layout):
+    """A version on trial that cannot read so runs on; that it was good by then nobody has said."""
+    beside.begin_trial()
+    agent, note = resident(beside, beside.staged.name), beside.note()
+    with disk.watched_by(NoRecord()):
+        agent.record = service._record(layout.root, agent.name)
+    assert not agent._settle()
+    assert (beside.note(), beside.told()) == (note, [])
+    slots.roll_back(layout.root, "dead-man")
+    assert resident(beside)._settle()
+    assert beside.told() == ["rolled_back"]
+
+
+def test_a_trial_of_which_a_failing_disk_said_nothing_goes_on_once_it_does(beside, layout):
+    slots.begin_trial(layout.root, beside.staged.name, 2, 9)
+    agent, stopped = resident(beside, beside.staged.name), []
+    agent.runtime, agent._report_now = SimpleNamespace(stop=stopped.append), lambda: None
+    with disk.watched_by(NoRecord()):
+        agent.record = service._record(layout.root, agent.name)
+        agent._heartbeat()
+    assert (agent.record.seq, stopped) == (0, [])
+    agent._heartbeat()
+    assert (agent.record.phase, stopped) == (slots.TRIAL, [Exit.RESTART])
 
 
 def test_a_disk_without_room_for_a_copy_keeps_no_agent_from_hearing_of_its_cohort(beside, layout):
