@@ -57,7 +57,7 @@ class Hearing:
 
         A moment that has come does not move any more, whatever gaps come after it.
         """
-        if not self.gaps:
+        if not self.gaps or start >= self._whole_from:
             return start + length
         reached = max(start, self._moment(self._count(start) + length // TICK * FULL))
         place = bisect_left(self.gaps, (reached,)) - 1  # the last one that began before
@@ -79,6 +79,12 @@ class Hearing:
     def is_whole(self, start: datetime, now: datetime) -> bool:
         """Whether all of the time between two moments counts."""
         return not self.gaps or self._count(now) - self._count(start) == (now - start) // TICK * FULL
+
+    @cached_property
+    def _whole_from(self) -> datetime:
+        """From when on all time counts; `NEVER` while nobody listens."""
+        end = self.gaps[-1][1]
+        return end if end == NEVER else end + self.settle
 
     @cached_property
     def _turns(self) -> tuple[list[datetime], list[int], list[int]]:
