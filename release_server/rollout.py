@@ -537,9 +537,10 @@ def _watch(step: _Step) -> Next:
         return step.stay(watch_until=None, watch_at=None)
     if halt := _failed_too_often(step):
         return halt
-    if step.is_past(step.status.watch_until):
+    ends = step.counters.hearing.ends(step.status.watch_until, ZERO)
+    if step.now >= ends:
         return step.to("watch-over", Why.WATCHED, quiet=True, watch_until=None, watch_at=None)
-    return step.stay(watch_at=min(step.now + LOOK_EVERY, max(step.now, step.status.watch_until)))
+    return step.stay(watch_at=min(step.now + LOOK_EVERY, ends))
 
 
 def _wait(step: _Step, reason: Why, detail: str) -> Next:

@@ -12,7 +12,17 @@ from agent_core.errors import MalformedError, UsageError
 from agent_core.wire import AttemptState, Mode, Reason
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.hearing import ALWAYS, NEVER, Hearing
-from release_server.rollout import Counters, Spec, StageState, State, Status, Wanted, Why, reconcile
+from release_server.rollout import (
+    LOOK_EVERY,
+    Counters,
+    Spec,
+    StageState,
+    State,
+    Status,
+    Wanted,
+    Why,
+    reconcile,
+)
 from release_server.stages import Stage, check_stages, failed_limit, wanted_count
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -563,3 +573,13 @@ def test_nothing_ends_by_time_before_the_server_has_listened(status, wish, waiti
     for hearing, expected in ((came, []), (gone, []), (heard, [ends]), (ALWAYS, [ends])):
         seen = fleet(waiting=waiting, healthy=1 - waiting, hearing=hearing)
         assert names(reconcile(spec(wanted=wish), status, seen, NOW))[:1] == expected
+
+
+def test_a_watch_that_waits_for_the_server_to_be_heard_is_looked_at_once_a_minute_as_before():
+    """Else each tick would write it anew, for as long as no web process is there."""
+    minute = timedelta(minutes=1)
+    seen = fleet(healthy=1, hearing=Hearing(((NOW - minute, NEVER),), minute))
+    over = replace(RUNNING, state=State.COMPLETED, watch_until=NOW, watch_at=NOW)
+    assert reconcile(spec(), over, seen, NOW).status.watch_at == NOW + LOOK_EVERY
+    back = fleet(healthy=1, hearing=Hearing(((NOW - minute, NOW),), minute / 6))
+    assert reconcile(spec(), over, back, NOW).status.watch_at == NOW + minute / 6
