@@ -7,6 +7,7 @@ going are told once each. What was last told of a product is kept with it, by th
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
@@ -33,11 +34,12 @@ def look(repository: Path) -> bytes | None:
     """
     file = repository / "metadata" / NAME
     try:
-        if not file.is_file():
+        # By `stat`, for `is_file` of Python 3.14 takes a file that it cannot look at for none.
+        if not stat.S_ISREG(file.stat().st_mode):
             return None
         with file.open("rb") as opened:
             body = opened.read(STOP_LENGTH + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return body if len(body) <= STOP_LENGTH else None
 

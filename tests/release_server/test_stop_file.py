@@ -119,6 +119,14 @@ def test_what_agents_would_not_be_given_is_no_stop(tmp_path):
     assert stop_file.look(tmp_path) is None
 
 
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_none(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    place = tmp_path / "metadata" / "stop.json"
+    place.symlink_to(place)
+    with pytest.raises(OSError, match="symbolic links"):
+        stop_file.look(tmp_path)
+
+
 def test_the_jobs_process_looks_with_each_tick_and_a_file_that_it_cannot_read_changes_nothing(
     world, make_jobs, config, monkeypatch, caplog
 ):
