@@ -180,15 +180,15 @@ def start(version: str, *, supersede: bool, draft: bool, reason: str | None, **p
 
 def tell_begun(answer: Mapping[str, Any]) -> None:
     """Show a rollout that has just been asked for, with what to type next."""
-    said = BEGUN.get(answer["state"], BEGUN[""])
-    show_rollout(answer, said.format(render.name_of(answer), (answer.get("terms") or {}).get("not_before")))
+    said, begins = BEGUN.get(answer["state"], BEGUN[""]), (answer.get("terms") or {}).get("not_before")
+    show_rollout(answer, said.format(render.name_of(answer), f", not before {begins}" if begins else ""))
 
 
 BEGUN = {
     "": "{0} started; watch it with: release rollout status {0} --watch",
     "draft": "{0} is a draft; begin it with: release rollout resume {0}",
     "awaiting_approval": "{0} waits for a second person: release rollout approve {0}",
-    "scheduled": "{0} is scheduled, not before {1}; what it waits for: release rollout why {0}",
+    "scheduled": "{0} is scheduled{1}; what it waits for: release rollout why {0}",
 }
 
 

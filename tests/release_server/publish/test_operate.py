@@ -795,6 +795,16 @@ def test_one_that_is_appointed_is_not_said_to_have_started(release: Release, fle
     assert "started" not in ran.err
 
 
+def test_one_that_waits_for_something_else_than_its_time_is_told_without_a_time(
+    release: Release, fleet: Fleet
+) -> None:
+    """As while a stop file stands."""
+    waits = rollout_of(state="scheduled", stage_state="pending", terms={"not_before": None})
+    fleet.on("POST", "/rollouts", waits)
+    ran = release("rollout", "start", "1.5.0", "--cohort", "eu-web")
+    assert "r-31 is scheduled; what it waits for: release rollout why r-31" in ran.err
+
+
 def test_a_step_may_have_a_gate_of_its_own(release: Release, fleet: Fleet) -> None:
     words = "--steps 1%:soak=2h:max-failed=0,100% --max-failed 5%"
     release("rollout", "start", "1.5.0", "--cohort", "eu-web", *words.split())
