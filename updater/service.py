@@ -120,6 +120,7 @@ class Service:
         self.figures = Figures()
         self._checking = False
         self._poll_shown = ""
+        self._shown_pid: int | None = None
         self._checker = Helper(self.runtime, self._argv("checker"), "checker")
         self._checker.start_as_copy(lambda: checker.serve(self.root))
         self._start_workload(version_dir)
@@ -212,6 +213,8 @@ class Service:
     def _step_health(self) -> float:
         """Often on trial and until all is well; a good version is looked at for the reports only."""
         verdict = self.monitor.step(self.runtime.now_s())
+        if self.workload.pid not in (None, self._shown_pid):
+            self._show()  # a number that was the workload's may soon be another program's
         step_s = self.device.settings.health_step_s
         if self.in_trial:
             return min(step_s, TRIAL_STEP_S)
@@ -534,6 +537,7 @@ class Service:
 
     def _show(self, **what: str) -> None:
         """Keep what `agent status` shows; a disk that refuses costs a status, nothing more."""
+        self._shown_pid = self.workload.pid
         control.show(self.device.layout, self.name, self.workload.pid, settings=self._live.problem, **what)
         self.runtime.status("; ".join(text for text in what.values() if text) or self.name)
 

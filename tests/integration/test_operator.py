@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import zipfile
 
+import psutil
 import pytest
 
 from agent_core import slots
@@ -32,6 +35,14 @@ def test_a_held_host_takes_nothing_until_the_hold_ends(world, host):
     assert host.agent("unhold")[0] == 0
     host.await_good("1.1.0")
     host.await_seen(held=False, version="1.1.0")
+
+
+def test_the_status_names_the_workload_that_runs_and_none_that_has_ended(host):
+    host.await_agent()
+    ended = until("a workload", lambda: host.news.get("workload_pid"))
+    os.kill(ended, signal.SIGKILL)
+    now = until("its successor", lambda: (pid := host.news.get("workload_pid")) != ended and pid)
+    assert psutil.Process(now).ppid() == host.pid()
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_host_that_runs_and_what_is_sent_is_whole(world, host):
