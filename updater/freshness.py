@@ -139,14 +139,13 @@ def raise_high_water(
     """The highest signed time seen, after one more verified timestamp.
 
     It never falls, never passes `signed_at`, and one step goes at most 7 days beyond what was known: a stolen
-    timestamp key cannot throw a fleet years ahead. The first reading has nothing to be measured by but the
-    wall clock; a host that boots in 1970 takes it whole, and `Catalog.refresh` refuses one past any expiry.
+    timestamp key cannot throw a fleet years ahead. The first reading has nothing to be measured by, for a host
+    may boot in 1970: it is taken whole, and `Catalog.refresh` refuses one past any expiry.
     """
     if signed_at is None:
         return high_water
     if high_water is None:
-        behind = now < signed_at - MAX_CLOCK_STEP
-        return signed_at if behind else min(signed_at, now + MAX_CLOCK_STEP)
+        return signed_at
     return max(high_water, min(signed_at, max(high_water, now) + MAX_CLOCK_STEP))
 
 

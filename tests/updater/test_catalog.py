@@ -330,6 +330,7 @@ def test_a_stolen_timestamp_key_cannot_lock_out_a_host_whose_clock_is_not_set(
         (NOW, None, NOW + DAY, NOW),
         (None, NOW, NOW, NOW),
         (None, NOW + 30 * DAY, NOW + 29 * DAY, NOW + 30 * DAY),
+        (None, datetime(1, 1, 1, tzinfo=UTC), NOW, datetime(1, 1, 1, tzinfo=UTC)),
         (NOW, NOW - DAY, NOW, NOW),
         (NOW, NOW + DAY, NOW, NOW + DAY),
         (NOW, NOW + 30 * DAY, NOW, NOW + 7 * DAY),
