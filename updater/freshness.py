@@ -139,8 +139,8 @@ def raise_high_water(
     """The highest signed time seen, after one more verified timestamp.
 
     It never falls, never passes `signed_at`, and one step goes at most 7 days beyond what was known: a stolen
-    timestamp key cannot throw a fleet years ahead. The first reading has nothing to be measured by, for a host
-    may boot in 1970: it is taken whole, and `Catalog.refresh` refuses one past any expiry.
+    timestamp key cannot throw a fleet years ahead. The first reading has nothing to be measured by, since a
+    host may boot in 1970: it is taken whole, and `Catalog.refresh` refuses one past any expiry.
     """
     if signed_at is None:
         return high_water
