@@ -42,10 +42,6 @@ USUAL_PERIOD = period_of(60, 300)
 USUAL = standing.silent_after(USUAL_PERIOD)
 
 
-def is_silent(agent: Agent, spec: CohortSpec | None, now: datetime) -> bool:
-    return agent.seen_at < now - (silent_after(spec.poll_s, spec.report_s) if spec else USUAL)
-
-
 # --- looking at agents -----------------------------------------------------------------------------------
 
 
