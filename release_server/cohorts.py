@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
     from release_server.freezes import Freeze
 
-MOST_MISSED = 200
-"""Of so many moments, at which freezes began or ended and nobody was there to see it, each is told."""
+MOST_MISSED = 400
+"""Of so many beginnings and ends of freezes of cohorts, which nobody was there to see, each is told; of more,
+how it is now. Nobody else writes meanwhile."""
 
 # --- finding ---------------------------------------------------------------------------------------------
 
@@ -558,15 +559,16 @@ def refresh_due(session: Session, now: datetime) -> bool:
 
     What began and ended while no jobs process was there is gone through in its order, so that it is told.
     """
-    changed = False
-    for turn in range(MOST_MISSED):
+    changed, seen = False, 0
+    for _ in range(MOST_MISSED + 1):
         due = _due(session, now)
         if not due:
             break
-        moment = due[0][1] if turn < MOST_MISSED - 1 else now
+        moment = due[0][1] if seen < MOST_MISSED else now
         for cohort, due_at in due:
             if due_at <= moment:
                 changed = refresh_directive(session, now, cohort, as_of=moment) or changed
+                seen += 1
     return changed
 
 

@@ -288,6 +288,17 @@ def test_of_a_calendar_that_nobody_looked_at_for_years_the_work_is_bounded_and_t
     assert (status.frozen_by, status.directive["mode"]) == ("night", "suspended")
 
 
+def test_nor_does_the_work_grow_with_the_cohorts_that_have_one(world, monkeypatch):
+    monkeypatch.setattr(cohorts, "MOST_MISSED", 6)
+    for number in range(3):
+        world.cohort(f"eu-{number}", match=f"n={number}", calendar={"night": "mon-sun 18:00-06:00 UTC"})
+    world.tick(days=9, hours=8)
+    with world.read() as session:
+        stands = [status.frozen_by for status in session.scalars(select(CohortStatus))]
+        lines = session.scalars(select(AuditEntry).where(AuditEntry.action.like("cohort.%freeze"))).all()
+    assert (stands, len(lines)) == (["night"] * 3, 6 + 3)
+
+
 def test_a_freeze_whose_end_changes_is_told_again_once(world, heard, subscribe, send):
     """Longer by hand; then by another entry of the calendar, which ends earlier."""
     world.cohort("eu", calendar={"week": "mon-sun 00:00-23:00 UTC"})
