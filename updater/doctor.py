@@ -309,7 +309,7 @@ def _record(host: Host) -> Iterator[Finding]:
     elif record.good in whole:
         yield Finding("record", State.OK, f"{record.good} is good and whole")
     if record.skip:
-        detail = f"{len(record.skip)} bundles failed here and are skipped"
+        detail = f"bundles that failed here and are skipped: {len(record.skip)}"
         yield Finding("record", State.NOTE, detail, "agent status lists them; agent retry forgets them")
 
 
