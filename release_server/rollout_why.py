@@ -161,7 +161,8 @@ def chain(facts: Facts, now: datetime, move: Move | None) -> list[Link]:
 
 def _going_back(facts: Facts, now: datetime) -> Iterator[Link]:
     if count := facts.counters.on_version:
-        text = f"{_agents(count)} still run {facts.version}"
+        yield from _frozen(facts, now)  # nobody goes back meanwhile either
+        text = f"{_agents(count)} still {'runs' if count == 1 else 'run'} {facts.version}"
         yield Link(False, "going-back", text, seen=_seen(facts, now))
     else:
         until = _known(facts.counters.hearing.ends(now, ZERO))

@@ -251,6 +251,16 @@ def is_told_anew(facts, blocked):
     return not {link["code"] for link in why.explain(facts, NOW)["chain"] if not link["ok"]} & set(blocked)
 
 
+def test_a_way_back_that_nobody_may_take_now_says_so():
+    """A freeze and a stop file keep hosts from going back as well."""
+    back = Status(State.ROLLING_BACK, stage_state=StageState.OPEN, reason=str(Why.MANUAL), spec_revision=1)
+    plan, seen = Spec((Stage(count=1),)), Counters(4, 0, 0, on_version=1)
+    facts = why.Facts("r-1", "1.1.0", "eu", plan, back, seen, Allowance(by_hand=True, stopped="a fire"))
+    blocked = [(link["code"], link["text"]) for link in why.explain(facts, NOW)["chain"] if not link["ok"]]
+    assert [code for code, _ in blocked] == ["stop-file", "frozen", "going-back"]
+    assert blocked[-1][1] == "1 agent still runs 1.1.0"
+
+
 # --- on a real database, by every way it is told ---------------------------------------------------------
 
 
