@@ -10,7 +10,7 @@ from sqlalchemy import and_, func, literal, or_, select
 
 from agent_core.errors import ConflictError, NotAllowedError, NotFoundError
 from agent_core.wire import AttemptState, Reason
-from release_server import audit, cohorts, leases, membership, releases, shares, standing
+from release_server import audit, cohorts, leases, membership, presence, releases, shares, standing
 from release_server.models import Agent, AgentEvent, Attempt, Cohort, CohortSpec, Rollout, RolloutStatus
 from release_server.rollout import StageState
 
@@ -40,6 +40,12 @@ def silent_after(poll_s: int, report_s: int) -> timedelta:
 USUAL_PERIOD = period_of(60, 300)
 """Of agents without a cohort, which nobody has told how often to report."""
 USUAL = standing.silent_after(USUAL_PERIOD)
+
+
+def silent_before(now: datetime, spec: CohortSpec | None, ear: presence.Ear) -> datetime:
+    """Who was heard of before this moment last is silent."""
+    period = period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD
+    return ear.of(period).up_before(now, standing.silent_after(period))
 
 
 # --- looking at agents -----------------------------------------------------------------------------------
@@ -82,18 +88,20 @@ def list_agents(
     session: Session, now: datetime, wanted: Filter, *, limit: int, after: str | None = None
 ) -> list[View]:
     """Agents by id, at most `limit`, beginning after the id `after`. Retired ones only when asked for."""
-    specs = _specs(session)
-    query = select(Agent).order_by(Agent.id).limit(limit).where(*_conditions(session, wanted, specs, now))
+    specs, ear = _specs(session), presence.Ear(session, now)
+    conditions = _conditions(session, wanted, specs, now, ear)
+    query = select(Agent).order_by(Agent.id).limit(limit).where(*conditions)
     if after is not None:
         query = query.where(Agent.id > after)
     found = session.scalars(query).all()
     failed = _failed_ids(session, [agent.id for agent in found])
-    return [_view(agent, specs, failed, now) for agent in found]
+    return [_view(agent, specs, failed, now, ear) for agent in found]
 
 
 def show(session: Session, now: datetime, agent_id: str) -> View:
     agent = find(session, agent_id)
-    return _view(agent, _specs(session), _failed_ids(session, [agent.id]), now)
+    failed, ear = _failed_ids(session, [agent.id]), presence.Ear(session, now)
+    return _view(agent, _specs(session), failed, now, ear)
 
 
 def events(session: Session, agent_id: str, limit: int = HISTORY) -> Sequence[AgentEvent]:
@@ -107,11 +115,15 @@ def _specs(session: Session) -> dict[int, CohortSpec]:
     return {spec.cohort_id: spec for spec in session.scalars(query)}
 
 
-def _view(agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: datetime) -> View:
+def _view(
+    agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: datetime, ear: presence.Ear
+) -> View:
     spec = specs.get(agent.cohort_id or 0)
+    period = period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD
     facts = standing.Facts(
         seen_at=agent.seen_at,
-        period=period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD,
+        period=period,
+        hearing=ear.of(period),
         retired=agent.retired_at is not None,
         pending=agent.pending,
         failed=agent.id in failed,
@@ -154,7 +166,7 @@ def _failed_ids(session: Session, agent_ids: Sequence[str]) -> set[str]:
 
 
 def _conditions(
-    session: Session, wanted: Filter, specs: Mapping[int, CohortSpec], now: datetime
+    session: Session, wanted: Filter, specs: Mapping[int, CohortSpec], now: datetime, ear: presence.Ear
 ) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if wanted.product is not None:
@@ -167,11 +179,11 @@ def _conditions(
     for key, value in wanted.labels:
         own, said = Agent.operator_labels[key].as_string(), Agent.labels[key].as_string()
         conditions.append(func.coalesce(own, said) == value)
-    return [*conditions, *_state_conditions(wanted.state, specs, now)]
+    return [*conditions, *_state_conditions(wanted.state, specs, now, ear)]
 
 
 def _state_conditions(
-    state: str | None, specs: Mapping[int, CohortSpec], now: datetime
+    state: str | None, specs: Mapping[int, CohortSpec], now: datetime, ear: presence.Ear
 ) -> list[ColumnElement[bool]]:
     """`standing.standing` as SQL: what a state means, and that nothing weightier holds."""
     if state is None:
@@ -180,10 +192,10 @@ def _state_conditions(
         "retired": Agent.retired_at.is_not(None),
         "pending": Agent.pending.is_(True),
         "gone": Agent.seen_at < now - standing.GONE,
-        "silent": _is_quiet(specs, now, standing.silent_after),
+        "silent": _is_quiet(specs, now, ear, standing.silent_after),
         "failed": _is_failed(),
         "held": Agent.held.is_(True),
-        "late": _is_quiet(specs, now, standing.late_after),
+        "late": _is_quiet(specs, now, ear, standing.late_after),
     }
     conditions: list[ColumnElement[bool]] = []
     for name, meant in ladder.items():
@@ -194,16 +206,23 @@ def _state_conditions(
 
 
 def _is_quiet(
-    specs: Mapping[int, CohortSpec], now: datetime, after: Callable[[timedelta], timedelta]
+    specs: Mapping[int, CohortSpec],
+    now: datetime,
+    ear: presence.Ear,
+    after: Callable[[timedelta], timedelta],
 ) -> ColumnElement[bool]:
     """Longer than `after` its period; cohorts with the same pace share a term, so the query stays short."""
+
+    def is_quiet(period: timedelta) -> ColumnElement[bool]:
+        return Agent.seen_at < ear.of(period).up_before(now, after(period))
+
     paces: dict[timedelta, list[int]] = {}
     for cohort_id, spec in specs.items():
-        paces.setdefault(after(period_of(spec.poll_s, spec.report_s)), []).append(cohort_id)
+        paces.setdefault(period_of(spec.poll_s, spec.report_s), []).append(cohort_id)
     # Zero, not NULL, for agents without a cohort: what is unknown in SQL is not true when it is negated.
     cohort = func.coalesce(Agent.cohort_id, 0)
-    terms = [and_(cohort.in_(cohort_ids), Agent.seen_at < now - pace) for pace, cohort_ids in paces.items()]
-    return or_(*terms, and_(cohort.not_in(list(specs)), Agent.seen_at < now - after(USUAL_PERIOD)))
+    terms = [and_(cohort.in_(cohort_ids), is_quiet(period)) for period, cohort_ids in paces.items()]
+    return or_(*terms, and_(cohort.not_in(list(specs)), is_quiet(USUAL_PERIOD)))
 
 
 def cohort_name(session: Session, agent: Agent) -> str | None:

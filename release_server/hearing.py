@@ -68,6 +68,16 @@ class Hearing:
             return NEVER
         return reached if reached >= end + self.settle else self._settled(end, reached)
 
+    def up_before(self, now: datetime, length: timedelta) -> datetime:
+        """What began before this moment, and nothing later, is up before `now`: `ends`, turned round."""
+        latest = now - length
+        if not self.gaps or latest <= (first := self.gaps[0][0] - length):
+            return latest
+        steps = range((latest - first) // TICK)
+        return first + TICK * bisect_left(
+            steps, True, key=lambda step: self.ends(first + TICK * step, length) >= now
+        )
+
     def _settled(self, end: datetime, reached: datetime) -> datetime:
         return max(reached, self._moment(self._count(end) + self.settle // TICK))
 

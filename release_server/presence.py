@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from release_server.hearing import NEVER, Hearing, joined
 from release_server.models import Lease
-from release_server.standing import GONE, GRACE
+from release_server.standing import GONE, GRACE, back_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -98,6 +99,19 @@ def hearing(session: Session, now: datetime, settle: timedelta) -> Hearing:
     gaps = [gap for row in rows for gap in _read(row.gaps)]
     gaps += [(row.until - LENGTH, NEVER) for row in rows if row.name == Lease.WEB and row.until < now]
     return Hearing(joined(gaps), settle)
+
+
+class Ear:
+    """When agents of each pace could be heard, read once."""
+
+    def __init__(self, session: Session, now: datetime) -> None:
+        self._any = hearing(session, now, timedelta())
+        self._of: dict[timedelta, Hearing] = {}
+
+    def of(self, period: timedelta) -> Hearing:
+        if period not in self._of:
+            self._of[period] = replace(self._any, settle=back_after(period))
+        return self._of[period]
 
 
 def ahead_of(session: Session, now: datetime) -> timedelta:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 
 from agent_core.errors import NotFoundError
-from release_server import agents, cohorts, membership, releases
+from release_server import agents, cohorts, membership, presence, releases
 from release_server.membership import Candidate, choose, fixed, in_pages, movable
 from release_server.models import Bundle
 from release_server.queries import parse
@@ -87,12 +87,13 @@ def preview(
     ]
     found = Preview(tried, version or _led_to(session, cohort))
     platforms = _platforms(session, owner, found.version)
+    silent_before = agents.silent_before(now, spec, presence.Ear(session, now))
     for page in in_pages(session, fixed(wanted.cohort_id)):
-        _sort_in(now, found, page, spec, platforms)
+        _sort_in(found, page, silent_before, platforms)
     for page in in_pages(session, movable(owner.id)):
         inside = [member for member in page if choose([*others, wanted], member.facts) == wanted.cohort_id]
         _compare(found, page, inside, wanted.cohort_id)
-        _sort_in(now, found, inside, spec, platforms)
+        _sort_in(found, inside, silent_before, platforms)
     found.inside.names.sort()
     return found
 
@@ -141,19 +142,17 @@ def _compare(found: Preview, page: Iterable[Member], inside: Iterable[Member], c
 
 
 def _sort_in(
-    now: datetime,
     found: Preview,
     members: Iterable[Member],
-    spec: CohortSpec | None,
+    silent_before: datetime,
     platforms: Sequence[str] | None,
 ) -> None:
-    quiet = now - (agents.silent_after(spec.poll_s, spec.report_s) if spec else agents.USUAL)
     for member in members:
         found.inside.add(member.id)
         fits = platforms is None or any(agents.runs_on(entry, member.platform) for entry in platforms)
         against = (
             (found.held, member.held),
-            (found.silent, member.seen_at < quiet),
+            (found.silent, member.seen_at < silent_before),
             (found.no_bundle, not fits),
         )
         for group in [group for group, stands in against if stands] or [found.ready]:

@@ -10,7 +10,10 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from release_server.hearing import ALWAYS, Hearing
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
 GRACE = timedelta(seconds=30)
@@ -39,10 +42,12 @@ class Facts:
     Attributes:
         period: how often it should be heard of, the longer of polls and reports.
         failed: it failed in the newest rollout of its cohort.
+        hearing: when the server could hear it; who could not report is neither late nor silent.
     """
 
     seen_at: datetime
     period: timedelta
+    hearing: Hearing = ALWAYS
     retired: bool = False
     pending: bool = False
     failed: bool = False
@@ -66,14 +71,17 @@ def back_after(period: timedelta) -> timedelta:
 
 def standing(facts: Facts, now: datetime) -> Standing:
     """The one word for how an agent stands."""
-    quiet = now - facts.seen_at
+
+    def is_quiet(after: Callable[[timedelta], timedelta]) -> bool:
+        return facts.hearing.ends(facts.seen_at, after(facts.period)) < now
+
     ladder = (
         (Standing.RETIRED, facts.retired),
         (Standing.PENDING, facts.pending),
-        (Standing.GONE, quiet > GONE),
-        (Standing.SILENT, quiet > silent_after(facts.period)),
+        (Standing.GONE, now - facts.seen_at > GONE),
+        (Standing.SILENT, is_quiet(silent_after)),
         (Standing.FAILED, facts.failed),
         (Standing.HELD, facts.held),
-        (Standing.LATE, quiet > late_after(facts.period)),
+        (Standing.LATE, is_quiet(late_after)),
     )
     return next((state for state, holds in ladder if holds), Standing.OK)

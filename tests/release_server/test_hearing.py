@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from release_server import standing
-from release_server.hearing import NEVER, Hearing, joined
+from release_server.hearing import NEVER, TICK, Hearing, joined
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
@@ -89,6 +89,18 @@ def test_it_is_what_counting_second_by_second_comes_to(seed):
             reached = NEVER if end == NEVER else max(reached, counted(heard, end, heard.settle // SECOND))
             break
     assert reached - SECOND < told <= reached
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS)
+def test_what_is_up_before_a_moment_began_before_another_and_nothing_later_did(seed):
+    dice = random.Random(seed)
+    heard = Hearing(thrown(dice, dice.choice([1, 3, 8])), dice.choice([30, 330, 3_600]) * SECOND)
+    now, length = NOW + dice.randrange(6 * 3600) * SECOND, dice.choice([90, 1_000, 7_200]) * SECOND
+    known = [(begun, NEVER if end > now else end) for begun, end in heard.gaps if begun < now]
+    heard = Hearing(tuple(known), heard.settle)
+    turn = heard.up_before(now, length)
+    assert heard.ends(turn - TICK, length) < now <= heard.ends(turn, length)
 
 
 def last_before(heard, moment):

@@ -9,13 +9,15 @@ import pytest
 from sqlalchemy import select
 
 from release_server import agents
-from release_server.models import Agent
+from release_server.hearing import Hearing
+from release_server.models import Agent, Lease
 from release_server.standing import GONE, Facts, Standing, standing
 from tests.release_server.fleet_world import World
 
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
+HOUR = timedelta(hours=1)
 
 
 def facts(quiet, **said):
@@ -50,12 +52,22 @@ def test_a_long_period_does_not_let_an_agent_be_gone_before_it_is_silent():
     assert standing(known, NOW) is Standing.GONE
 
 
-def test_a_list_by_state_holds_exactly_the_agents_that_are_in_it(sessions, clock):
+def test_an_agent_that_could_not_report_is_neither_late_nor_silent():
+    away = Hearing(((NOW - HOUR, NOW - MINUTE),), settle=90 * SECOND)
+    assert standing(facts(HOUR + SECOND, hearing=away), NOW) is Standing.OK
+    assert standing(facts(HOUR + 211 * SECOND, hearing=away), NOW) is Standing.SILENT
+
+
+@pytest.mark.parametrize("away", [(), (1000, 200), (650, 20), (300, -1)], ids=str)
+def test_a_list_by_state_holds_exactly_the_agents_that_are_in_it(sessions, clock, away):
     world = World(sessions, clock)
     world.cohort("all", match="in", poll_s=60, report_s=60)
     world.enroll("first")
     quiet = (0, 151, 211, 700, 1000, 40 * 86_400)
     with world.write() as session:
+        if away:
+            gap = [(clock() - ago * SECOND).isoformat() for ago in away]
+            session.add(Lease(name="jobs", holder="", until=clock(), gaps=[gap]))
         first = session.scalars(select(Agent)).one()
         kept = {column.name: getattr(first, column.name) for column in Agent.__table__.columns}
         for number, (seconds, inside, held, pending, retired) in enumerate(
@@ -80,4 +92,5 @@ def test_a_list_by_state_holds_exactly_the_agents_that_are_in_it(sessions, clock
         }
     assert sum(map(len, by_state.values())) == 1 + len(quiet) * 16
     assert all(set(found.values()) <= {state} for state, found in by_state.items())
-    assert {state for state, found in by_state.items() if found} == set(Standing) - {Standing.FAILED}
+    seldom = {Standing.FAILED} | ({Standing.LATE, Standing.SILENT} if away else set())
+    assert {state for state, found in by_state.items() if found} >= set(Standing) - seldom
