@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 from tuf.api.metadata import Metadata, Targets
 
+from agent_core.errors import ConflictError
 from agent_core.wire import AttemptState, BudgetTerms, Directive, LeaseTerms, Policy, Reason, Window
 from release_server import (
     agents,
@@ -23,6 +24,7 @@ from release_server import (
     shares,
     specs,
     standing,
+    ways,
     why,
 )
 from release_server.foresight import Allowance
@@ -238,9 +240,22 @@ def why_of_rollout(session: Session, now: datetime, rollout_id: int) -> dict[str
         pin_reason=cohorts.reason_of(wants, "pin"),
         freeze_reason=cohorts.reason_of(wants, "freeze"),
         yanked=rollout.release.yanked_at is not None,
+        past=_past(session, rollout) if status.state is State.PAUSED else "",
         halt=_halt(session, rollout_id),
     )
     return rollout_why.explain(facts, now)
+
+
+def _past(session: Session, rollout: Rollout) -> str:
+    """Why a paused rollout is not resumed, since its cohort has gone on without it."""
+    base = cohorts.status_of(session, rollout.cohort_id).base
+    if base == rollout.base:
+        return ""
+    try:
+        ways.check_again(session, rollout, base)
+    except ConflictError as refusal:
+        return refusal.what
+    return ""
 
 
 def _allowance(spec: CohortSpec, stopped: str | None) -> Allowance:

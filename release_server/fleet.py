@@ -402,13 +402,9 @@ def abort(
     """
     row = _require(session, rollout_id, "aborted", *_abortable(rollback=rollback))
     rollout = session.get_one(Rollout, rollout_id)
-    if rollback and cohorts.status_of(session, rollout.cohort_id).base is None:
-        raise ConflictError(
-            f"r-{rollout_id} cannot go back",
-            why="its cohort had no release before",
-            then="abort without --rollback",
-        )
     _check_newest(session, rollout, row)
+    if rollback:
+        _check_way_back(session, rollout, row)
     ask(
         session,
         now,
@@ -425,13 +421,34 @@ def _abortable(*, rollback: bool) -> tuple[State, ...]:
     return (*states, State.ABORTED) if rollback else states
 
 
+def _check_way_back(session: Session, rollout: Rollout, row: RolloutStatus) -> None:
+    """Agents go back to what their cohort is on; to the rollout's own version the way has no end."""
+    base = cohorts.status_of(session, rollout.cohort_id).base
+    if base is None:
+        raise ConflictError(
+            f"r-{rollout.id} cannot go back",
+            why="its cohort had no release before",
+            then="abort without --rollback",
+        )
+    if base == rollout.version and row.state != State.COMPLETED:
+        raise ConflictError(
+            f"r-{rollout.id} cannot go back",
+            why=f"cohort {rollout.cohort.name} is on {base} itself by now",
+            then=f"to go back all the same: {_pin_back(rollout)}",
+            reason="already-there",
+        )
+
+
+def _pin_back(rollout: Rollout) -> str:
+    return f"release cohort pin {rollout.cohort.name} {rollout.base or 'VERSION'}"
+
+
 def _check_newest(session: Session, rollout: Rollout, row: RolloutStatus) -> None:
     newest = cohorts.newest_rollout(session, rollout.cohort_id)
     if row.state in RETURNABLE and newest and newest[0].id != rollout.id:
-        pin = f"release cohort pin {rollout.cohort.name} {rollout.base or 'VERSION'}"
         raise ConflictError(
             f"r-{newest[0].id} has taken the place of r-{rollout.id}",
-            then=f"to go back all the same: {pin}",
+            then=f"to go back all the same: {_pin_back(rollout)}",
             reason="superseded",
         )
 
@@ -453,6 +470,7 @@ def undo(session: Session, now: datetime, actor: str, rollout_id: int, reason: s
         )
     if rollout.base is None:
         raise ConflictError(f"r-{rollout_id} cannot be undone", why="its cohort had no release before")
+    _check_way_back(session, rollout, row)
     ask(session, now, actor, rollout_id, wanted=Wanted.ABORT_ROLLBACK, reason=reason)
     _done(session, now, actor, "rollout.undo", rollout_id, reason=reason, back_to=rollout.base)
 

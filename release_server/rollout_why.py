@@ -64,6 +64,7 @@ class Facts:
         pin, pin_reason: on what people keep its cohort, and why.
         freeze_reason: why people froze the cohort, where they did.
         yanked: its release is no longer offered.
+        past: why a resume would be refused, where its cohort is on another release by now.
         halt: the numbers that the newest halt saw, as they were stored.
     """
 
@@ -83,6 +84,7 @@ class Facts:
     pin_reason: str = ""
     freeze_reason: str = ""
     yanked: bool = False
+    past: str = ""
     halt: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -323,6 +325,9 @@ def _paused(facts: Facts, now: datetime) -> Iterator[Link]:
     if facts.yanked:
         then = f"release yank {facts.version} --undo"
         yield Link(False, "yanked", f"{facts.version} was yanked: it cannot go on", then)
+    elif facts.past:
+        then = f"release rollout abort {facts.name}"
+        yield Link(False, "gone-past", f"{facts.past}: it cannot go on", then)
 
 
 def _after_halt(facts: Facts, reason: str, seen: Mapping[str, Any]) -> str:

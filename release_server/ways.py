@@ -113,5 +113,11 @@ def check_again(session: Session, rollout: Rollout, base: str | None) -> None:
     Raises:
         ConflictError: as `check`.
     """
+    if base == rollout.version:
+        raise ConflictError(
+            f"cohort {rollout.cohort.name} is on {base} already",
+            then=f"release rollout abort r-{rollout.id}",
+            reason="already-there",
+        )
     downgrade = Terms.from_json(specs.newest_spec(session, rollout.id).terms).downgrade
     check(session, rollout.cohort, rollout.release, base, downgrade=downgrade)

@@ -323,6 +323,26 @@ def test_what_its_cohort_went_past_while_it_was_paused_is_not_resumed(world):
     assert not world.offered("1.1.0")
 
 
+def test_a_pin_to_the_very_release_of_a_rollout_leaves_nobody_on_a_way_back_without_end(world):
+    """It is how people give a release to all at once; what they are told to type then is not refused."""
+    rollout = world.start("1.1.0", Stage(count=1), ALL)
+    pin_for_a_while(world, "1.1.0")
+    with world.read() as session:
+        answer = explain.why_of_rollout(session, world.clock(), rollout)
+    last = answer["chain"][-1]
+    assert (last["code"], last["then"]) == ("gone-past", f"release rollout abort r-{rollout}")
+    assert last["text"] == "cohort all is on 1.1.0 already: it cannot go on"
+    with pytest.raises(ConflictError) as caught:
+        world.call(fleet.resume, rollout)
+    assert (caught.value.reason, caught.value.then) == ("already-there", last["then"])
+    for back in ({"rollback": True}, None):
+        with pytest.raises(ConflictError) as caught:
+            world.call(fleet.undo, rollout) if back is None else world.call(fleet.abort, rollout, **back)
+        assert caught.value.then == "to go back all the same: release cohort pin all 1.0.0"
+    world.call(fleet.abort, rollout)
+    assert world.status(rollout).state == "aborted"
+
+
 def test_a_release_that_was_yanked_meanwhile_is_not_approved(world):
     rollout = world.start("1.1.0", ALL, terms=Terms(approval=True))
     world.call(yanks.yank, "demo", "1.1.0", "it burns")
