@@ -159,10 +159,50 @@ def _read_bundle(path: str, target: TargetFile, files: Files) -> Listed:
 
 def barrier_before(files: Files, product: str, seq: int) -> int:
     """The seq of the newest barrier below `seq`, which nobody goes past without having run it; 0 for none."""
-    bundles = {path: target for path, target in files.items() if BUNDLE.fullmatch(path)}
-    known = [ReleaseFacts.from_json(target.custom, path) for path, target in bundles.items()]
-    before = [facts.seq for facts in known if facts.barrier and facts.product == product and facts.seq < seq]
-    return max(before, default=0)
+    return max((each for each in barriers(files, product) if each < seq), default=0)
+
+
+def barriers(files: Files, product: str) -> dict[int, str]:
+    """The barriers of a product that bind what is signed, seq to version.
+
+    One that the policy of the same targets forbids is none any more: hosts before it could install neither it
+    nor anything after it, and no release could be signed that takes them on.
+    """
+    policy = policy_of(files, product)
+    return {
+        facts.seq: facts.version
+        for facts in _facts_of(files, product)
+        if facts.barrier and not forbids(policy, facts.seq)
+    }
+
+
+def forbids(policy: Policy, seq: int) -> bool:
+    """Whether no host may install a release of this seq."""
+    return seq < policy.floor_seq or seq in policy.revoked_seq
+
+
+def beside_barriers(files: Files, product: str) -> dict[str, list[str]]:
+    """The barriers that leave hosts behind: version to platforms that only earlier releases are for."""
+    known = _facts_of(files, product)
+    found = {}
+    for seq, version in barriers(files, product).items():
+        own = {facts.platform for facts in known if facts.seq == seq}
+        earlier = {facts.platform for facts in known if facts.seq < seq}
+        if alone := sorted(each for each in earlier if not any(_serves(bundle, each) for bundle in own)):
+            found[version] = alone
+    return found
+
+
+def _serves(bundle: str, platform: str) -> bool:
+    return bundle in ("any", platform) or platform.startswith(f"{bundle}-")
+
+
+def _facts_of(files: Files, product: str) -> list[ReleaseFacts]:
+    return [
+        ReleaseFacts.from_json(target.custom, path)
+        for path, target in files.items()
+        if (found := BUNDLE.fullmatch(path)) and found.group(1) == product
+    ]
 
 
 def policy_of(files: Files, product: str) -> Policy:
@@ -198,7 +238,7 @@ def check_successor(before: Targets | None, after: Targets, now: datetime) -> li
     read_deltas(after.targets, listed)
     fresh = [entry for path, entry in listed.items() if path not in old]
     check_seqs(read_listed(old).values(), fresh)
-    check_barriers(listed.values())
+    check_barriers(after.targets, listed.values())
     check_room(old, after.targets, fresh)
     return fresh
 
@@ -311,22 +351,23 @@ def check_seqs(known: Iterable[Listed], fresh: Iterable[Listed]) -> None:
         own[facts.version] = facts.seq
 
 
-def check_barriers(listed: Iterable[Listed]) -> None:
-    """Nothing leads past a barrier: hosts go by the stepping stone that is signed, and not by the server.
+def check_barriers(files: Files, listed: Iterable[Listed]) -> None:
+    """Nothing leads past a barrier that binds: hosts go by the stepping stone that is signed, not the server.
 
     Raises:
         TrustError: `barrier`.
     """
     known = [entry.facts for entry in listed]
-    barriers = [facts for facts in known if facts.barrier]
+    binding = {product: barriers(files, product) for product in {facts.product for facts in known}}
     for facts in known:
-        for barrier in barriers:
-            if facts.product == barrier.product and facts.upgrade_from_seq < barrier.seq < facts.seq:
+        for seq, version in binding[facts.product].items():
+            if facts.upgrade_from_seq < seq < facts.seq:
                 raise _refuse(
                     f"{facts.product} {facts.version} for {facts.platform} is refused",
-                    f"{barrier.version} is a barrier, and it would install over what is older",
+                    f"{version} is a barrier, and it would install over what is older",
                     "barrier",
-                    "make it anew from the current targets",
+                    "make it anew from the current targets; "
+                    "what was signed past a revoked barrier keeps it revoked",
                 )
 
 
@@ -424,12 +465,7 @@ def _policy_changes(before: Files, after: Files) -> Iterator[Change]:
 
 def versions_by_seq(files: Files, product: str) -> dict[int, str]:
     """The versions of a product, by seq."""
-    listed = [
-        ReleaseFacts.from_json(target.custom, path)
-        for path, target in files.items()
-        if BUNDLE.fullmatch(path) and path.split("/")[1] == product
-    ]
-    return {facts.seq: facts.version for facts in listed}
+    return {facts.seq: facts.version for facts in _facts_of(files, product)}
 
 
 def highest_seq(files: Files, product: str) -> int:

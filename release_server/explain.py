@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
-from tuf.api.metadata import Metadata, Targets
 
 from agent_core.errors import ConflictError
-from agent_core.wire import AttemptState, BudgetTerms, Directive, LeaseTerms, Policy, Reason, Window
+from agent_core.wire import AttemptState, BudgetTerms, Directive, LeaseTerms, Reason, Window
 from release_server import (
     agents,
     census,
     cohorts,
     fleet,
     leases,
+    policies,
     presence,
-    repository,
     rollout_view,
     rollout_why,
     shares,
@@ -139,26 +137,9 @@ def _releases(session: Session, agent: Agent, directive: Directive | None) -> di
     here = found.get(agent.version)
     return {
         "running_seq": here.seq if here else 0,
-        "policy": policy_of(session, agent.product.name),
+        "policy": policies.policy_of(session, agent.product.name),
         "bundles": {version: _best(found.get(str(version)), agent.platform) for version in named},
         "failed": _failed(session, agent, directive.salt),
-    }
-
-
-def policy_of(session: Session, product: str) -> Policy:
-    """The floor and what is revoked, by the newest signed targets."""
-    row = repository.newest(session, Targets.type)
-    return Policy() if row is None else policies(row.body).get(f"policy/{product}.json", Policy())
-
-
-@lru_cache(maxsize=2)
-def policies(body: bytes) -> dict[str, Policy]:
-    """The policies in signed targets, by path. Reading these takes longer than all the rest of a `why`."""
-    targets = Metadata[Targets].from_bytes(body).signed.targets
-    return {
-        path: Policy.from_json(found.custom)
-        for path, found in targets.items()
-        if path.startswith("policy/") and found.custom
     }
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select, update
 
 from agent_core.errors import ConflictError
-from release_server import audit, routes, specs
+from keys import changes
+from release_server import audit, policies, routes, specs
 from release_server.models import Release, Rollout, RolloutStatus
 from release_server.rollout import FINISHED, StageState, Wanted
 from release_server.terms import Terms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from datetime import datetime
 
     from sqlalchemy.orm import Session
@@ -51,7 +53,11 @@ def check(session: Session, cohort: Cohort, release: Release, base: str | None, 
             )
         return
     offered = [each for each in known.values() if each.yanked_at is None]
-    way = routes.route(map(_stop, offered), here.seq, release.seq)
+    way = _way(offered, here, release)
+    if way is None or len(way) > 1:  # only then: reading the policy costs more than all the rest
+        policy = policies.policy_of(session, cohort.product.name)
+        free = [each for each in offered if each.id == release.id or not changes.forbids(policy, each.seq)]
+        way = _way(free, here, release)
     if way is not None and len(way) <= 1:
         return
     via = ", then ".join(stop.version for stop in way[:-1]) if way else ""
@@ -61,6 +67,10 @@ def check(session: Session, cohort: Cohort, release: Release, base: str | None, 
         then=f"release rollout start {way[0].version} first" if way else "publish a stepping stone",
         reason="stepping-stone" if way else "dead-end",
     )
+
+
+def _way(offered: Iterable[Release], here: Release, there: Release) -> tuple[routes.Stop, ...] | None:
+    return routes.route(map(_stop, offered), here.seq, there.seq)
 
 
 def _stop(release: Release) -> routes.Stop:

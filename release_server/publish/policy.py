@@ -60,7 +60,7 @@ def forbidden(files: Files, product: str, policy: Policy) -> list[str]:
     return [
         version
         for seq, version in sorted(changes.versions_by_seq(files, product).items())
-        if seq < policy.floor_seq or seq in policy.revoked_seq
+        if changes.forbids(policy, seq)
     ]
 
 
@@ -68,3 +68,9 @@ def newly_forbidden(files: Files, product: str, before: Policy, after: Policy) -
     """The published versions that the second policy forbids and the first does not."""
     known = set(forbidden(files, product, before))
     return [version for version in forbidden(files, product, after) if version not in known]
+
+
+def released_barriers(before: Files, after: Files, product: str) -> list[str]:
+    """The barriers that bind by the first targets and not by the second ones, the oldest first."""
+    kept = changes.barriers(after, product)
+    return [version for seq, version in sorted(changes.barriers(before, product).items()) if seq not in kept]

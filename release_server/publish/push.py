@@ -24,6 +24,7 @@ from agent_core.errors import (
     UsageError,
 )
 from agent_core.wire import Reason
+from keys import changes
 from release_server.publish import offline, propose, sign
 from release_server.publish.build import open_bundle
 from release_server.publish.deltas import Workshop
@@ -68,6 +69,7 @@ class Outcome:
         state: `published`, `already` (it was there before), `accepted` (taken, published any moment now),
             `staged` (others have to sign it first), or `dry-run`.
         targets_version: the version of targets that lists it; the one that would, in a dry run.
+        left_behind: barriers, and the platforms of earlier releases that have no bundle of them.
     """
 
     product: str
@@ -78,6 +80,7 @@ class Outcome:
     bundles: list[dict[str, Any]] = field(default_factory=list)
     deltas: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0
+    left_behind: dict[str, list[str]] = field(default_factory=dict)
     proposal: dict[str, Any] | None = None
     rollout: dict[str, Any] | None = None
 
@@ -152,6 +155,8 @@ def push(
     outcome = _outcome(releases, trusted, product, version)
     if missing and signed is not None:
         offline.check(trusted, signed, missing, clock.now())
+    planned = signed or sign.with_releases(trusted, missing, clock.now()) if missing else trusted.targets
+    outcome.left_behind = changes.beside_barriers(planned.signed.targets, product)
     if not missing or dry_run:
         outcome.state = "dry-run" if missing else "already"
         outcome.targets_version += 1 if missing else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -127,6 +128,56 @@ def test_what_comes_after_a_barrier_says_that_hosts_have_passed_it(before, after
     assert changes.barrier_before(after.targets, "other", 12) == 0
     told = {change.what: change.after for change in changes.changes(before.signed, after)}
     assert told["bundles/demo/1.1/any.tar.zst"].endswith(", barrier")
+
+
+@pytest.mark.parametrize(
+    ("rule", "barrier", "stones"),
+    [
+        ({"floor_seq": 10}, 12, {12}),
+        ({"floor_seq": 12}, 12, {12}),
+        ({"floor_seq": 13}, 0, {0, 11, 12}),
+        ({"floor_seq": 10, "revoked_seq": (12,)}, 11, {11, 12}),
+        ({"floor_seq": 10, "revoked_seq": (11, 12)}, 0, {0, 11, 12}),
+    ],
+    ids=["none", "floor at it", "floor above it", "revoked", "both revoked"],
+)
+def test_a_barrier_that_no_host_may_install_binds_nothing_that_is_signed_later(
+    before, after, rule, barrier, stones
+):
+    """Hosts before it could go nowhere any more, and no release that rescues them could be signed."""
+    listed(after, "1.1", 11, barrier=True)
+    listed(after, "1.2", 12, barrier=True, upgrade_from_seq=11)
+    with_policy(after, **rule)
+    assert changes.barrier_before(after.targets, "demo", 13) == barrier
+    for stone in (0, 11, 12):
+        listed(after, "1.3", 13, upgrade_from_seq=stone)
+        with nullcontext() if stone in stones else pytest.raises(TrustError, match="is a barrier"):
+            check(before, after)
+
+
+def test_a_revocation_of_a_barrier_stays_once_something_is_signed_past_it(before, after):
+    listed(after, "1.1", 11, barrier=True)
+    listed(after, "1.2", 12)
+    with_policy(after, floor_seq=10, revoked_seq=(11,))
+    check(before, after)
+    following = ceremony.next_targets(Metadata(after), NOW + timedelta(days=2)).signed
+    with_policy(following, floor_seq=10)
+    with pytest.raises(TrustError) as caught:
+        check(Metadata(after), following)
+    assert (caught.value.reason, "keeps it revoked" in caught.value.then) == ("barrier", True)
+
+
+def test_a_barrier_leaves_platforms_behind_that_it_has_no_bundle_for(after):
+    listed(after, "1.0", 10, "linux-aarch64")
+    listed(after, "1.0", 10, "linux-x86_64-gpu")
+    listed(after, "1.1", 11, "linux-x86_64", barrier=True)
+    listed(after, "1.2", 12, "linux-riscv64", upgrade_from_seq=11)
+    assert changes.beside_barriers(after.targets, "demo") == {"1.1": ["any", "linux-aarch64"]}
+    assert changes.beside_barriers(after.targets, "other") == {}
+    listed(after, "1.1", 11, "linux-aarch64")
+    assert changes.beside_barriers(after.targets, "demo") == {"1.1": ["any"]}
+    listed(after, "1.1", 11)
+    assert changes.beside_barriers(after.targets, "demo") == {}
 
 
 def test_above_a_floor_that_was_raised_too_far_there_is_room_for_the_next_release(before, after):

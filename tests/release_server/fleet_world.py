@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from hashlib import sha256
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import event, select
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from agent_core.clock import iso
 from agent_core.directive import assign
-from agent_core.wire import AttemptState, Directive, EnrollRequest, Phase, Report, Transition, signed_text
+from agent_core.wire import (
+    AttemptState,
+    Directive,
+    EnrollRequest,
+    Phase,
+    Policy,
+    Report,
+    Transition,
+    policy_path,
+    signed_text,
+)
 from release_server import (
     agents,
     attempts,
@@ -25,7 +37,7 @@ from release_server import (
     reports,
     rollout_view,
 )
-from release_server.models import Attempt, Bundle, CohortStatus, Product, Release, Rollout
+from release_server.models import Attempt, Bundle, CohortStatus, MetadataFile, Product, Release, Rollout
 from release_server.stages import Stage
 
 PLATFORM = "linux-x86_64-cp311"
@@ -117,6 +129,16 @@ class World:
             Bundle(platform=platform, sha256="a" * 64, length=1, unpacked=1, facts={"gates": [], **facts})
         ]
         session.add(release)
+
+    def sign_policy(self, **said):
+        """The newest targets with this policy, as they lie in the table."""
+        targets = Targets(expires=self.clock() + timedelta(days=9))
+        held = TargetFile.from_data(policy_path("demo"), b"", ["sha256"])
+        held.unrecognized_fields["custom"] = Policy(**said).to_json()
+        targets.targets[held.path] = held
+        row = {"role": Targets.type, "version": 1, "expires_at": targets.expires, "created_at": self.clock()}
+        with self.write() as session:
+            session.add(MetadataFile(**row, body=Metadata(targets).to_bytes()))
 
     # --- hosts ---------------------------------------------------------------------------------------------
 

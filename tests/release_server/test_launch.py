@@ -200,6 +200,21 @@ def test_a_barrier_is_reached_before_what_comes_after_it(world):
     assert caught.value.then == "release rollout start 2.0.0 first"
 
 
+def test_no_way_leads_over_what_no_host_may_install(world):
+    world.add_release("2.0.0", 5, barrier=True)
+    world.add_release("2.1.0", 6)
+    world.add_release("2.2.0", 7, upgrade_from_seq=6)
+    world.add_release("2.3.0", 8, upgrade_from_seq=5)
+    world.sign_policy(revoked_seq=(5,))
+    with pytest.raises(ConflictError) as caught:
+        world.start("2.2.0", ALL)
+    assert caught.value.then == "release rollout start 2.1.0 first"
+    with pytest.raises(ConflictError) as caught:
+        world.start("2.3.0", ALL)
+    assert caught.value.then == "release rollout start 2.1.0 first"
+    world.start("2.1.0", ALL)
+
+
 def test_a_pin_leads_nobody_to_what_no_host_would_install(world):
     world.add_release("2.0.0", 5, barrier=True)
     world.add_release("2.1.0", 6, upgrade_from_seq=5)

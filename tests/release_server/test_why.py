@@ -12,7 +12,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from agent_core.directive import bucket
 from agent_core.wire import PROGRESS_FULL, Directive, Mode, Policy, Reason, ReleaseFacts, Window
-from release_server import explain, why
+from release_server import policies, why
 from release_server.directives import CohortFacts, Pace, RolloutFacts, directive_for
 from release_server.freezes import Freeze
 from release_server.models import MetadataFile
@@ -317,5 +317,5 @@ def test_the_policy_is_that_of_the_newest_targets_also_when_others_were_just_rea
         with sessions.write() as session:
             session.add(MetadataFile(**row, body=signed(floor)))
         with sessions.read() as session:
-            assert explain.policy_of(session, "demo").floor_seq == floor
-            assert explain.policy_of(session, "another") == Policy()
+            assert policies.policy_of(session, "demo").floor_seq == floor
+            assert policies.policy_of(session, "another") == Policy()

@@ -353,6 +353,11 @@ def _tell_push(outcome: Outcome, url: str, cohort: str | None) -> None:
         "dry-run": f"would be published on {url} as seq {outcome.seq}; nothing was changed",
     }
     console.say(f"{outcome.product} {outcome.version} {words[outcome.state]}")
+    for version, platforms in outcome.left_behind.items():
+        console.warn(
+            f"{version} is a barrier without a bundle for {', '.join(platforms)}, "
+            f"which earlier releases have: hosts there go no further until one is pushed as {version}"
+        )
     if outcome.proposal is not None and outcome.state == "staged":
         tell_waiting(outcome.proposal)
     if outcome.rollout is not None:

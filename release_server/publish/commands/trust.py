@@ -173,13 +173,25 @@ def _change(who: Manager, change: Callable[[Policy, Any, str], Policy], words: s
         return
     fresh = rules.newly_forbidden(files, product, held, wanted)
     reached = _reach(who.client, product, fresh)
-    _confirm_policy(fresh, reached)
     following = sign.with_policy(trusted, product, wanted, clock.now())
+    _warn_of_barriers(rules.released_barriers(files, following.signed.targets, product))
+    _confirm_policy(fresh, reached)
     sent = propose.send(who, trusted, following, wait_s=wait_s())
     tell_sent(sent, who.client.url, f"{product}: {words}")
     for line in _advice(reached):
         console.say(line)
     console.emit({**sent.to_json(), "policy": wanted.to_json(), "reach": reached}, sent.state)
+
+
+def _warn_of_barriers(versions: Sequence[str]) -> None:
+    """Say what becomes of hosts before a barrier that they may not install any more."""
+    for version in versions:
+        console.warn(
+            f"{version} is a barrier, and hosts that have not run it stay where they are: "
+            "they may not install it any more, and what was signed after it does not install over theirs. "
+            "Have every host past it first (release agents list), or push a new version then, "
+            f"which {version} does not bind"
+        )
 
 
 def _confirm_policy(fresh: Sequence[str], reached: Iterable[dict[str, Any]]) -> None:

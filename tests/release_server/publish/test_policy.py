@@ -65,6 +65,19 @@ def test_a_revocation_says_who_runs_the_version_and_what_to_type(ada):
     assert ada.json("policy", "show")["revoked"] == []
 
 
+def test_whoever_puts_a_barrier_out_of_reach_is_warned_first(ada, make_bundle):
+    product = ada.environ["RELFLEET_PRODUCT"]
+    wall = make_bundle("1.2.0", product=product, platform="linux-riscv64", content=b"wall")
+    code, _, said = ada("push", wall, "--barrier", "--wait")
+    assert (code, "1.2.0 is a barrier without a bundle for" in said) == (Exit.DONE, True), said
+    code, _, said = ada("policy", "revoke", "1.2.0")
+    assert (code, "warning: 1.2.0 is a barrier, and hosts" in said) == (Exit.USAGE, True), said
+    code, _, said = ada("policy", "revoke", "1.1.0")
+    assert (code, "is a barrier" in said) == (Exit.USAGE, False), said
+    code, _, said = ada("policy", "set", "--floor", "1.2.0", "--yes")
+    assert (code, "is a barrier" in said) == (Exit.DONE, False), said
+
+
 def test_a_fleet_file_says_what_release_keys_have_to_sign_and_signs_nothing(ada, tmp_path):
     file = tmp_path / "fleet.toml"
     file.write_text('[policy]\nfloor = "1.1.0"\nrevoked = ["1.0.0"]\n')

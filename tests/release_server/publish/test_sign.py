@@ -237,6 +237,18 @@ def test_what_is_signed_after_a_barrier_installs_over_it_or_what_came_later(trus
     ]
 
 
+def test_what_is_signed_after_a_revoked_barrier_installs_over_what_is_older(trusted, tmp_path):
+    wall = a_release(tmp_path, "1.0.0")
+    wall = replace(wall, facts=replace(wall.facts, barrier=True))
+    first = replace(trusted, targets=sign.with_releases(trusted, [wall], NOW))
+    first = replace(first, targets=sign.with_policy(first, PRODUCT, Policy(revoked_seq=(1,)), NOW))
+    signed = sign.releases(sign.with_releases(first, [a_release(tmp_path, "1.1.0")], NOW).signed, PRODUCT)
+    assert [(facts.version, facts.upgrade_from_seq) for facts in signed.values()] == [
+        ("1.0.0", 0),
+        ("1.1.0", 0),
+    ]
+
+
 def test_a_new_seq_is_above_the_floor_and_above_what_was_revoked(trusted):
     targets = trusted.targets.signed
     rule = Policy(floor_seq=7, revoked_seq=(9,))
