@@ -13,7 +13,6 @@ import re
 import socket
 import ssl
 from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -23,6 +22,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from agent_core import clock
 from agent_core.errors import SettingsError, TrustError, UnreachableError
 from agent_core.late import late_dataclass
+from agent_core.retry_after import retry_after_s
 from agent_core.wire import Reason
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ MAX_HEADERS = 64 * 1024
 """Bytes of status line and headers; no honest server comes near."""
 MAX_ANSWER = 1024 * 1024
 """Bytes of an API answer."""
-MAX_RETRY_AFTER_S = 86_400.0
 CHUNK = 64 * 1024
 MAX_STEP = 4 * CHUNK
 """Bytes that one piece of a body may take with all that stands around it: sizes of chunks, trailers."""
@@ -497,21 +496,6 @@ def _offline(base_url: str, path: str, why: str, then: str = "") -> UnreachableE
     return UnreachableError(
         f"could not get {path} from {base_url}", why=why, then=then, reason=Reason.OFFLINE
     )
-
-
-def retry_after_s(text: str | None) -> float | None:
-    """Read `Retry-After`, seconds or a date; at most a day, None when it is absent or no such thing."""
-    if not text:
-        return None
-    if text.strip().isascii() and text.strip().isdigit():
-        return min(float(text), MAX_RETRY_AFTER_S)
-    try:
-        moment = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        return None
-    return min(max((moment - clock.now()).total_seconds(), 0.0), MAX_RETRY_AFTER_S)
 
 
 def _parse(address: str, what: str, *, bare: bool = True) -> SplitResult:

@@ -6,8 +6,6 @@ import random
 import time
 import uuid
 from contextlib import closing
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,6 +23,7 @@ from agent_core.errors import (
     UnreachableError,
     UsageError,
 )
+from agent_core.retry_after import retry_after_s
 from agent_core.wire import Problem, Reason
 
 if TYPE_CHECKING:
@@ -344,20 +343,3 @@ def _problem(response: requests.Response) -> Problem:
         return Problem(
             response.status_code, response.reason or f"status {response.status_code}", reason=reason
         )
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """Read Retry-After: seconds or a date; None when it is absent or makes no sense."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        moment = parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - clock.now()).total_seconds())

@@ -27,6 +27,7 @@ from agent_core.errors import DiskError, MalformedError, RelfleetError, Settings
 from agent_core.health import parse_checks
 from agent_core.hooks import parse_hooks
 from agent_core.release_file import END, TITLE, Title, opened
+from agent_core.retry_after import retry_after_s
 from agent_core.settings import AGENT, AgentSettings
 from agent_core.window import is_open, next_opening
 from agent_core.wire import (
@@ -343,7 +344,7 @@ def settings(raw: bytes) -> None:
 def words(raw: bytes) -> None:
     """Any text in the places where the network or an environment says one."""
     text = raw.decode("latin-1")
-    transport.retry_after_s(text)
+    retry_after_s(text)
     assert transport._is_direct("releases.example.org", 443, text) in (True, False)
     assert transport._is_direct("10.1.2.3", 443, text) in (True, False)
     with suppress(SettingsError):

@@ -3,8 +3,6 @@ from __future__ import annotations
 import ssl
 import sys
 import time
-from datetime import timedelta
-from email.utils import format_datetime
 from subprocess import run
 from typing import TYPE_CHECKING
 
@@ -13,14 +11,13 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_core import clock
 from agent_core.errors import SettingsError, TrustError, UnreachableError
 from agent_core.settings import AGENT, AgentSettings
 from tests.certificates import Authority
 from tests.http_origin import Chunked, Endless, Gzip, Origin, Proxy, Raw, Slow, Status, Truncated
 from updater import transport as transport_module
 from updater.device import connect
-from updater.transport import Transport, retry_after_s
+from updater.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,14 +148,6 @@ def test_an_overloaded_server_says_when_to_come_back(
     with pytest.raises(UnreachableError) as caught:
         transport.get("/file", max_length=10)
     assert (caught.value.reason, caught.value.retry_after_s) == ("overloaded", 17.0)
-
-
-def test_retry_after_may_be_a_date_and_nonsense_is_none() -> None:
-    soon = clock.now() + timedelta(seconds=90)
-    assert 80 < (retry_after_s(format_datetime(soon, usegmt=True)) or 0) <= 90
-    assert retry_after_s(format_datetime(soon - timedelta(days=1), usegmt=True)) == 0
-    assert retry_after_s("99999999999") == 86_400
-    assert [retry_after_s(text) for text in (None, "", "soon", "-5", "٣")] == [None] * 5
 
 
 def test_nobody_listening_is_offline() -> None:

@@ -7,13 +7,10 @@ import ssl
 import subprocess
 import sys
 import threading
-from datetime import timedelta
-from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
-from agent_core import clock
 from agent_core.errors import (
     ConflictError,
     DiskError,
@@ -27,7 +24,7 @@ from agent_core.errors import (
     UsageError,
 )
 from agent_core.wire import Problem
-from release_server.publish.client import ATTEMPTS, MOST_WAIT_S, Client, retry_after_s
+from release_server.publish.client import ATTEMPTS, MOST_WAIT_S, Client
 from tests.release_origin import TOKEN, Answer
 
 REPOSITORY = Path(__file__).parents[3]
@@ -224,15 +221,6 @@ def test_waits_are_spread_so_that_clients_do_not_come_back_in_step(origin, make_
     origin.instead.extend([problem(503)] * 2)
     client.get("/whoami")
     assert waits == [0.25, 1.0]
-
-
-def test_retry_after_is_read_as_seconds_and_as_a_date():
-    assert retry_after_s("12") == 12
-    assert retry_after_s("-5") == 0
-    assert retry_after_s(None) is None
-    assert retry_after_s("tomorrow") is None
-    later = format_datetime(clock.now() + timedelta(seconds=100), usegmt=True)
-    assert 90 < retry_after_s(later) <= 101
 
 
 # --- where a token may go ---
