@@ -335,7 +335,7 @@ class DeltaFacts:
 
 @late_dataclass(frozen=True)
 class Policy:
-    """The `custom` of `policy/PRODUCT.json`: on or below the floor, and revoked, nothing is installed."""
+    """The `custom` of `policy/PRODUCT.json`: below the floor, and revoked, nothing is installed."""
 
     floor_seq: int = 0
     revoked_seq: tuple[int, ...] = ()

@@ -129,5 +129,11 @@ def check_again(session: Session, rollout: Rollout, base: str | None) -> None:
             then=f"release rollout abort r-{rollout.id}",
             reason="already-there",
         )
-    downgrade = Terms.from_json(specs.newest_spec(session, rollout.id).terms).downgrade
-    check(session, rollout.cohort, rollout.release, base, downgrade=downgrade)
+    asked = specs.newest_spec(session, rollout.id)
+    check(session, rollout.cohort, rollout.release, base, downgrade=Terms.from_json(asked.terms).downgrade)
+    if asked.approved and base != rollout.base:  # it has begun, so nobody would be asked again
+        raise ConflictError(
+            f"r-{rollout.id} was approved from {rollout.base}, and cohort {rollout.cohort.name} is on {base}",
+            then=f"release rollout abort r-{rollout.id}, then start it anew",
+            reason="changed",
+        )

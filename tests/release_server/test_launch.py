@@ -358,6 +358,24 @@ def test_a_pin_to_the_very_release_of_a_rollout_leaves_nobody_on_a_way_back_with
     assert world.status(rollout).state == "aborted"
 
 
+def test_what_was_approved_from_one_release_does_not_go_on_from_another(world):
+    rollout = world.start("1.2.0", ALL, terms=Terms(approval=True))
+    world.tick()
+    approve(world, "paul", rollout)
+    world.tick()
+    pin_for_a_while(world, "1.1.0")
+    world.tick()
+    assert world.status(rollout).state == "paused"
+    for again in (fleet.resume, fleet.retry):
+        with pytest.raises(ConflictError) as caught:
+            world.call(again, rollout)
+        assert caught.value.reason == "changed"
+    assert world.status(rollout).state == "paused"
+    with world.read() as session:
+        said = explain.why_of_rollout(session, world.clock(), rollout)["chain"][-1]
+    assert f"r-{rollout} was approved from 1.0.0, and cohort all is on 1.1.0" in said["text"]
+
+
 def test_a_release_that_was_yanked_meanwhile_is_not_approved(world):
     rollout = world.start("1.1.0", ALL, terms=Terms(approval=True))
     world.call(yanks.yank, "demo", "1.1.0", "it burns")
