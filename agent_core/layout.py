@@ -180,7 +180,7 @@ class Layout:
             ]
             _make_dir(self.tuf, PRIVATE_MODE)
             _make_file(self.slots, slots.SLOTS_LENGTH)
-            _make_file(self.lock, 0)
+            _make_lock(self.root)
             _make_ballast(self.ballast)
             if any(made):
                 disk.fsync_dir(self.root.parent)
@@ -362,6 +362,16 @@ def _make_file(path: Path, length: int) -> None:
         if held < length:
             disk.allocate(handle, length)
             disk.fsync(handle)
+    finally:
+        disk.close(handle)
+
+
+def _make_lock(root: Path) -> None:
+    """The file that holds the root; what is no file in its place is put aside, as the launcher does."""
+    handle = slots.open_lock(root)
+    try:
+        if disk.fstat(handle).st_size == 0:
+            disk.fchmod(handle, 0o600)
     finally:
         disk.close(handle)
 

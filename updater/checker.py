@@ -9,7 +9,7 @@ import select
 import sys
 from typing import TYPE_CHECKING, Any
 
-from agent_core.errors import DiskError, Exit, MalformedError, RelfleetError, SettingsError
+from agent_core.errors import DiskError, Exit, MalformedError, NotFoundError, RelfleetError, SettingsError
 from updater.device import Device, Outcome
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def serve(root: Path) -> int:
             if verb == "check":
                 answer(_check(root))
             else:
-                answer(_report(Device.load_anyway(root), rest))
+                answer(_report(Device.load_running(root), rest))
         except (RelfleetError, OSError, ValueError) as error:
             answer({"problem": str(error)})
     return Exit.DONE
@@ -41,7 +41,7 @@ def serve(root: Path) -> int:
 def report_once(root: Path) -> int:
     """Report under the host's key, while the checker is busy; the figures come on stdin."""
     _log_to_stderr()
-    answer(_report(Device.load_anyway(root), sys.stdin.buffer.read(MOST_LINE).decode()))
+    answer(_report(Device.load_running(root), sys.stdin.buffer.read(MOST_LINE).decode()))
     return Exit.DONE
 
 
@@ -49,8 +49,8 @@ def _check(root: Path) -> dict[str, Any]:
     """TUF is loaded by the first check, and stays; a quiet day's reports need none of it."""
     try:
         device = Device.load(root)
-    except (SettingsError, MalformedError, DiskError) as error:
-        return _refused(Device.load_anyway(root), error).to_json()
+    except (SettingsError, NotFoundError, MalformedError, DiskError) as error:
+        return _refused(Device.load_running(root), error).to_json()
     from updater import catalog, download, poll, stage  # noqa: F401 - all of it, before anything is begun
 
     return poll.check(device).to_json()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from agent_core import disk, slots
 from agent_core import layout as durable
 from agent_core.clock import iso, now, parse_iso
-from agent_core.errors import MalformedError, RelfleetError, UnreachableError
+from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UnreachableError
 from agent_core.late import late_dataclass
 from agent_core.layout import Layout
 from agent_core.settings import AgentSettings, load_agent
@@ -159,6 +159,23 @@ class Device:
         """
         layout = Layout(root)
         return cls(layout, last_good.load(layout), identities.load_anyway(layout))
+
+    @classmethod
+    def load_running(cls, root: Path) -> Self:
+        """The same for the agent itself: with a version installed, `NOBODY` also where nothing is enrolled.
+
+        A host whose `state/` was lost runs what it has; a person still has to say who it is.
+
+        Raises:
+            NotFoundError: as of `load`, and no version is installed.
+        """
+        try:
+            return cls.load_anyway(root)
+        except NotFoundError:
+            if slots.believed(root) is None:
+                raise
+        layout = Layout(root)
+        return cls(layout, last_good.load(layout), identities.NOBODY)
 
     @property
     def server(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 COUNTER_DIGITS = 20
 HIGHEST_COUNTER = 2**52
+_NO_IDENTITY = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EFBIG})
+"""What the disk says of a directory, a link in a circle, a socket, or more than was ever written here."""
 
 
 @late_dataclass(frozen=True)
@@ -88,14 +91,17 @@ def load(paths: Layout) -> Identity:
 
     Raises:
         NotFoundError: it has not been enrolled.
-        MalformedError, DiskError: neither can be used.
+        MalformedError: neither can be used, and none of the two holds an identity any more.
+        DiskError: neither can be used, and the disk does not give out what one of them holds.
     """
     try:
         return _read(paths.identity)
     except (NotFoundError, MalformedError, DiskError) as error:
-        with suppress(NotFoundError, MalformedError, DiskError):
+        try:
             return _read(paths.identity_copy)
-        raise _lost(error) from error
+        except (NotFoundError, MalformedError, DiskError) as other:
+            worse = max(error, other, key=_weight)
+        raise _lost(worse) from worse
 
 
 def load_anyway(paths: Layout) -> Identity:
@@ -151,7 +157,12 @@ def save(paths: Layout, identity: Identity) -> None:
 
 
 def _read(file: Path) -> Identity:
-    body = layout.read_json(file)
+    try:
+        body = layout.read_json(file)
+    except DiskError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_IDENTITY:
+            raise MalformedError(f"{file} is no identity", why=error.why) from error
+        raise
     if body is None:
         raise NotFoundError(
             "this host is not enrolled", why=f"there is no {file}", then="agent enroll --server URL"
@@ -163,11 +174,18 @@ def _write(file: Path, identity: Identity) -> None:
     notes.write(file, identity.to_json(), 0o600)
 
 
+def _weight(error: RelfleetError) -> int:
+    """What may still be read weighs more than what is damaged, and that more than what is not there."""
+    return 2 if isinstance(error, DiskError) else 1 if isinstance(error, MalformedError) else 0
+
+
 def _lost(error: RelfleetError) -> RelfleetError:
     """Both are damaged: a person has to say again who this host is, and until then it runs what it has."""
     if isinstance(error, NotFoundError):
         return error
-    then = "look at the disk; then agent enroll, again: what is installed stays, and runs on meanwhile"
+    bad = ", and remove a file that it never gives out" if isinstance(error, DiskError) else ""
+    again = "agent enroll, again, with its gate and labels as before"
+    then = f"look at the disk{bad}; then {again}: what is installed stays, and runs on meanwhile"
     return type(error)("this host cannot tell who it is", why=str(error).partition("\n")[0], then=then)
 
 

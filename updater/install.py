@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from agent_core import layout as durable
 from agent_core import slots
 from agent_core.bundle import host_platforms
-from agent_core.errors import DiskError, MalformedError, NotFoundError, RelfleetError, UsageError
+from agent_core.errors import MalformedError, NotFoundError, RelfleetError, UsageError
 from agent_core.settings import load_agent
 from agent_core.wire import AGENT_ID, EnrollAnswer, EnrollRequest, Reason
 from updater import activation, poll, server
@@ -55,6 +55,7 @@ def enroll(
     Raises:
         UsageError: this host is enrolled with another server or product.
         MalformedError: the trust file is no root metadata.
+        DiskError: a file cannot be written, or it cannot be read with whom this host is enrolled.
         NotAllowedError, UnreachableError, TrustError: the server's answer.
     """
     _check_trust(trust)
@@ -106,7 +107,7 @@ def _check_trust(trust: bytes) -> None:
 def _check_same(layout: Layout, url: str, product: str) -> identities.Identity | None:
     try:
         before = identities.load(layout)
-    except (NotFoundError, MalformedError, DiskError):
+    except (NotFoundError, MalformedError):
         return None  # whoever enrols a host that cannot tell who it is mends it
     if (before.server, before.product) != (url, product):
         raise UsageError(

@@ -17,7 +17,7 @@ from updater.device import Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agent_core.jobs import JobResult
+    from agent_core.jobs import Job, JobResult
     from agent_core.runtime import Runtime
     from updater.attempt import Attempt
     from updater.device import Device
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PATIENCE = 3
 """So many checks in a row have failed before anybody else is asked: most networks are back by then."""
 DEADLINE_S = 300.0
-AWAY = frozenset({Reason.UP_TO_DATE, Reason.NOT_YET, Reason.REVOKED, Reason.BELOW_FLOOR})
+AWAY = frozenset({Reason.UP_TO_DATE, Reason.NOT_YET, Reason.REVOKED, Reason.BELOW_FLOOR, Reason.GATE})
 """Why the good version would stay as it is although the server was heard: it is the one wanted here."""
 
 
@@ -53,6 +53,7 @@ class SecondOpinion:
     def __init__(self, runtime: Runtime, device: Device, good: str, attempt: Attempt | None) -> None:
         self._runtime, self._device, self._good, self._attempt = runtime, device, good, attempt
         self._failed, self.is_asking = 0, False
+        self._job: Job | None = None
         self.given_up = ""
 
     def ask(self, then: Callable[[], object]) -> None:
@@ -65,7 +66,7 @@ class SecondOpinion:
         layout = self._device.layout
         place = layout.version_dir(self._good)
         words = ["-I", "-S", "-B", str(place / "agent.py"), "checker", "--root", str(layout.root)]
-        self._runtime.run_job(
+        self._job = self._runtime.run_job(
             [stage.interpreter(place), *words],
             lambda result: self._heard(result, then),
             deadline_s=DEADLINE_S,
@@ -73,8 +74,15 @@ class SecondOpinion:
             stdin=b"check\n",
         )
 
+    def stop(self) -> None:
+        """The one on trial can tell for itself: what another writes and reports now is older news."""
+        if self._job is not None:
+            self._job.stop()
+
     def _heard(self, result: JobResult, then: Callable[[], object]) -> None:
-        self.is_asking = False
+        self.is_asking, self._job = False, None
+        if result.problem == "stopped":
+            return
         try:
             said = Outcome.from_json(result.answer)
         except MalformedError:

@@ -64,7 +64,7 @@ def serve(root: Path) -> int:
     Raises:
         RelfleetError: it cannot even start; the launcher counts that as a boot.
     """
-    device = Device.load_anyway(root)
+    device = Device.load_running(root)
     _log_to(device.settings)
     version_dir = Path(__file__).resolve().parents[2]
     index = Index.from_bytes((version_dir / INDEX_NAME).read_bytes())
@@ -363,6 +363,8 @@ class Service:
             detail = f"the checker gave no outcome ({problem}): {result.errors[-300:]}"
             outcome = Outcome.of_failure(RelfleetError(detail, reason="internal"))
         self.verified = self.verified or outcome.verified
+        if self.verified:
+            self.opinion.stop()
         self._reload_identity()
         self._finished(outcome)
         if outcome.action is Action.INSTALL and outcome.candidate and not self.runtime.is_stopping:

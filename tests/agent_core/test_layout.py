@@ -52,6 +52,13 @@ def test_make_makes_every_directory_and_doing_it_again_changes_nothing(device):
     assert slots.read(device.root) == Record(seq=1, good="1.0-aaaaaaaaaaaa")
 
 
+def test_what_is_no_file_in_the_place_of_the_lock_is_put_aside(device):
+    device.lock.unlink()
+    (device.lock / "inside").mkdir(parents=True)
+    device.make()
+    assert (device.lock.is_file(), len(list(device.root.glob("lock.damaged-*/inside")))) == (True, 1)
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777], ids=oct)
 def test_modes_do_not_depend_on_the_umask(tmp_path, umask):
     device = Layout(tmp_path / "device")

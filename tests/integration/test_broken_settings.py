@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
@@ -84,3 +85,16 @@ def test_a_host_that_cannot_tell_who_it_is_runs_its_product_takes_nothing_new_an
         host.layout.identity.write_bytes(whole)
         assert comes(lambda: host.rests_on(NEW))
         assert host.layout.identity_copy.read_bytes() == whole
+
+
+@pytest.mark.parametrize("lost", ["state/identity*", "state"])
+def test_a_host_that_lost_its_identity_or_its_state_runs_its_product_and_takes_nothing_new(rig, lost):
+    host = rig.copy(rig.home / "installed", rig.home / lost.replace("/", "-").strip("*"))
+    assert host.settle(GOOD) == ""
+    host.lead_to(NEW)
+    for place in host.root.glob(lost):
+        place.unlink() if place.is_file() else shutil.rmtree(place)
+    with host.running():
+        assert comes(lambda: "not enrolled" in control.read_status(host.layout).get("poll", ""))
+        assert control.read_status(host.layout)["workload_pid"] is not None
+        assert host.rests_on(GOOD)

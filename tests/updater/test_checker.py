@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tuf.api.serialization import DeserializationError
 
+from agent_core import slots
+from agent_core.errors import NotFoundError
 from agent_core.layout import Layout
 from agent_core.wire import ReportAnswer
 from tests.http_origin import Origin, Status
@@ -71,6 +73,23 @@ def test_a_report_loads_no_tuf_and_a_check_does(enrolled: Path) -> None:
 def test_a_host_that_is_not_enrolled_is_an_answer_too(tmp_path: Path) -> None:
     *answers, _ = asked(tmp_path, "check\n")
     assert "problem" in json.loads(answers[0])
+
+
+def test_a_host_that_lost_who_it_is_checks_and_reports_nothing_and_says_why(enrolled: Path) -> None:
+    layout, name = Layout(enrolled), "1.0.0-" + "1" * 12
+    layout.identity.unlink()
+    layout.identity_copy.unlink()
+    with pytest.raises(NotFoundError):
+        Device.load_running(enrolled)
+    slots.Slots(enrolled).write(slots.Record(good=name, previous=name))
+    assert Device.load_running(enrolled).identity == identities.NOBODY
+    with pytest.raises(NotFoundError):
+        Device.load_anyway(enrolled)
+    check, reported, loaded = asked(enrolled, "check\nreport {}\n")
+    outcome = Outcome.from_json(json.loads(check))
+    assert (outcome.reason, outcome.failed, "not enrolled" in outcome.detail) == ("not-found", True, True)
+    assert set(json.loads(reported)) == {"problem"}
+    assert loaded == "[] 0"
 
 
 def test_a_slip_in_the_settings_is_an_outcome_that_the_reports_name(enrolled: Path) -> None:

@@ -18,7 +18,7 @@ from agent_core.settings import AGENT, AgentSettings
 from agent_core.spool import Spool
 from agent_core.wire import AttemptState, Directive, ReleaseFacts
 from updater import attempt as attempts
-from updater import control, freshness, known, last_good, notes, offline, poll, report, service
+from updater import control, freshness, install, known, last_good, notes, offline, poll, report, service
 from updater import identity as identities
 from updater.attempt import Attempt
 from updater.commands import status, why
@@ -351,8 +351,29 @@ def test_a_host_that_lost_both_runs_as_nobody_says_so_and_reports_nothing(device
         report.build(anyway)
     with pytest.raises(MalformedError, match="cannot tell who it is") as refused:
         identities.mend(layout)
-    assert "agent enroll" in refused.value.then
+    assert "with its gate and labels as before" in refused.value.then
     assert [file.read_bytes() for file in (layout.identity, layout.identity_copy)] == [b"{", b"{"]
+
+
+def _fails_to_read(file):
+    file.symlink_to("/proc/self/mem")  # a read at its beginning is an error of the device
+
+
+@pytest.mark.parametrize("other", ["nothing", *KINDS.keys() - {"unreadable"}])
+def test_only_an_identity_that_is_no_more_is_made_anew_for_whom_one_likes(device, other):
+    layout, files = device.layout, (device.layout.identity, device.layout.identity_copy)
+    kinds = {**KINDS, "nothing": lambda file: None}
+    layout.identity.unlink()
+    kinds[other](layout.identity)
+    kinds[other](layout.identity_copy)
+    assert install._check_same(layout, "https://elsewhere", "other") is None
+    for spoilt, bad in (files, files[::-1]):
+        for file in files:
+            notes.forget(file)
+        kinds[other](spoilt)
+        _fails_to_read(bad)
+        with pytest.raises(DiskError, match="cannot tell who it is"):
+            install._check_same(layout, "https://elsewhere", "other")
 
 
 def test_a_save_that_is_cut_leaves_one_whole_identity(device, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from agent_core.jobs import JobResult
 from agent_core.layout import Layout
 from agent_core.notify import Notifier
 from agent_core.runtime import Runtime
@@ -18,6 +19,7 @@ from updater.decide import Action
 from updater.device import Device, Outcome
 from updater.identity import Identity
 from updater.second_opinion import PATIENCE, SecondOpinion, is_given_up
+from updater.service import Service
 
 GOOD, DIGEST, TRIED = "1.0.0-aaaaaaaaaaaa", "b" * 12, "1.1.0"
 
@@ -42,6 +44,7 @@ def said(reason: Reason, version: str = "", *, verified: bool = True, failed: bo
         pytest.param(said(Reason.IN_TRIAL, "1.2.0"), True, id="a newer one is asked for"),
         pytest.param(said(Reason.REVOKED, TRIED), True, id="revoked"),
         pytest.param(said(Reason.BELOW_FLOOR, TRIED), True, id="below the floor"),
+        pytest.param(said(Reason.GATE, TRIED), True, id="signed for this host's gate no more"),
     ],
 )
 def test_only_a_verified_word_that_asks_for_another_gives_a_version_up(outcome, given_up):
@@ -76,6 +79,51 @@ def answered(device: Device, answer: Outcome, failures: int, salt: str = "salt")
 
 def test_the_good_version_is_asked_once_at_a_time_and_only_after_some_patience(device):
     assert answered(device, said(Reason.UP_TO_DATE), PATIENCE + 2) == ("up-to-date: ", 1)
+
+
+def test_a_good_version_that_is_asked_no_more_is_stopped_and_not_heard(device):
+    place, spoken = device.layout.version_dir(GOOD), device.layout.root / "spoken"
+    place.mkdir()
+    words = json.dumps(said(Reason.UP_TO_DATE).to_json())
+    (place / "agent.py").write_text(
+        f"import signal; print({words!r}, flush=True); open({str(spoken)!r}, 'w'); signal.pause()"
+    )
+    with Runtime(notifier=Notifier({}), stop_s=5.0) as runtime:
+        opinion = SecondOpinion(runtime, device, GOOD, Attempt(TRIED, DIGEST, "salt", AttemptState.TRIAL))
+
+        def look() -> float:
+            if spoken.exists():
+                opinion.stop()
+            if not opinion.is_asking:
+                runtime.stop(4)
+            return 0.02
+
+        for _ in range(PATIENCE):
+            opinion.ask(lambda: runtime.stop(3))
+        runtime.repeat("look", look)
+        assert run(runtime) == 4
+    assert opinion.given_up == ""
+
+
+class _Verified(Service):
+    """What a service does with the answer of its checker, and no more of it."""
+
+    def __init__(self, device: Device, runtime: Runtime, opinion: SecondOpinion) -> None:
+        self.device, self.runtime, self.opinion, self.verified = device, runtime, opinion, False
+
+    def _finished(self, outcome: Outcome | None) -> None:
+        """Nothing is polled here."""
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_version_that_verified_a_word_itself_asks_for_no_opinion_any_more(device, verified):
+    stopped = []
+    with Runtime(notifier=Notifier({}), stop_s=5.0) as runtime:
+        opinion = SecondOpinion(runtime, device, GOOD, None)
+        opinion.stop = lambda: stopped.append(True)
+        answer = said(Reason.IN_TRIAL, TRIED, verified=verified)
+        _Verified(device, runtime, opinion)._checked(JobResult(0, answer.to_json()))
+    assert bool(stopped) is verified
 
 
 @pytest.mark.parametrize(
