@@ -117,7 +117,7 @@ def run(root: Path, supervise: bool) -> int:
     """Run the agent; installs the first version if there is none."""
     # The first process of a container gets no signal that it did not ask for. The launcher asks for its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.DONE))
-    device = Device.load_anyway(root)
+    device = Device.load_running(root)
     if slots.recover(device.layout.root) is None:
         install.wait_for_first_version(Device.load(root), progress=console.progress_line("download"))
     return install.exec_launcher(Layout(root), supervise=supervise)
