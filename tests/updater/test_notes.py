@@ -359,7 +359,7 @@ def _fails_to_read(file):
     file.symlink_to("/proc/self/mem")  # a read at its beginning is an error of the device
 
 
-@pytest.mark.parametrize("other", ["nothing", *KINDS.keys() - {"unreadable"}])
+@pytest.mark.parametrize("other", ["nothing", *sorted(KINDS.keys() - {"unreadable"})])
 def test_only_an_identity_that_is_no_more_is_made_anew_for_whom_one_likes(device, other):
     layout, files = device.layout, (device.layout.identity, device.layout.identity_copy)
     kinds = {**KINDS, "nothing": lambda file: None}
