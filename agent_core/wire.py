@@ -284,9 +284,8 @@ class ReleaseFacts:
             "upgrade_from_seq": self.upgrade_from_seq,
             "min_launcher": self.min_launcher,
             "notes": self.notes,
-            **(
-                {"barrier": True} if self.barrier else {}
-            ),  # what was signed before it was there stays as it is
+            # Only where it is one: what was signed before there were barriers stays as it is.
+            **({"barrier": True} if self.barrier else {}),
         }
 
     @classmethod

@@ -42,9 +42,14 @@ USUAL_PERIOD = period_of(60, 300)
 USUAL = standing.silent_after(USUAL_PERIOD)
 
 
+def period_in(spec: CohortSpec | None) -> timedelta:
+    """How often an agent of this cohort is heard of; None: of no cohort."""
+    return period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD
+
+
 def silent_before(now: datetime, spec: CohortSpec | None, ear: presence.Ear) -> datetime:
     """Who was heard of before this moment last is silent."""
-    period = period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD
+    period = period_in(spec)
     return ear.of(period).up_before(now, standing.silent_after(period))
 
 
@@ -119,7 +124,7 @@ def _view(
     agent: Agent, specs: Mapping[int, CohortSpec], failed: set[str], now: datetime, ear: presence.Ear
 ) -> View:
     spec = specs.get(agent.cohort_id or 0)
-    period = period_of(spec.poll_s, spec.report_s) if spec else USUAL_PERIOD
+    period = period_in(spec)
     facts = standing.Facts(
         seen_at=agent.seen_at,
         period=period,
@@ -218,7 +223,7 @@ def _is_quiet(
 
     paces: dict[timedelta, list[int]] = {}
     for cohort_id, spec in specs.items():
-        paces.setdefault(period_of(spec.poll_s, spec.report_s), []).append(cohort_id)
+        paces.setdefault(period_in(spec), []).append(cohort_id)
     # Zero, not NULL, for agents without a cohort: what is unknown in SQL is not true when it is negated.
     cohort = func.coalesce(Agent.cohort_id, 0)
     terms = [and_(cohort.in_(cohort_ids), is_quiet(period)) for period, cohort_ids in paces.items()]

@@ -18,7 +18,6 @@ from release_server.rollout import Counters, State
 from release_server.sequential import UNKNOWN, Baseline
 from release_server.shuffle import first_progress
 from release_server.stages import wanted_count
-from release_server.standing import back_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +58,7 @@ def outlook(session: Session, now: datetime, rollout: Rollout, spec: Spec, statu
 
 def _look(session: Session, now: datetime, rollout: Rollout, spec: Spec, status: Status) -> Look:
     pace = cohorts.newest_spec(session, rollout.cohort_id)
-    period = agents.period_of(pace.poll_s, pace.report_s)
+    period = agents.period_in(pace)
     return Look(
         rollout.version,
         spec,
@@ -67,7 +66,7 @@ def _look(session: Session, now: datetime, rollout: Rollout, spec: Spec, status:
         now,
         period=period,
         poll=timedelta(seconds=pace.poll_s),
-        hearing=presence.hearing(session, now, back_after(period)),
+        hearing=presence.Ear(session, now).of(period),
     )
 
 

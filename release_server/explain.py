@@ -85,9 +85,9 @@ def collect(session: Session, now: datetime, agent: Agent) -> why.Facts:
 
 def _quiet(session: Session, now: datetime, agent: Agent, spec: CohortSpec) -> timedelta:
     """How long it may be quiet before it is silent; longer where the server could not hear it meanwhile."""
-    period = agents.period_of(spec.poll_s, spec.report_s)
+    period = agents.period_in(spec)
     silent = standing.silent_after(period)
-    ends = presence.hearing(session, now, standing.back_after(period)).ends(agent.seen_at, silent)
+    ends = presence.Ear(session, now).of(period).ends(agent.seen_at, silent)
     return silent + max(timedelta(), now - agent.seen_at) if ends == NEVER else ends - agent.seen_at
 
 

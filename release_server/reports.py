@@ -104,7 +104,7 @@ def take_share_request(
 def _quiet_for(session: Session, agent: Agent) -> timedelta:
     """How long this agent may be quiet by the pace of its cohort."""
     if agent.cohort_id is None:
-        return agents.silent_after(60, 300)
+        return agents.USUAL
     pace = cohorts.newest_spec(session, agent.cohort_id)
     return agents.silent_after(pace.poll_s, pace.report_s)
 
